@@ -1,0 +1,1 @@
+from tokendance_jax.kernels.decode_attention.api import decode_attention as decode_attention

@@ -1,0 +1,34 @@
+"""Attention of one new token per lane."""
+
+import jax
+
+from tokendance_jax.kernels.decode_attention.xla import decode_attention_xla
+from tokendance_jax.kernels.lanes import LaneTables
+
+
+def decode_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    layer: int,
+    position: jax.Array,
+    tables: LaneTables,
+    *,
+    theta: float,
+) -> jax.Array:
+    """Attends one row per lane to the lane's pages, up to the row's own logical position.
+
+    Args:
+      q: f32 [lanes, heads, head_dim], rotated at logical positions, not scaled.
+      k_pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype, the new rows
+        already written.
+      v_pool: as k_pool.
+      layer: index of the layer.
+      position: i32 [lanes]; logical positions; -1 for a lane that attends to nothing.
+      tables: block tables of all lanes.
+      theta: base of the rotary frequencies.
+
+    Returns:
+      f32 [lanes, heads, head_dim]; zero where a lane attends to nothing.
+    """
+    return decode_attention_xla(q, k_pool, v_pool, layer, position, tables, theta=theta)

@@ -1,0 +1,120 @@
+"""What the XLA attention paths share: reading a key block, and the online softmax over blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels.lanes import KEY_BLOCK, LaneTables
+
+MASKED = np.float32(-1e30)
+
+
+def block_pages(page_size: int) -> int:
+    """Entries of a key block."""
+    return max(1, KEY_BLOCK // page_size)
+
+
+def read_block(
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    layer: int,
+    tables: LaneTables,
+    lane: jax.Array,
+    block: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gathers one key block of one lane.
+
+    Returns:
+      keys and values [slots, kv_heads, head_dim] in the pool's precision, and the block's frame
+      i32 [].
+    """
+    pages = block_pages(k_pool.shape[2])
+    page = jax.lax.dynamic_slice(tables.page, (lane, block * pages), (1, pages))[0]
+    frame = tables.frame[lane, block * pages]
+    layer_index = jnp.full_like(page, layer)
+
+    def gather(pool: jax.Array) -> jax.Array:
+        return storage.load(pool[layer_index, page]).reshape(-1, *pool.shape[3:])
+
+    return gather(k_pool), gather(v_pool), frame
+
+
+def rotate_back(q: jax.Array, frame: jax.Array, *, theta: float) -> jax.Array:
+    """Rotates queries f32 [..., H] from logical into canonical positions: by `-frame`."""
+
+    def turn(q: jax.Array) -> jax.Array:
+        cos, sin = rope.rotation(-frame, theta=theta, head_dim=q.shape[-1])
+        shape = (1,) * (q.ndim - 1) + cos.shape
+        return rope.rotate(q, cos.reshape(shape), sin.reshape(shape))
+
+    # Most blocks lie in frame 0, where the rotation is the identity.
+    return jax.lax.cond(frame == 0, lambda q: q, turn, q)
+
+
+def attend_block(
+    carry: tuple[jax.Array, jax.Array, jax.Array],
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    seen: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step of the online softmax (Milakov and Gimelshein, 2018; FlashAttention, 2022).
+
+    Args:
+      carry: running maximum f32 [queries], sum f32 [queries], weighted values f32 [queries, width].
+      q: scaled queries [queries, width_k], in the keys' precision.
+      keys: [slots, width_k].
+      values: [slots, width], finite wherever they are not seen.
+      seen: bool, broadcastable to [queries, slots] after a reshape of the leading axis: its first
+        axis divides the queries.
+
+    Returns:
+      The carry after this block.
+    """
+    maximum, total, weighted = carry
+    scores = jax.lax.dot_general(
+        q,
+        keys,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=precision(keys.dtype),
+    )
+    groups = seen.shape[0]
+    scores = jnp.where(seen[:, None, :], scores.reshape(groups, -1, scores.shape[1]), MASKED)
+    scores = scores.reshape(-1, scores.shape[-1])
+    new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
+    weights = jnp.exp(scores - new_maximum[:, None])
+    shrink = jnp.exp(maximum - new_maximum)
+    product = jax.lax.dot_general(
+        weights.astype(values.dtype),
+        values,
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=precision(values.dtype),
+    )
+    return (
+        new_maximum,
+        total * shrink + weights.sum(axis=-1),
+        weighted * shrink[:, None] + product,
+    )
+
+
+def start(queries: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The online softmax's carry before the first block."""
+    return (
+        jnp.full((queries,), MASKED, jnp.float32),
+        jnp.zeros((queries,), jnp.float32),
+        jnp.zeros((queries, width), jnp.float32),
+    )
+
+
+def finish(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """The attention output f32 [queries, width]; zero for queries that saw nothing."""
+    _, total, weighted = carry
+    return weighted / jnp.where(total > 0, total, jnp.ones_like(total))[:, None]
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """Full products for float32, where an accelerator would round the inputs to bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

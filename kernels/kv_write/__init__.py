@@ -1,0 +1,1 @@
+from tokendance_jax.kernels.kv_write.api import kv_write as kv_write

@@ -1,0 +1,76 @@
+"""The arrays by which attention reads pages: lane tables and row tiles.
+
+A lane is one sequence of rows of the round's ragged batch. Its table lists, in logical order and
+without gaps, the slots that hold the lane's context. An entry names a page, the frame (logical
+minus canonical positions of that page), the first valid slot and the number of valid slots. The
+logical position of a slot follows: the slots of all earlier entries come before it.
+
+Entries are grouped into key blocks of `KEY_BLOCK` slots, and the entries of one block share one
+frame, so that a query is rotated once per block. Whoever writes a table fills up a block with empty
+entries (page 0, no slots) where the frame changes.
+"""
+
+import dataclasses
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Planned on the host, read on the device.
+Array = jax.Array | np.ndarray
+
+# Slots per key block. 256 keys against a tile of 128 rows keep XLA's CPU products near their peak
+# while scores and values stay in the L2 cache.
+KEY_BLOCK = 256
+# Rows per tile of prefill attention.
+TILE_ROWS = 128
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LaneTables:
+    """Block tables of all lanes.
+
+    Attributes:
+      page: i32 [lanes, entries]; 0 in unused entries.
+      frame: i32 [lanes, entries]; equal within a key block.
+      first: i32 [lanes, entries]; first valid slot.
+      slots: i32 [lanes, entries]; valid slots, 0 in unused entries.
+    """
+
+    page: Array
+    frame: Array
+    first: Array
+    slots: Array
+
+    def slot_positions(self, page_size: int) -> jax.Array:
+        """Logical position of every slot, and int32's maximum where the slot is not valid.
+
+        Returns:
+          i32 [lanes, entries, page_size].
+        """
+        slots = jnp.asarray(self.slots)
+        start = jnp.cumsum(slots, axis=1) - slots
+        offset = jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
+        inside = offset - self.first[:, :, None]
+        valid = (inside >= 0) & (inside < slots[:, :, None])
+        return jnp.where(valid, start[:, :, None] + inside, jnp.iinfo(jnp.int32).max)
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowTiles:
+    """Rows grouped into tiles of one lane each.
+
+    Attributes:
+      row: i32 [tiles, TILE_ROWS]; the number of rows where a tile is not full.
+      lane: i32 [tiles].
+      count: i32 []; tiles in use.
+    """
+
+    row: Array
+    lane: Array
+    count: Array

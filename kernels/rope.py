@@ -1,0 +1,66 @@
+"""Rotary position embedding with angles that stay exact at any position.
+
+Angles are kept in turns, as 32-bit fixed-point fractions: integer products wrap modulo one turn by
+themselves, so an angle at position 10 or 10 million has the same absolute error (below 1e-6 rad),
+and the angle of `a - b` equals the difference of the angles of `a` and `b`. A float32 product
+`position * frequency` loses 4e-3 rad at position 100,000, which would break the identity that the
+collective round rests on: (R(m)q).(R(n)k) = (R(m-d)q).(R(n-d)k).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Positions are split as `position = 65536 * high + 256 * middle + low`: each part multiplies its own
+# fixed-point frequency, so the rounding of a frequency is never multiplied by more than 255 (`high`
+# reaches 152 at 10 million).
+_BITS = 8
+
+
+def _turns(theta: float, head_dim: int, scale: int) -> np.ndarray:
+    """Fixed-point turns per `scale` positions. Returns u32 [head_dim / 2]."""
+    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    turns = frequency * scale / (2 * np.pi)
+    return np.round((turns % 1.0) * 2.0**32).astype(np.uint64).astype(np.uint32)
+
+
+def rotation(position: jax.Array, *, theta: float, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles at integer positions, which may be negative.
+
+    Args:
+      position: i32 [...].
+      theta: base of the rotary frequencies.
+      head_dim: width of a head; pairs are (i, i + head_dim / 2).
+
+    Returns:
+      cos, sin: f32 [..., head_dim / 2].
+    """
+    mask = (1 << _BITS) - 1
+    high, middle, low = (
+        part.astype(jnp.uint32)[..., None]
+        for part in (position >> 2 * _BITS, (position >> _BITS) & mask, position & mask)
+    )
+    shape = (1,) * position.ndim + (head_dim // 2,)
+    turns_high, turns_middle, turns_low = (
+        jnp.asarray(_turns(theta, head_dim, 1 << bits).reshape(shape))
+        for bits in (2 * _BITS, _BITS, 0)
+    )
+    turns = high * turns_high + middle * turns_middle + low * turns_low
+    fraction = jax.lax.bitcast_convert_type(turns, jnp.int32)
+    angle = fraction.astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of every head.
+
+    Args:
+      x: f32 [..., H].
+      cos: f32 [..., H/2], of x's rank.
+      sin: f32 [..., H/2], of x's rank.
+
+    Returns:
+      f32 [..., H].
+    """
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,1 @@
+from tokendance_jax.kernels.round_attention.api import round_attention as round_attention

@@ -1,0 +1,39 @@
+"""Attention of a round's rows through their lanes' block tables."""
+
+import jax
+
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.kernels.round_attention.xla import round_attention_xla
+
+
+def round_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    layer: int,
+    position: jax.Array,
+    tables: LaneTables,
+    tiles: RowTiles,
+    *,
+    theta: float,
+) -> jax.Array:
+    """Attends rows to the pages of their lanes; a row sees logical positions up to its own.
+
+    Keys stay rotated at their canonical positions; queries are rotated back by the frame of the
+    page they meet (rotary attention depends on position differences alone).
+
+    Args:
+      q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
+      k_pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype, this round's
+        rows already written.
+      v_pool: as k_pool.
+      layer: index of the layer.
+      position: i32 [rows]; logical positions.
+      tables: block tables of all lanes.
+      tiles: the rows, grouped by lane.
+      theta: base of the rotary frequencies.
+
+    Returns:
+      f32 [rows, heads, head_dim]; zero in rows that stand in no tile.
+    """
+    return round_attention_xla(q, k_pool, v_pool, layer, position, tables, tiles, theta=theta)

@@ -1,0 +1,8 @@
+"""Loading of Qwen2 checkpoints: safetensors, GGUF, Orbax and the Hugging Face hub."""
+
+from tokendance_jax.models.loading.checkpoint import Checkpoint
+from tokendance_jax.models.loading.load import load_checkpoint
+from tokendance_jax.models.loading.orbax_folder import save_orbax
+from tokendance_jax.models.qwen2.errors import CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError", "load_checkpoint", "save_orbax"]

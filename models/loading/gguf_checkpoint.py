@@ -1,0 +1,131 @@
+"""Loads a GGUF file, quantised or not."""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from tokendance_jax.models.loading.checkpoint import Checkpoint
+from tokendance_jax.models.loading.gguf_file import GgufTensor, read_gguf_header
+from tokendance_jax.models.loading.gguf_tokenizer import stop_ids_from_gguf, tokenizer_from_gguf
+from tokendance_jax.models.loading.sidecars import check_ids
+from tokendance_jax.models.loading.stored import StoredTensor, match_parameters, read_parameters
+from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.qwen2.errors import CheckpointError
+from tokendance_jax.models.qwen2.parameters import gguf_name
+
+# llama.cpp computes the rotary frequencies of this architecture from the metadata alone.
+_IGNORABLE = re.compile(r"rope_freqs\.weight|blk\.\d+\.rope_freqs\.weight")
+_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+def load_gguf(file: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
+    """Loads the checkpoint in one GGUF file.
+
+    Args:
+      file: The file.
+      dtype: Type of the matrices: float32 or bfloat16.
+      progress: Whether to show a progress bar on stderr.
+
+    Raises:
+      CheckpointError: The file is damaged, incomplete or not supported, or the `gguf` package is
+        not installed.
+    """
+    header = read_gguf_header(file)
+    fields, where = header.fields, str(file)
+    if fields.get("split.count", 1) != 1:
+        raise CheckpointError(
+            file,
+            "split.count",
+            f"is one of {fields['split.count']} parts",
+            "join them with llama-gguf-split --merge",
+        )
+    # The embedding's row count is the vocabulary size; without it the match below fails by name.
+    embedding = header.tensors.get("token_embd.weight")
+    config = Qwen2Config.from_gguf(
+        fields,
+        where,
+        tied="output.weight" not in header.tensors,
+        vocab_size=embedding.shape[0] if embedding and embedding.shape else 1,
+    )
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    names = match_parameters(config, shapes, gguf_name, _IGNORABLE, file)
+    tensors = {
+        path: _stored(file, name, header.tensors[name], file.stat().st_size)
+        for path, name in names.items()
+    }
+    stop_ids = stop_ids_from_gguf(fields, file)
+    tokenizer_json = tokenizer_from_gguf(fields, file)
+    check_ids(file, tokenizer_json, stop_ids, config)
+    template = fields.get("tokenizer.chat_template")
+    name = fields.get("general.name")
+    return Checkpoint(
+        config=config,
+        params=read_parameters(tensors, dtype, progress=progress),
+        tokenizer_json=tokenizer_json,
+        chat_template=template if isinstance(template, str) else None,
+        stop_ids=stop_ids,
+        name=name if isinstance(name, str) else file.stem,
+    )
+
+
+def _stored(file: Path, name: str, tensor: GgufTensor, file_size: int) -> StoredTensor:
+    kind, block_values, block_bytes, dequantize = _encoding(file, name, tensor.type)
+    if tensor.shape[-1] % block_values:
+        raise CheckpointError(
+            file,
+            name,
+            f"rows of {tensor.shape[-1]} values",
+            f"{kind} needs multiples of {block_values}",
+        )
+    stored = StoredTensor(
+        file=file,
+        offset=tensor.offset,
+        shape=tensor.shape,
+        dtype=np.dtype(_PLAIN.get(kind, np.float32)),
+        block_values=block_values,
+        block_bytes=block_bytes,
+        dequantize=dequantize,
+    )
+    if tensor.offset + stored.nbytes > file_size:
+        raise CheckpointError(
+            file,
+            name,
+            f"its data end at byte {tensor.offset + stored.nbytes}, the file at {file_size}",
+            "the file is truncated: download it again",
+        )
+    return stored
+
+
+def _encoding(
+    file: Path, name: str, number: int
+) -> tuple[str, int, int, Callable[[np.ndarray], np.ndarray] | None]:
+    """Returns the type's name, values and bytes per block, and its dequantiser."""
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(
+            file,
+            "gguf",
+            "the package that reads GGUF tensors is not installed",
+            "pip install 'tokendance-jax[gguf]'",
+        ) from None
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if kind.name in _PLAIN:
+            return kind.name, block_values, block_bytes, None
+        # One group for the whole slice: `dequantize` works through 16 rows at a time.
+        dequantize = functools.partial(gguf.quants.dequantize, qtype=kind)
+        dequantize(np.zeros(block_bytes, np.uint8))
+    except (ValueError, KeyError, NotImplementedError):
+        raise CheckpointError(
+            file,
+            name,
+            f"tensor type {number} cannot be dequantised",
+            "F32, F16, BF16 and every type that gguf.quants dequantises are supported",
+        ) from None
+    return kind.name, block_values, block_bytes, dequantize

@@ -1,0 +1,93 @@
+"""Loads a Hugging Face folder: `config.json`, safetensors files and tokenizer files."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from tokendance_jax.models.loading.checkpoint import Checkpoint
+from tokendance_jax.models.loading.safetensors_file import read_safetensors_header
+from tokendance_jax.models.loading.sidecars import (
+    check_ids,
+    read_chat_template,
+    read_config,
+    read_json,
+    read_stop_ids,
+    read_tokenizer,
+)
+from tokendance_jax.models.loading.stored import StoredTensor, match_parameters, read_parameters
+from tokendance_jax.models.qwen2.errors import CheckpointError
+from tokendance_jax.models.qwen2.parameters import hf_name
+
+_INDEX = "model.safetensors.index.json"
+# Old exports keep the rotary frequencies, which follow from the configuration.
+_IGNORABLE = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+
+
+def load_huggingface(folder: Path, name: str, *, dtype: np.dtype, progress: bool) -> Checkpoint:
+    """Loads a folder as `save_pretrained` writes it.
+
+    Args:
+      folder: The folder.
+      name: Name of the model.
+      dtype: Type of the matrices: float32 or bfloat16.
+      progress: Whether to show a progress bar on stderr.
+
+    Raises:
+      CheckpointError: A file is missing, damaged or not supported.
+    """
+    config = read_config(folder)
+    tensors = _read_headers(folder)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    # A tied model may repeat its embedding as the output matrix.
+    ignorable = _IGNORABLE + (r"|lm_head\.weight" if config.tie_word_embeddings else "")
+    names = match_parameters(config, shapes, hf_name, re.compile(ignorable), folder)
+    tokenizer_json = read_tokenizer(folder)
+    stop_ids = read_stop_ids(folder, tokenizer_json)
+    check_ids(folder, tokenizer_json, stop_ids, config)
+    chat_template = read_chat_template(folder)
+    stored = {path: tensors[name] for path, name in names.items()}
+    return Checkpoint(
+        config=config,
+        params=read_parameters(stored, dtype, progress=progress),
+        tokenizer_json=tokenizer_json,
+        chat_template=chat_template,
+        stop_ids=stop_ids,
+        name=name,
+    )
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    if (folder / _INDEX).exists():
+        return _read_sharded(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise CheckpointError(
+            folder,
+            "*.safetensors",
+            f"{len(files)} files and no {_INDEX}",
+            f"one file, or several with {_INDEX}, are supported",
+        )
+    return read_safetensors_header(files[0])
+
+
+def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
+    index = folder / _INDEX
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(
+        isinstance(shard, str) for shard in shard_of.values()
+    ):
+        raise CheckpointError(index, "weight_map", "is no map to file names", "download it again")
+    headers = {}
+    for shard in sorted(set(shard_of.values())):
+        if not (folder / shard).is_file():
+            raise CheckpointError(
+                index, shard, "the file is missing", "download every shard of the model"
+            )
+        headers[shard] = read_safetensors_header(folder / shard)
+    for name, shard in shard_of.items():
+        if name not in headers[shard]:
+            raise CheckpointError(
+                folder / shard, name, "the tensor is missing", f"{index.name} places it there"
+            )
+    return {name: headers[shard][name] for name, shard in shard_of.items()}

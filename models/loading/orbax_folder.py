@@ -1,0 +1,155 @@
+"""Writes and loads the project's own format: Orbax arrays beside Hugging Face's small files."""
+
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tokendance_jax.models.loading.checkpoint import Checkpoint
+from tokendance_jax.models.loading.progress import byte_progress
+from tokendance_jax.models.loading.sidecars import (
+    check_ids,
+    read_chat_template,
+    read_config,
+    read_stop_ids,
+    read_tokenizer,
+)
+from tokendance_jax.models.loading.stored import match_parameters
+from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.qwen2.errors import CheckpointError
+from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_shapes
+
+PARAMS = "params"
+_NOTHING = re.compile(r"(?!)")
+
+
+def check_target(target: str | os.PathLike[str]) -> None:
+    """Checks, before a long load, that `save_orbax` can write to a target.
+
+    Raises:
+      CheckpointError: The target exists.
+    """
+    if Path(target).exists():
+        raise CheckpointError(target, "target", "exists already", "name a new folder")
+
+
+def save_orbax(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> None:
+    """Writes a checkpoint to a new folder, whole or not at all.
+
+    The folder holds `config.json`, `generation_config.json`, `tokenizer.json`,
+    `chat_template.jinja` if there is a template, and the arrays in `params/`.
+
+    Args:
+      checkpoint: What to write; the arrays keep their types.
+      target: A folder that does not exist yet. Missing parents are made.
+
+    Raises:
+      CheckpointError: The target exists.
+    """
+    target = Path(target).absolute()
+    check_target(target)
+    # A sibling, so that the last step is a rename on one file system.
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / PARAMS, checkpoint.params)
+        config = checkpoint.config.to_hf()
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        generation = {"eos_token_id": list(checkpoint.stop_ids)}
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (partial / "tokenizer.json").write_text(checkpoint.tokenizer_json, encoding="utf-8")
+        if checkpoint.chat_template is not None:
+            (partial / "chat_template.jinja").write_text(
+                checkpoint.chat_template, encoding="utf-8", newline=""
+            )
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load_orbax(folder: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
+    """Loads a folder that `save_orbax` wrote.
+
+    Args:
+      folder: The folder.
+      dtype: Type of the matrices: float32 or bfloat16.
+      progress: Whether to show a progress bar on stderr.
+
+    Raises:
+      CheckpointError: A file is missing or damaged, or the arrays are not the configuration's.
+    """
+    config = read_config(folder)
+    tokenizer_json = read_tokenizer(folder)
+    stop_ids = read_stop_ids(folder, tokenizer_json)
+    check_ids(folder, tokenizer_json, stop_ids, config)
+    chat_template = read_chat_template(folder)
+    where = folder.absolute() / PARAMS
+    try:
+        params = _restore(where, config, dtype, progress=progress)
+    except CheckpointError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+        raise CheckpointError(
+            where, "arrays", f"cannot be restored ({error})", "convert the model again"
+        ) from error
+    return Checkpoint(
+        config=config,
+        params=params,
+        tokenizer_json=tokenizer_json,
+        chat_template=chat_template,
+        stop_ids=stop_ids,
+        name=folder.name,
+    )
+
+
+def _restore(
+    where: Path, config: Qwen2Config, dtype: np.dtype, *, progress: bool
+) -> dict[str, jax.Array]:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(where).item_metadata.tree
+        shapes = {path: tuple(array.shape) for path, array in metadata.items()}
+        match_parameters(config, shapes, str, _NOTHING, where)
+        sharding = jax.device_put(np.float32(0)).sharding
+        params = {}
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        with byte_progress(total, shown=progress) as advance:
+            for group in _groups(shapes):
+                abstract = {
+                    path: jax.ShapeDtypeStruct(
+                        shapes[path], parameter_dtype(shapes[path], dtype), sharding=sharding
+                    )
+                    for path in group
+                }
+                restore = ocp.args.PyTreeRestore(
+                    item=abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=True,
+                )
+                params |= checkpointer.restore(where, args=restore)
+                advance(sum(math.prod(shapes[path]) for path in group) * dtype.itemsize)
+    return {path: params[path] for path in parameter_shapes(config)}
+
+
+def _groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """Divides parameters into layers and single matrices, the largest group first.
+
+    Orbax holds stored and converted copies of all that it restores at once. In this order the peak
+    stays close to the size of the weights, and layers are still read in parallel inside.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in shapes:
+        layer = re.match(r"layers\.\d+\.", path)
+        groups.setdefault(layer.group() if layer else path, []).append(path)
+    return sorted(
+        groups.values(), key=lambda group: -sum(math.prod(shapes[path]) for path in group)
+    )

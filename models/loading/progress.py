@@ -1,0 +1,37 @@
+"""A progress bar over bytes."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+@contextlib.contextmanager
+def byte_progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar on stderr while the context is open.
+
+    Args:
+      total: Bytes to read in all.
+      shown: Whether to show anything.
+
+    Yields:
+      A function that adds bytes to those read.
+    """
+    columns = (
+        TextColumn("Loading weights"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,263 @@
+"""Times a prefill call and a decode step against their own matrix products alone.
+
+  python -m scripts.bench_engine
+  python -m scripts.bench_engine --model=model.gguf --dtype=bfloat16
+
+The yardstick is a program of the products with the model's matrices only, at the same shapes and
+precision: what is above it is attention, norms, rotary embedding, sampling, reading and writing
+pages. Both are timed in turns, and the ratio is the median over the turns, so that a busy machine
+slows both alike.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from scripts import common
+from tokendance_jax import host
+from tokendance_jax.collector.plan import Shapes, pack
+from tokendance_jax.collector.policies import Dense
+from tokendance_jax.demo import demo_tokenizer_json
+from tokendance_jax.engine.programs import DecodeState, Programs
+from tokendance_jax.engine.sampling import sampling_arrays
+from tokendance_jax.model import Model
+from tokendance_jax.models.loading import Checkpoint
+from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.qwen2.model import matmul
+from tokendance_jax.models.qwen2.random import random_parameters
+from tokendance_jax.paged import PagePool
+
+_MODEL = flags.DEFINE_string(
+    "model",
+    "0.5B",
+    "A published size with random weights ('0.5B', '1.5B', ...), or any model that serve_round "
+    "takes. Times do not depend on the weights.",
+)
+_DTYPE = flags.DEFINE_multi_enum(
+    "dtype", ["float32", "bfloat16"], ["float32", "bfloat16"], "Precisions to time."
+)
+_ROWS = flags.DEFINE_integer("rows", 2048, "Rows of the prefill call.", lower_bound=1)
+_AGENTS = flags.DEFINE_integer("agents", 8, "Agents in both measurements.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 1024, "Tokens of each agent in decode.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 8, "Tokens of a decode call.", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 5, "How often each is timed.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of a program and of its matrix products, one pair per turn."""
+
+    what: str
+    dtype: str
+    program_s: list[float]
+    products_s: list[float]
+    tokens: int
+
+    @property
+    def ratio(self) -> float:
+        """Median over the turns of program time to products time."""
+        pairs = zip(self.program_s, self.products_s, strict=True)
+        return statistics.median(program / products for program, products in pairs)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second of the program, at the median."""
+        return self.tokens / statistics.median(self.program_s)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures and prints; returns the exit status."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
+    host.tune_allocator()
+    timings: list[Timing] = []
+    for dtype in _DTYPE.value:
+        model = _model(_MODEL.value, dtype)
+        timings += [time_prefill(model), time_decode(model)]
+        del model
+    table = Table("what", "precision", "ms", "products alone, ms", "ratio", "tokens/s")
+    for timing in timings:
+        table.add_row(
+            timing.what,
+            timing.dtype,
+            f"{1e3 * statistics.median(timing.program_s):.1f}",
+            f"{1e3 * statistics.median(timing.products_s):.1f}",
+            f"{timing.ratio:.2f}",
+            f"{timing.tokens_per_s:,.0f}",
+        )
+    Console(highlight=False).print(table)
+    if _JSON.value:
+        rows = [{**dataclasses.asdict(t), "ratio": t.ratio} for t in timings]
+        common.write_json(_JSON.value, {"timings": rows})
+    return 0
+
+
+class Bench:
+    """A model's programs, a pool, and lanes of random tokens in it."""
+
+    def __init__(self, model: Model, *, agents: int, prompt: int, room: int):
+        config = model.config
+        page_size = 16
+        pages = 1 + agents * -(-(prompt + room) // page_size)
+        self.model = model
+        self.shapes = Shapes.of(
+            row_budget=max(64, agents * prompt),
+            max_lanes=max(4, agents),
+            max_tokens=prompt + room,
+            pages=pages,
+            page_size=page_size,
+        )
+        self.programs = Programs(model, self.shapes)
+        self.kv = model.abstract_kv(pages=pages, page_size=page_size).zeros()
+        policy = Dense(PagePool(pages), page_size)
+        draw = np.random.default_rng(0)
+        self.lanes = [
+            policy.open(draw.integers(0, config.vocab_size, prompt, dtype=np.int32), room)
+            for _ in range(agents)
+        ]
+        (self.plan,) = pack(self.lanes, self.shapes)
+        self.seats = self.plan.out_row.shape[0]
+        self.sampling = sampling_arrays(
+            self.seats,
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            keys=[np.zeros(2, np.uint32)] * agents,
+            limits=[prompt + room] * agents,
+            stop_ids=[],
+        )
+
+    def prefill(self) -> jax.Array:
+        """Computes all prompts and chooses the first tokens."""
+        hidden = self.programs.new_hidden(self.seats)
+        self.kv, hidden = self.programs.prefill(self.kv, hidden, self.plan)
+        return self.programs.first_token(hidden, self.sampling)
+
+    def decode(self, state: DecodeState, slot: np.ndarray) -> jax.Array:
+        """Generates as many tokens as `slot` has columns."""
+        self.kv, tokens = self.programs.decode(
+            self.kv, state, self.plan.tables, slot, self.sampling
+        )
+        return tokens
+
+
+def time_prefill(model: Model) -> Timing:
+    """Times one packed prefill call, up to everybody's first token."""
+    agents, each = _AGENTS.value, _ROWS.value // _AGENTS.value
+    bench = Bench(model, agents=agents, prompt=each, room=0)
+    products = matrix_products(model, rows=agents * each, head_rows=bench.seats, repeat=1)
+    what = f"prefill of {agents} x {each} rows"
+    return _in_turns(what, model, bench.prefill, products, tokens=agents * each, parts=1)
+
+
+def time_decode(model: Model) -> Timing:
+    """Times one decode step, as the mean of a call of several."""
+    agents, context, steps = _AGENTS.value, _CONTEXT.value, _STEPS.value
+    bench = Bench(model, agents=agents, prompt=context, room=steps)
+    bench.prefill()
+    slot = np.full((bench.seats, steps), bench.shapes.no_slot, np.int32)
+    for seat, lane in enumerate(bench.lanes):
+        ahead = context + np.arange(steps, dtype=np.int32)
+        slot[seat], _ = lane.locate(ahead, bench.shapes.page_size)
+    state = DecodeState(
+        token=np.zeros(bench.seats, np.int32),
+        position=np.full(bench.seats, context, np.int32),
+        live=np.arange(bench.seats) < agents,
+        generated=np.ones(bench.seats, np.int32),
+    )
+    products = matrix_products(model, rows=bench.seats, head_rows=bench.seats, repeat=steps)
+    what = f"decode step of {agents} agents at {context} tokens"
+    program = lambda: bench.decode(state, slot)  # noqa: E731
+    return _in_turns(what, model, program, products, tokens=agents, parts=steps)
+
+
+def matrix_products(
+    model: Model, *, rows: int, head_rows: int, repeat: int
+) -> Callable[[], jax.Array]:
+    """A program of the model's own products and nothing else, `repeat` times.
+
+    Every product takes the result of an earlier one where the model does, cast to its precision;
+    results that nothing takes are kept by reading one number of each.
+    """
+    config = model.config
+
+    def once(
+        state: nnx.State, index: jax.Array, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        x, kept = carry
+        qwen = nnx.merge(model.graph, state)
+        row = index % rows
+
+        def keep(kept: jax.Array, result: jax.Array) -> jax.Array:
+            return kept + jax.lax.dynamic_index_in_dim(result, row, keepdims=False)[0]
+
+        for block in qwen.layers:
+            attention, mlp = block.self_attn, block.mlp
+            kept = keep(kept, matmul(x, attention.k_proj.weight[...]))
+            kept = keep(kept, matmul(x, attention.v_proj.weight[...]))
+            x = matmul(matmul(x, attention.q_proj.weight[...]), attention.o_proj.weight[...])
+            kept = keep(kept, matmul(x, mlp.gate_proj.weight[...]))
+            x = matmul(matmul(x, mlp.up_proj.weight[...]), mlp.down_proj.weight[...])
+        head = qwen.embed_tokens if qwen.lm_head is None else qwen.lm_head
+        logits = matmul(x[:head_rows], head.weight[...])
+        return x, kept + jnp.max(logits)
+
+    def products(state: nnx.State, x: jax.Array, first: jax.Array) -> jax.Array:
+        step = functools.partial(once, state)
+        return jax.lax.fori_loop(first, first + repeat, step, (x, jnp.float32(0)))[1]
+
+    x = jnp.full((rows, config.hidden_size), 1e-3, jnp.float32)
+    compiled = jax.jit(products).lower(model.state, x, np.int32(0)).compile()
+    return lambda: compiled(model.state, x, np.int32(0))
+
+
+def _in_turns(
+    what: str,
+    model: Model,
+    program: Callable[[], jax.Array],
+    products: Callable[[], jax.Array],
+    *,
+    tokens: int,
+    parts: int,
+) -> Timing:
+    """Times both in turns, after one call of each; `parts` steps are in a call."""
+    program_s, products_s = [], []
+    for turn in range(_TURNS.value + 1):
+        for call, seconds in ((program, program_s), (products, products_s)):
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                seconds.append((time.perf_counter() - started) / parts)
+    return Timing(what, model.dtype.name, program_s, products_s, tokens)
+
+
+def _model(source: str, dtype: str) -> Model:
+    try:
+        config = Qwen2Config.preset(source)
+    except ValueError:
+        return common.model_of(source, dtype)
+    checkpoint = Checkpoint(
+        config=config,
+        params=random_parameters(config, dtype),
+        tokenizer_json=demo_tokenizer_json(),
+        chat_template=None,
+        stop_ids=(),
+        name=source,
+    )
+    return Model.from_checkpoint(checkpoint, dtype)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,105 @@
+"""What the scripts share: loading models and traces by flag values, and writing JSON."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+
+from tokendance_jax.demo import demo_trace
+from tokendance_jax.demo.model import demo_model
+from tokendance_jax.model import Model, load_model
+from tokendance_jax.prompt import PromptError, Trace, read_trace, tokenize_round
+
+DEMO = "demo"
+
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def quiet_logs() -> None:
+    """Shows warnings only, unless --verbosity says otherwise.
+
+    JAX logs the accelerators that it does not find as information, Orbax its every step.
+    """
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+
+
+def model_of(source: str, dtype: str) -> Model:
+    """Loads the model that `--model` names: "demo", or whatever `load_model` takes."""
+    return demo_model(dtype) if source == DEMO else load_model(source, dtype=dtype, progress=True)
+
+
+def trace_of(path: str, name: str | None) -> Trace:
+    """Reads the trace that `--trace` and `--trace_name` name: "demo", or a file."""
+    return demo_trace() if path == DEMO else read_trace(Path(path), name)
+
+
+def cut_trace(trace: Trace, *, rounds: int, agents: int, max_new_tokens: int) -> Trace:
+    """Keeps the first rounds and the first agents of each, and limits the answers.
+
+    The shared blocks of agents that are left out stay in the prompts of the others. Zero keeps all.
+    """
+    kept = trace.rounds[: rounds or None]
+    kept = [dataclasses.replace(r, agents=r.agents[: agents or None]) for r in kept]
+    if max_new_tokens:
+        kept = [
+            dataclasses.replace(
+                moment,
+                max_new_tokens=max_new_tokens,
+                agents=tuple(
+                    dataclasses.replace(agent, max_new_tokens=None) for agent in moment.agents
+                ),
+            )
+            for moment in kept
+        ]
+    return dataclasses.replace(trace, rounds=tuple(kept))
+
+
+def parse_bytes(text: str) -> int:
+    """Reads "1500000", "512MiB" or "1.5GiB" as bytes.
+
+    Raises:
+      ValueError: if the text is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KiB|MiB|GiB)", text)
+    if match is None:
+        raise ValueError(f"kv_memory: {text!r} is not a size; write 'auto', '512MiB' or '2GiB'")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def needed_kv_memory(model: Model, trace: Trace, *, page_size: int, chat: bool) -> int:
+    """Bytes that hold the largest round of a trace twice: once in use, once kept for reuse."""
+    pages = 1
+    for moment in trace.rounds:
+        prompts = tokenize_round(moment, model.tokenizer, chat=chat)
+        limits = [agent.max_new_tokens or moment.max_new_tokens for agent in moment.agents]
+        tokens = [len(p.token_ids) + limit for p, limit in zip(prompts, limits, strict=True)]
+        pages = max(pages, 1 + sum(2 * math.ceil(count / page_size) for count in tokens))
+    return pages * model.abstract_kv(pages=1, page_size=page_size).page_bytes
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=target.parent, prefix=target.name, delete=False, encoding="utf-8"
+    ) as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+    os.replace(file.name, target)
+
+
+def check_json_path(path: str | None) -> None:
+    """Refuses a `--json` that could not be written, before any work is done.
+
+    Raises:
+      PromptError: if the folder does not exist.
+    """
+    if path and not Path(path).parent.is_dir():
+        raise PromptError(f"json: the folder {Path(path).parent} does not exist; make it first")

@@ -1,0 +1,55 @@
+"""Converts a Qwen2 checkpoint to the project's Orbax format.
+
+Reads a Hugging Face folder, a GGUF file, an Orbax folder or a hub id, and writes a new Orbax
+folder, which loads faster. Nothing is left at the target when the conversion fails.
+
+  python -m scripts.convert_weights --source=Qwen/Qwen2.5-0.5B-Instruct --target=weights/0.5b
+  python -m scripts.convert_weights --source=model.gguf --target=weights/coder --dtype=float32
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from tokendance_jax.models.loading import CheckpointError, load_checkpoint, save_orbax
+from tokendance_jax.models.loading.orbax_folder import check_target
+
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "What to convert: a folder with config.json and safetensors files, a GGUF file, an Orbax "
+    "folder or a Hugging Face hub id.",
+    required=True,
+)
+_TARGET = flags.DEFINE_string("target", None, "Folder to write; must not exist.", required=True)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "bfloat16",
+    ["float32", "bfloat16"],
+    "Type of the matrices; norm weights and biases are always float32.",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Converts and returns the exit status: 0, or 1 after a message on stderr."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    target = Path(_TARGET.value).expanduser()
+    try:
+        check_target(target)
+        checkpoint = load_checkpoint(_SOURCE.value, dtype=_DTYPE.value, progress=True)
+        save_orbax(checkpoint, target)
+    except (CheckpointError, OSError) as error:
+        print(f"convert_weights: {error}", file=sys.stderr)
+        return 1
+    size = sum(array.nbytes for array in checkpoint.params.values())
+    print(f"{checkpoint.name}: {len(checkpoint.params)} arrays, {size:,} bytes -> {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    # Orbax logs every step as information; --verbosity=0 shows it.
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
+    app.run(main)

@@ -1,0 +1,74 @@
+"""Trains the demo's tokenizer on the demo's trace.
+
+    python -m scripts.make_demo_tokenizer
+
+Writes tokendance_jax/demo/tokenizer.json. The demo weights are trained for exactly these ids: make
+new weights after a change.
+"""
+
+import pathlib
+from collections.abc import Iterator
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import tokendance_jax.demo
+from tokendance_jax.prompt import Trace
+
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCAB_SIZE = 1024
+
+# How Qwen2 cuts text into words: numbers digit by digit, a space belongs to the word after it.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _texts(trace: Trace) -> Iterator[str]:
+    """The texts of all prompts and answers, as often as they occur."""
+    for moment in trace.rounds:
+        for prompt in moment.agents:
+            yield from (segment.text for segment in prompt.segments if segment.text)
+            if prompt.recorded_output:
+                yield prompt.recorded_output
+
+
+def train(trace: Trace) -> str:
+    """Trains a byte-level BPE of 1024 ids, built like Qwen2's, the control tokens last.
+
+    Args:
+      trace: the texts to train on.
+
+    Returns:
+      The `tokenizer.json` text; the same trace gives the same vocabulary and merges.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(CONTROL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(trace), trainer)
+    tokenizer.add_special_tokens(list(CONTROL_TOKENS))
+    return tokenizer.to_str(pretty=True) + "\n"
+
+
+def main() -> None:
+    """Writes the tokenizer beside the demo's trace."""
+    folder = pathlib.Path(tokendance_jax.demo.__file__).parent
+    text = train(tokendance_jax.demo.demo_trace())
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Serves the rounds of a trace and shows what each agent said, and what it cost.
+
+  python -m scripts.serve_round
+  python -m scripts.serve_round --model=model.gguf --trace=rounds.jsonl.gz
+  python -m scripts.serve_round --policy=dense --policy=prefix --json=result.json
+
+Without flags it serves an embedded trace of four agents with a small embedded model of random
+weights: it shows that everything runs, not that the model makes sense.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from scripts import common
+from tokendance_jax import host
+from tokendance_jax.collector.policies import POLICIES
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.result import RoundResult
+from tokendance_jax.model import Model
+from tokendance_jax.models.loading import CheckpointError
+from tokendance_jax.paged import OutOfPages
+from tokendance_jax.prompt import PromptError, Sampling, Trace
+
+_MODEL = flags.DEFINE_string(
+    "model",
+    common.DEMO,
+    "Model: 'demo', a Hugging Face folder, a hub id, a .gguf file, or a folder of convert_weights.",
+)
+_TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace: 'demo', or a .jsonl or .jsonl.gz file.")
+_TRACE_NAME = flags.DEFINE_string(
+    "trace_name", None, "Which trace of a file with several; the first by default."
+)
+_REPLAY = flags.DEFINE_bool(
+    "replay",
+    True,
+    "Whether shared blocks are the recorded answers (--replay) or this run's own (--noreplay).",
+)
+_CHAT = flags.DEFINE_enum(
+    "chat",
+    "auto",
+    ["auto", "yes", "no"],
+    "Whether prompts are set into the model's chat markup; auto: in live runs (--noreplay).",
+)
+_POLICY = flags.DEFINE_multi_enum(
+    "policy", ["prefix"], POLICIES, "Which KV is reused. Repeat the flag to compare policies."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 0, "Serve this many rounds; 0: all.", lower_bound=0)
+_AGENTS = flags.DEFINE_integer(
+    "agents", 0, "Serve the first so many agents of each round; 0: all.", lower_bound=0
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 0, "Most tokens of an answer; 0: as the trace says.", lower_bound=0
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["float32", "bfloat16"], "Precision of weights and KV."
+)
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Token slots in a KV page.")
+_KV_MEMORY = flags.DEFINE_string(
+    "kv_memory", "auto", "Size of the KV pool ('512MiB', '2GiB'); auto: as the trace needs."
+)
+_ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from this many best tokens; 0: from all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the best tokens of this probability mass.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
+_COLD = flags.DEFINE_bool("cold", False, "Count compilation in the times.")
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "auto",
+    "Folder that keeps compiled programs between runs; auto: in the user's cache folder; 'off'.",
+)
+_JSON = flags.DEFINE_string("json", None, "File to write configuration and results to.")
+
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+@dataclasses.dataclass
+class _Run:
+    """What was served so far: policy to results, and how the run stands."""
+
+    results: dict[str, list[RoundResult]]
+    interrupted: bool = False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serves; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
+    host.tune_allocator()
+    if _COMPILATION_CACHE.value != "off":
+        folder = _COMPILATION_CACHE.value
+        host.cache_compilations(None if folder == "auto" else folder)
+    console = Console(highlight=False)
+    try:
+        common.check_json_path(_JSON.value)
+        trace = _trace()
+        model = common.model_of(_MODEL.value, _DTYPE.value)
+        run = _serve(model, trace, console)
+    except (CheckpointError, PromptError, OutOfPages, OSError, ValueError) as error:
+        print(f"serve_round: {error}", file=sys.stderr)
+        return 1
+    if any(run.results.values()):
+        console.print(_table(run.results))
+    if _JSON.value:
+        common.write_json(_JSON.value, _json(run.results))
+        console.print(f"Written: {escape(_JSON.value)}")
+    if run.interrupted:
+        console.print("Interrupted: what is shown is what was done.")
+        return _INTERRUPTED
+    return 0
+
+
+def _trace() -> Trace:
+    trace = common.cut_trace(
+        common.trace_of(_TRACE.value, _TRACE_NAME.value),
+        rounds=_ROUNDS.value,
+        agents=_AGENTS.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+    )
+    sampling = Sampling(
+        temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value
+    )
+    rounds = tuple(dataclasses.replace(moment, sampling=sampling) for moment in trace.rounds)
+    return dataclasses.replace(trace, rounds=rounds)
+
+
+def _serve(model: Model, trace: Trace, console: Console) -> _Run:
+    """Serves the trace under every policy."""
+    chat = {"yes": True, "no": False, "auto": None}[_CHAT.value]
+    if _KV_MEMORY.value == "auto":
+        kv_memory = common.needed_kv_memory(
+            model, trace, page_size=_PAGE_SIZE.value, chat=bool(chat) or not _REPLAY.value
+        )
+    else:
+        kv_memory = common.parse_bytes(_KV_MEMORY.value)
+    console.print(
+        f"[bold]{escape(trace.name)}[/]: {len(trace.rounds)} rounds of up to "
+        f"{max(len(moment.agents) for moment in trace.rounds)} agents; "
+        f"[bold]{escape(model.name)}[/] in {model.dtype.name}; "
+        f"KV pool {kv_memory / 2**20:,.0f} MiB"
+    )
+    policies = list(dict.fromkeys(_POLICY.value))
+    run = _Run({policy: [] for policy in policies})
+    programs = None
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        bar = progress.add_task("", total=None)
+        try:
+            for policy in policies:
+                engine = RoundEngine(
+                    model,
+                    policy=policy,
+                    page_size=_PAGE_SIZE.value,
+                    kv_memory=kv_memory,
+                    row_budget=_ROW_BUDGET.value,
+                    max_agents=max(len(moment.agents) for moment in trace.rounds),
+                    cold=_COLD.value,
+                    programs=programs,
+                )
+                programs = engine.programs
+                served = engine.run(
+                    trace,
+                    replay=_REPLAY.value,
+                    chat=chat,
+                    on_token=lambda *_: progress.advance(bar),
+                )
+                for moment in trace.rounds:
+                    most = sum(a.max_new_tokens or moment.max_new_tokens for a in moment.agents)
+                    progress.reset(bar, total=most, description=f"{policy}, round {moment.index}")
+                    result = next(served)
+                    run.results[policy].append(result)
+                    _tell(console, policy, result, run.results[policies[0]])
+                del engine, served  # its pool, before the next one is made
+        except KeyboardInterrupt:
+            run.interrupted = True
+    return run
+
+
+def _tell(console: Console, policy: str, result: RoundResult, first: Sequence[RoundResult]) -> None:
+    """Prints the answers, or how many are those of the first policy."""
+    console.print(f"\n[bold]Round {result.index}, {policy}[/]")
+    reference = {r.index: r for r in first}[result.index]
+    if reference is not result:
+        same = sum(a.text == b.text for a, b in zip(result.agents, reference.agents, strict=True))
+        console.print(f"{same} of {len(result.agents)} answers equal those of the first policy.")
+        return
+    for agent in result.agents:
+        console.print(f"[cyan]{escape(agent.agent)}[/]: {escape(agent.text.strip())}")
+
+
+def _table(results: dict[str, list[RoundResult]]) -> Table:
+    title = "Tokens, seconds and KV bytes" + ("" if _COLD.value else " (compilation left out)")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for column in ("policy", "round"):
+        table.add_column(column, no_wrap=True)
+    # Two lines each, so that the table fits 80 columns.
+    tokens = ("prompt\ntokens", "computed", "reused")
+    times = ("prefill\ns", "decode\ns", "decode\ntok/s")
+    for column in (*tokens, *times, "KV MiB\nheld", "KV MiB\ndense"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for policy, rounds in results.items():
+        for result in rounds:
+            ledger, timings = result.ledger, result.timings
+            later = ledger.decoded_tokens - len(result.agents)  # the first tokens are prefill's
+            table.add_row(
+                policy,
+                str(result.index),
+                f"{ledger.prompt_tokens:,}",
+                f"{ledger.computed_tokens:,}",
+                f"{ledger.reused_tokens / ledger.prompt_tokens:.1%}",
+                f"{timings.prefill_s:.2f}",
+                f"{timings.decode_s:.2f}",
+                f"{later / timings.decode_s:,.0f}" if later else "-",
+                f"{ledger.kv_bytes_held / 2**20:,.1f}",
+                f"{ledger.kv_bytes_dense / 2**20:,.1f}",
+            )
+    return table
+
+
+def _json(results: dict[str, list[RoundResult]]) -> dict[str, Any]:
+    own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
+    config = {flag.name: flag.value for flag in own}
+    rows = [
+        {
+            "policy": policy,
+            "round": result.index,
+            "agents": len(result.agents),
+            **dataclasses.asdict(result.ledger),
+            **dataclasses.asdict(result.timings),
+            "outputs": result.texts,
+            "output_ids": {agent.agent: list(agent.token_ids) for agent in result.agents},
+            "finish_reasons": {agent.agent: agent.finish_reason for agent in result.agents},
+        }
+        for policy, rounds in results.items()
+        for result in rounds
+    ]
+    return {"config": config, "rounds": rows}
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,261 @@
+"""Attention cases: lanes of a round and pools that hold them, shared by the kernel tests."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from tokendance_jax.collector.buckets import Buckets
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.plan import Shapes, lane_tables, row_tiles
+from tokendance_jax.kernels import rope
+from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+
+THETA = 1e6
+LAYERS, LAYER = 2, 1
+LANES, ROWS = 8, 384
+BF16_NAN = 0x7FC0
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Head shape of a model."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+HEADS = (Heads(14, 2, 64), Heads(4, 4, 32), Heads(8, 2, 128))
+PAGE_SIZES = (8, 16, 32)
+# Every pair of heads and page size in float32; each head shape and each page size in bfloat16.
+COMBINATIONS = [
+    *((heads, page_size, "float32") for heads in HEADS for page_size in PAGE_SIZES),
+    *((heads, page_size, "uint16") for heads, page_size in zip(HEADS, PAGE_SIZES, strict=True)),
+]
+
+# (page, frame, first, slots)
+Entry = tuple[int, int, int, int]
+
+
+def lane(entries: list[Entry], computed: int, *, ahead: int = 0) -> LanePlan:
+    """A lane that computes its last `computed` tokens; `ahead` slots after them are not written."""
+    page, frame, first, slots = np.array(entries, np.int32).T
+    tokens = int(slots.sum()) - ahead
+    return LanePlan(
+        token_ids=np.zeros(tokens, np.int32),
+        computed=np.arange(tokens - computed, tokens, dtype=np.int32),
+        page=page,
+        frame=frame,
+        first=first,
+        slots=slots,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A round of lanes in bucket shapes. Rows stand in the lanes' order.
+
+    Attributes:
+      lanes: the lanes in use.
+      pages: pages of the pool.
+      page_size: token slots in a page.
+      tables: block tables of `LANES` lanes.
+      lane: lane of each of `ROWS` rows; `LANES` for padding.
+      position: logical position of each row; 0 for padding.
+      tiles: the rows grouped by lane.
+    """
+
+    lanes: list[LanePlan]
+    pages: int
+    page_size: int
+    tables: LaneTables
+    lane: np.ndarray
+    position: np.ndarray
+    tiles: RowTiles
+
+    @classmethod
+    def of(cls, lanes: list[LanePlan], *, pages: int, page_size: int) -> "Case":
+        """Stacks lanes; all cases of one page size have the same shapes."""
+        block = block_pages(page_size)
+        shapes = Shapes(
+            rows=Buckets(ROWS, ROWS),
+            lanes=Buckets(LANES, LANES),
+            entries=Buckets(7 * block, 7 * block),
+            pages=pages,
+            page_size=page_size,
+        )
+        used = np.repeat(np.arange(len(lanes), dtype=np.int32), [len(p.computed) for p in lanes])
+        row_lane, position = np.full(ROWS, LANES, np.int32), np.zeros(ROWS, np.int32)
+        row_lane[: len(used)] = used
+        position[: len(used)] = np.concatenate([p.computed for p in lanes])
+        return cls(
+            lanes=lanes,
+            pages=pages,
+            page_size=page_size,
+            tables=lane_tables(lanes, shapes),
+            lane=row_lane,
+            position=position,
+            tiles=row_tiles(used, rows=ROWS, lanes=LANES),
+        )
+
+    @property
+    def used(self) -> np.ndarray:
+        """bool [rows]: rows that are no padding."""
+        return self.lane < LANES
+
+    def last_positions(self) -> np.ndarray:
+        """i32 [lanes]: position of each lane's last token, -1 where there is no lane."""
+        last = np.full(LANES, -1, np.int32)
+        last[: len(self.lanes)] = [len(p.token_ids) - 1 for p in self.lanes]
+        return last
+
+    def read_slots(self) -> np.ndarray:
+        """bool [pages, page_size]: slots that hold a token of some lane."""
+        read = np.zeros((self.pages, self.page_size), np.bool_)
+        for plan in self.lanes:
+            slot, _ = plan.locate(np.arange(len(plan.token_ids), dtype=np.int32), self.page_size)
+            read.reshape(-1)[slot] = True
+        return read
+
+
+def sharing(page_size: int) -> Case:
+    """A round with every kind of lane, and two lanes of padding."""
+    half = page_size // 2
+    pages = iter(range(1, 1000))
+
+    def fresh(tokens: int) -> list[Entry]:
+        """Own pages in frame 0, the last one partial."""
+        full, rest = divmod(tokens, page_size)
+        entries = [(next(pages), 0, 0, page_size) for _ in range(full)]
+        return [*entries, (next(pages), 0, 0, rest)] if rest else entries
+
+    # More than a key block (256) and two row tiles (128): everything computed. Room for an answer.
+    base = fresh(300)
+    base_page = [page for page, *_ in base]
+    shared = base_page[: 256 // page_size]
+
+    def mapped(some: list[int], frame: int) -> list[Entry]:
+        return [(page, frame, 0, page_size) for page in some]
+
+    lanes = [
+        lane([*base, *fresh(2 * page_size)], 300, ahead=2 * page_size),
+        # One token.
+        lane(fresh(1), 1),
+        # Prefix reuse: the first block of the base in frame 0, the tail computed.
+        lane([*mapped(shared, 0), *fresh(21)], 21),
+        # Private text of odd length, then base pages moved up, down and far away, one frame per
+        # block; the task computed.
+        lane(
+            [
+                *fresh(21),
+                *mapped(shared[4:8], 21),
+                *mapped(shared[1:3], -page_size),
+                *mapped(shared[3:5], 100_000),
+                *mapped(shared[5:6], -100_000),
+                *fresh(9),
+            ],
+            9,
+        ),
+        # Partial pages: their first slots, their last slots, a slot in the middle; and one page
+        # twice under two frames.
+        lane(
+            [
+                (shared[0], 0, 0, half),
+                (shared[2], 7, half, page_size - half),
+                (shared[3], 7, half, 1),
+                (shared[1], 50, 0, page_size),
+                (shared[1], -50, 1, page_size - 1),
+                *fresh(5),
+            ],
+            5,
+        ),
+        # A tail that begins within a page; the table goes on behind it.
+        lane([*mapped(shared[:3], 0), *fresh(40)], 15, ahead=20),
+    ]
+    return Case.of(lanes, pages=next(pages) + 2, page_size=page_size)
+
+
+def random_case(seed: int, page_size: int) -> Case:
+    """Lanes of random entries over few pages: overlaps, gaps and frames as they fall."""
+    random = np.random.default_rng(seed)
+    lanes = []
+    for _ in range(random.integers(1, LANES)):
+        entries: list[Entry] = []
+        for _ in range(random.integers(1, 7)):
+            frame = int(random.choice([0, 0, 5, -5, 100_000, -9_000_000]))
+            for _ in range(random.integers(1, 5)):
+                first = int(random.integers(0, page_size))
+                slots = int(random.integers(1, page_size - first + 1))
+                entries.append((int(random.integers(1, 30)), frame, first, slots))
+        # Slots after the last row may be named elsewhere in the same round: they are no poison then.
+        ahead = int(random.integers(0, entries[-1][3]))
+        tokens = sum(slots for *_, slots in entries) - ahead
+        computed = int(random.integers(1, min(tokens, ROWS // LANES) + 1))
+        lanes.append(lane(entries, computed, ahead=ahead))
+    return Case.of(lanes, pages=40, page_size=page_size)
+
+
+def pools(case: Case, heads: Heads, dtype: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random K and V in storage dtype ("float32", or "uint16" for bfloat16 bits)."""
+    shape = (LAYERS, case.pages, case.page_size, heads.kv_heads, heads.head_dim)
+    drawn = np.random.default_rng(seed).standard_normal((2, *shape)).astype(np.float32)
+    k, v = drawn.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "uint16" else drawn
+    return k, v
+
+
+def poisoned(case: Case, pool: np.ndarray) -> np.ndarray:
+    """The pool with NaN wherever no lane has a token: page 0, other pages, rests, later slots."""
+    clean = case.read_slots()
+    assert not clean[0].any()
+    pool = pool.copy()
+    pool[:, ~clean] = BF16_NAN if pool.dtype == np.uint16 else np.nan
+    pool[1 - LAYER] = BF16_NAN if pool.dtype == np.uint16 else np.nan
+    return pool
+
+
+def queries(rows: int, heads: Heads, seed: int = 1) -> np.ndarray:
+    """Random queries f32 [rows, heads, head_dim]."""
+    shape = rows, heads.heads, heads.head_dim
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def tolerance(dtype: str) -> float:
+    """Largest error of an output, relative to the largest output.
+
+    A bfloat16 pool meets queries and weights rounded to bfloat16 (relative error 2**-9 each): a
+    score of up to 5 moves by 1e-2, and its weight by as much; averages over few slots show it.
+    """
+    return 2e-2 if dtype == "uint16" else 1e-5
+
+
+def assert_close(out: jax.Array, expected: jax.Array, dtype: str) -> None:
+    """Compares attention outputs within `tolerance`."""
+    expected_ = np.asarray(expected)
+    assert np.isfinite(expected_).all()
+    scale = np.abs(expected_).max()
+    np.testing.assert_allclose(out, expected_, rtol=0, atol=tolerance(dtype) * scale)
+
+
+def rerotated(case: Case, k_pool: np.ndarray, pages: int) -> tuple[Case, np.ndarray, np.ndarray]:
+    """The same case in frame 0: lanes read copies of their pages, keys rotated by the frame.
+
+    Returns:
+      The case, its keys in a pool of `pages` pages, and the page that each of them copies.
+    """
+    source, frame, lanes = [0], [0], []
+    for plan in case.lanes:
+        page = np.arange(len(source), len(source) + len(plan.page), dtype=np.int32)
+        lanes.append(dataclasses.replace(plan, page=page, frame=np.zeros_like(plan.frame)))
+        source += plan.page.tolist()
+        frame += plan.frame.tolist()
+    filler = [0] * (pages - len(source))
+    source, frame = np.array(source + filler), jnp.array(frame + filler, jnp.int32)
+    cos, sin = rope.rotation(frame, theta=THETA, head_dim=k_pool.shape[-1])
+    keys = rope.rotate(
+        jnp.asarray(k_pool[:, source]), cos[None, :, None, None, :], sin[None, :, None, None, :]
+    )
+    return Case.of(lanes, pages=pages, page_size=case.page_size), np.asarray(keys), source

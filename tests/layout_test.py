@@ -1,0 +1,143 @@
+"""The layout that imports and packaging rest on: one module object per file, small files."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tokendance_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKED = ("kernels", "models")
+FOLDERS = (*LINKED, "scripts", "tests", "tokendance_jax")
+CORE = {
+    "absl-py",
+    "flax",
+    "jax",
+    "jaxlib",
+    "jaxtyping",
+    "jinja2",
+    "numpy",
+    "orbax-checkpoint",
+    "rich",
+    "safetensors",
+    "tokenizers",
+}
+
+# Imports every module of the package, then prints the modules that go by a bare name.
+_IMPORT_ALL = """
+import importlib, os, sys
+
+names = []
+for folder, _, files in os.walk("tokendance_jax", followlinks=True):
+    package = folder.replace(os.sep, ".")
+    names += [f"{package}.{file[:-3]}" for file in files if file.endswith(".py")]
+for name in names:
+    importlib.import_module(name.removesuffix(".__init__"))
+assert "tokendance_jax.kernels.rope" in sys.modules
+assert "tokendance_jax.models.qwen2.model" in sys.modules
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("kernels", "models")))
+"""
+
+
+def sources(*folders: str) -> Iterator[Path]:
+    """All Python files in folders of the root, each once: links are not followed."""
+    for top in folders:
+        for folder, _, files in os.walk(ROOT / top):
+            yield from (Path(folder, file) for file in files if file.endswith(".py"))
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import; a relative one starts with its dots."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, "." * node.level + (node.module or "")
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_root_folders_are_linked_into_the_package(name: str):
+    assert (ROOT / name).is_dir()
+    assert not (ROOT / name).is_symlink()
+    assert not (ROOT / name / "__init__.py").exists()
+    assert os.readlink(ROOT / "tokendance_jax" / name) == f"../{name}"
+
+
+def test_no_module_goes_by_a_bare_name():
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT_ALL],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_no_source_imports_a_bare_name():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sources(*FOLDERS)
+        for line, name in imports(path)
+        if name.split(".")[0] in LINKED
+    ]
+    assert not found
+
+
+def test_kernels_stand_on_jax_and_numpy_alone():
+    allowed = sys.stdlib_module_names | {"jax", "numpy"}
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sources("kernels")
+        for line, name in imports(path)
+        if name.split(".")[0] not in allowed
+        and not f"{name}.".startswith("tokendance_jax.kernels.")
+    ]
+    assert not found
+
+
+def test_files_are_short():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in sources(*FOLDERS)
+    }
+    assert len(lengths) > 50
+    assert not {path: length for path, length in lengths.items() if length >= 600}
+
+
+def test_core_dependencies():
+    names = [re.split(r"[^\w.-]", requirement)[0] for requirement in project()["dependencies"]]
+    assert len(names) == len(set(names))
+    assert set(names) == CORE
+
+
+def test_version_is_the_projects():
+    assert tokendance_jax.__version__ == project()["version"]
+
+
+def test_public_names_are_there():
+    assert tokendance_jax.__all__ == sorted(tokendance_jax.__all__)
+    for name in tokendance_jax.__all__:
+        assert hasattr(tokendance_jax, name)
+
+
+def test_readme_and_ci_share_the_commands():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```sh\n(.+)\n```$", readme, re.MULTILINE)[:2]
+    assert first.endswith(" && .venv/bin/python -m scripts.serve_round")
+    assert second.endswith(" && .venv/bin/python -m pytest")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    for command in (first, second):
+        assert command.split(" && ")[-1] in ci

@@ -1,0 +1,307 @@
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.models.loading import tiny
+from tokendance_jax.models.loading import CheckpointError, load, load_checkpoint, stored
+
+PARAMS = tiny.random_params(tiny.CONFIG)
+TENSORS = tiny.hf_tensors(PARAMS)
+UNTIED = dataclasses.replace(tiny.CONFIG, tie_word_embeddings=False)
+
+
+def split(tensors: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    items = list(tensors.items())
+    return [dict(items[:10]), dict(items[10:])]
+
+
+def load_error(source: Any) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(source, dtype="float32")
+    return str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, [TENSORS])
+    return tmp_path / "tiny"
+
+
+@pytest.mark.parametrize("stored_as", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loads_every_type(
+    tmp_path: Path, stored_as: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stored, "_SLICE_VALUES", 1000)  # the last slice is shorter
+    params = {path: array.astype(stored_as) for path, array in PARAMS.items()}
+    tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, [tiny.hf_tensors(params, stored_as)])
+    checkpoint = load_checkpoint(tmp_path / "tiny", dtype=dtype)
+    assert checkpoint.config == tiny.CONFIG
+    assert checkpoint.name == "tiny"
+    assert checkpoint.tokenizer_json == tiny.tokenizer_json()
+    assert checkpoint.chat_template == tiny.TEMPLATE
+    assert checkpoint.stop_ids == (tiny.ENDOFTEXT, tiny.IM_END)
+    tiny.assert_params(checkpoint.params, params, dtype)
+
+
+def test_loads_shards(tmp_path: Path):
+    tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, split(TENSORS))
+    tiny.assert_params(
+        load_checkpoint(tmp_path / "tiny", dtype=jnp.bfloat16).params, PARAMS, "bfloat16"
+    )
+
+
+def test_untied(tmp_path: Path):
+    params = PARAMS | {"lm_head.weight": PARAMS["embed_tokens.weight"] + 1}
+    tiny.write_folder(tmp_path / "tiny", UNTIED, [tiny.hf_tensors(params)])
+    tiny.assert_params(
+        load_checkpoint(tmp_path / "tiny", dtype="float32").params, params, "float32"
+    )
+
+
+def test_harmless_extra_tensors(tmp_path: Path):
+    extra = {
+        "lm_head.weight": TENSORS["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(32, np.float32),
+    }
+    tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, [TENSORS | extra])
+    tiny.assert_params(
+        load_checkpoint(tmp_path / "tiny", dtype="float32").params, PARAMS, "float32"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "float64"])
+def test_other_target_type(folder: Path, dtype: str):
+    with pytest.raises(ValueError, match=f"dtype is {dtype}; float32 and bfloat16"):
+        load_checkpoint(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (
+            tiny.CONFIG,
+            {"model.norm.weight": None},
+            "model.norm.weight: the tensor is missing (1 of 26",
+        ),
+        (UNTIED, {}, "lm_head.weight: the tensor is missing"),
+        (
+            tiny.CONFIG,
+            {"model.norm.weight": np.zeros(8, np.float32)},
+            "model.norm.weight: has shape [8]; the configuration asks for [256]",
+        ),
+        (
+            tiny.CONFIG,
+            {"model.layers.2.mlp.up_proj.weight": np.zeros(8, np.float32)},
+            "model.layers.2.mlp.up_proj.weight: unknown tensor (1 in all)",
+        ),
+    ],
+)
+def test_wrong_tensors(tmp_path: Path, config: Any, change: dict, message: str):
+    tensors = {name: array for name, array in (TENSORS | change).items() if array is not None}
+    tiny.write_folder(tmp_path / "tiny", config, [tensors])
+    assert load_error(tmp_path / "tiny").startswith(f"{tmp_path / 'tiny'}: {message}")
+
+
+def test_nothing_is_read_before_every_check(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setattr(stored, "_read", fail)
+    assert "tokenizer.json: the tokenizer: the file is missing" in load_error(folder)
+
+
+def test_unsupported_tensor_type(folder: Path):
+    file = folder / "model.safetensors"
+    save_file(TENSORS | {"model.norm.weight": np.zeros(256, np.int32)}, file)
+    assert load_error(folder) == (
+        f"{file}: model.norm.weight: has type I32; F32, F16, BF16 are supported"
+    )
+
+
+def test_truncated_file(folder: Path):
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    for size in (0, 7, 8, 100):
+        file.write_bytes(data[:size])
+        assert load_error(folder).startswith(f"{file}: header: the file ends inside its header; ")
+    for wrong in (data[:-1], data + b"\0"):
+        file.write_bytes(wrong)
+        message = f"the header describes {len(data)} bytes and the file has {len(wrong)}; "
+        assert load_error(folder).startswith(f"{file}: tensor data: {message}")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{",
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32"}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": [], "shape": [2], "data_offsets": [0, 8]}}',
+        b"\xff\xfe",
+    ],
+)
+def test_damaged_header(folder: Path, header: bytes):
+    file = folder / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    assert load_error(folder).startswith(f"{file}: ")
+
+
+def test_file_that_shrinks_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def shrink(*arguments: Any, **keywords: Any) -> Any:
+        (folder / "model.safetensors").write_bytes(b"")
+        return stored.read_parameters(*arguments, **keywords)
+
+    monkeypatch.setattr("tokendance_jax.models.loading.huggingface.read_parameters", shrink)
+    assert "the file became shorter while it was read" in load_error(folder)
+
+
+def test_missing_shard(tmp_path: Path):
+    tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, split(TENSORS))
+    (tmp_path / "tiny" / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors: the file is missing" in load_error(tmp_path / "tiny")
+
+
+def test_index_that_does_not_match(tmp_path: Path):
+    folder = tmp_path / "tiny"
+    shard_of = tiny.write_folder(folder, tiny.CONFIG, split(TENSORS))
+    index = folder / "model.safetensors.index.json"
+    moved = shard_of | {"model.norm.weight": "model-00001-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": moved}))
+    assert load_error(folder).startswith(
+        f"{folder}/model-00001-of-00002.safetensors: model.norm.weight: the tensor is missing"
+    )
+    index.write_text(json.dumps({"weight_map": [1]}))
+    assert load_error(folder).startswith(f"{index}: weight_map: ")
+
+
+def test_no_weights_or_several_without_index(folder: Path):
+    save_file(TENSORS, folder / "other.safetensors")
+    assert "*.safetensors: 2 files and no model.safetensors.index.json" in load_error(folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    assert "*.safetensors: 0 files" in load_error(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_missing_file(folder: Path, name: str):
+    (folder / name).unlink()
+    assert load_error(folder).startswith(f"{folder / name}: ")
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_malformed_json(folder: Path, name: str, content: bytes):
+    (folder / name).write_bytes(content)
+    assert load_error(folder).startswith(f"{folder / name}: ")
+
+
+def test_malformed_tokenizer(folder: Path):
+    (folder / "tokenizer.json").write_text("{}")
+    assert load_error(folder).startswith(f"{folder}: tokenizer: malformed (")
+
+
+def test_tokenizer_of_another_model(tmp_path: Path):
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=260)
+    params = tiny.hf_tensors(tiny.random_params(config))
+    tiny.write_folder(tmp_path / "tiny", config, [params])
+    assert "tokenizer: has 263 tokens; the embedding has 260 rows" in load_error(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, None),
+        ("plain", "plain"),
+        ([{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}], "b"),
+    ],
+)
+def test_chat_template_of_tokenizer_config(folder: Path, template: Any, expected: str | None):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert load_checkpoint(folder, dtype="float32").chat_template == expected
+
+
+def test_chat_template_file_comes_first(folder: Path):
+    (folder / "chat_template.jinja").write_text("own file")
+    assert load_checkpoint(folder, dtype="float32").chat_template == "own file"
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert load_checkpoint(folder, dtype="float32").chat_template is None
+
+
+@pytest.mark.parametrize("template", [3, [], ["a"], [{"name": "rag", "template": "a"}]])
+def test_malformed_chat_template(folder: Path, template: Any):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert "chat_template: no default template" in load_error(folder)
+
+
+def test_stop_ids_fall_back(folder: Path):
+    (folder / "generation_config.json").write_text("{}")
+    assert load_checkpoint(folder, dtype="float32").stop_ids == (tiny.ENDOFTEXT,)
+    (folder / "config.json").write_text(json.dumps(tiny.CONFIG.to_hf()))
+    for token in ("<|im_end|>", {"content": "<|im_end|>"}):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+        assert load_checkpoint(folder, dtype="float32").stop_ids == (tiny.IM_END,)
+    (folder / "tokenizer_config.json").unlink()
+    assert "eos_token_id: no file names the token" in load_error(folder)
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        ("<|im_end|>", "eos_token_id: is ['<|im_end|>']; must be one id or a list"),
+        ([], "eos_token_id: is []; must be one id or a list"),
+        (272, "eos_token_id: is 272; the embedding has 272 rows"),
+    ],
+)
+def test_malformed_stop_ids(folder: Path, stop: Any, message: str):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    assert message in load_error(folder)
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "./nothing", "/nothing", "a/b.gguf", "x"])
+def test_missing_source(source: str):
+    assert load_error(source).startswith(f"{source}: source: there is no such file or folder; ")
+
+
+def test_hub(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = {}
+
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str]) -> str:
+        asked[repo_id] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    checkpoint = load_checkpoint("some-org/tiny-0.5B", dtype="float32")
+    assert checkpoint.name == "some-org/tiny-0.5B"
+    assert asked == {"some-org/tiny-0.5B": load._HUB_FILES}
+
+
+def test_hub_that_fails(monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def snapshot_download(repo_id: str, **_: object) -> str:
+        raise hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    assert "the hub cannot provide it (offline); check the path or hub id" in load_error("org/none")
+
+
+def test_hub_without_its_client(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install 'tokendance-jax[hub]'" in load_error("org/name")

@@ -1,0 +1,103 @@
+"""The real model against reference activations of an independent implementation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests import shared_data
+from tokendance_jax.collector.plan import pack
+from tokendance_jax.collector.policies import make_policy
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.kernels.round_attention import round_attention
+from tokendance_jax.model import Model
+from tokendance_jax.models.loading import load_checkpoint
+from tokendance_jax.paged.page_pool import PagePool
+from tokendance_jax.prompt.round import AgentPrompt, Round, Segment
+
+pytestmark = pytest.mark.real_model
+
+PROMPTS = ("public_short", "public_round")
+
+
+@pytest.fixture(scope="module")
+def model():
+    checkpoint = load_checkpoint(shared_data.real_gguf(), dtype=jnp.float32)
+    # The reference goes on past end tokens: take them from the model.
+    return Model.from_checkpoint(dataclasses.replace(checkpoint, stop_ids=()), jnp.float32)
+
+
+def golden(name):
+    return np.load(shared_data.shared_dir() / "golden" / f"{name}.npz")
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_activations_agree(model, name):
+    z = golden(name)
+    engine = RoundEngine(model, policy="dense", kv_memory=64 << 20)
+    shapes = engine.shapes
+    lane = make_policy("dense", PagePool(shapes.pages), shapes.page_size, "").open(
+        z["input_ids"], 0
+    )
+    (plan,) = pack([lane], shapes)
+    theta = model.config.rope_theta
+
+    @jax.jit
+    def forward(state, kv, plan):
+        qwen = nnx.merge(model.graph, state)
+        streams = []
+
+        def attend(q, kv, layer):
+            return round_attention(
+                q, kv.k, kv.v, layer, plan.rows.position, plan.tables, plan.tiles, theta=theta
+            )
+
+        x, kv = qwen.hidden(plan.rows, kv, attend, watch=streams.append)
+        at = jnp.asarray(z["pos"])
+        return (
+            jnp.stack([jnp.linalg.norm(stream[at], axis=-1) for stream in streams]),
+            jnp.stack([stream[at[-1]] for stream in streams]),
+            jnp.linalg.norm(qwen.norm(x[at]), axis=-1),
+            qwen.logits(x[at]),
+            kv,
+        )
+
+    kv = model.abstract_kv(pages=shapes.pages, page_size=shapes.page_size).zeros()
+    norms, last, final_norms, logits, kv = forward(model.state, kv, plan)
+
+    np.testing.assert_allclose(norms, z["hidden_norms"], rtol=1e-4)
+    np.testing.assert_allclose(final_norms, z["final_norm_norms"], rtol=1e-4)
+    np.testing.assert_allclose(last, z["hidden_last"], atol=2e-3, rtol=1e-3)
+    np.testing.assert_allclose(logits[-1], z["last_logits"], atol=2e-3)
+    np.testing.assert_allclose(
+        jax.scipy.special.logsumexp(logits, axis=-1), z["logsumexp"], atol=2e-3
+    )
+    top = np.asarray(jax.lax.top_k(logits, 8)[1])
+    apart = np.abs(np.diff(z["top8_logits"], axis=1)) > 1e-2
+    clear = np.pad(apart, ((0, 0), (0, 1))) & np.pad(apart, ((0, 0), (1, 0)), constant_values=True)
+    assert clear.sum() > 30
+    np.testing.assert_array_equal(top[clear], z["top8_ids"][clear])
+
+    slot, _ = lane.locate(z["pos"], shapes.page_size)
+    page, offset = slot // shapes.page_size, slot % shapes.page_size
+    for index, layer in enumerate(z["kv_layers"]):
+        scale = np.abs(z["k_rope"][index]).max()
+        keys = np.asarray(kv.k[layer])[page, offset]
+        np.testing.assert_allclose(keys / scale, z["k_rope"][index] / scale, atol=1e-5)
+        np.testing.assert_allclose(kv.v[layer][page, offset], z["v"][index], atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["dense", "prefix"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_greedy_continuation_is_equal(model, name, policy):
+    z = golden(name)
+    ids = tuple(int(token) for token in z["input_ids"])
+    prompt = AgentPrompt("a", (Segment("task", "t", token_ids=ids),))
+    engine = RoundEngine(model, policy=policy, kv_memory=64 << 20)
+    for _ in range(2):  # the second time, `prefix` reads the prompt from its pages
+        result = engine.serve(Round((prompt,), max_new_tokens=32))
+        assert result.agents[0].token_ids == tuple(z["greedy_ids"].tolist())
+    assert (result.ledger.reused_tokens > 0) == (policy == "prefix")

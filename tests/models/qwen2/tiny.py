@@ -1,0 +1,55 @@
+"""Tiny random Qwen2 models, and a prefill of lanes with them."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.plan import Shapes, pack
+from tokendance_jax.demo import demo_tokenizer_json
+from tokendance_jax.demo.model import DEMO_CONFIG
+from tokendance_jax.engine.programs import Programs
+from tokendance_jax.model import Model
+from tokendance_jax.models.loading import Checkpoint
+from tokendance_jax.models.qwen2.random import random_parameters
+from tokendance_jax.paged.kv import PagedKV
+
+
+def tiny_model(dtype: DTypeLike = "float32", *, tied: bool = False) -> Model:
+    """Two layers of 4 query and 2 KV heads of 16."""
+    config = dataclasses.replace(
+        DEMO_CONFIG,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        head_dim=16,
+        tie_word_embeddings=tied,
+    )
+    params = random_parameters(config, dtype)
+    checkpoint = Checkpoint(config, params, demo_tokenizer_json(), None, (), "tiny")
+    return Model.from_checkpoint(checkpoint, dtype)
+
+
+def tiny_shapes(row_budget: int) -> Shapes:
+    """Up to 4 lanes of 512 tokens over 64 pages of 16."""
+    return Shapes.of(row_budget=row_budget, max_lanes=4, max_tokens=512, pages=64, page_size=16)
+
+
+def tokens(count: int, seed: int = 0) -> np.ndarray:
+    """Random token ids."""
+    return np.random.default_rng(seed).integers(0, DEMO_CONFIG.vocab_size, count).astype(np.int32)
+
+
+def prefill(
+    model: Model, programs: Programs, lanes: Sequence[LanePlan]
+) -> tuple[PagedKV, jax.Array]:
+    """Computes the lanes into an empty pool; returns it and the residual stream at their ends."""
+    shapes = programs.shapes
+    kv = model.abstract_kv(pages=shapes.pages, page_size=shapes.page_size).zeros()
+    hidden = programs.new_hidden(shapes.lanes.fit(len(lanes)))
+    for plan in pack(lanes, shapes):
+        kv, hidden = programs.prefill(kv, hidden, plan)
+    return kv, hidden

@@ -1,0 +1,27 @@
+"""The real model and the data that live beside the repository."""
+
+import functools
+import subprocess
+from pathlib import Path
+
+import pytest
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared_dir() -> Path:
+    """Returns the shared folder, or skips the test where there is none."""
+    if not (_SHARED / "fetch_qwen.sh").is_file():
+        pytest.skip(f"needs the shared folder: {_SHARED} has no fetch_qwen.sh")
+    return _SHARED
+
+
+def real_gguf() -> Path:
+    """Returns the verified file of Qwen2.5-Coder-0.5B-Instruct, fetched if need be."""
+    return _fetch(shared_dir())
+
+
+@functools.cache
+def _fetch(shared: Path) -> Path:
+    command = ["bash", str(shared / "fetch_qwen.sh")]
+    return Path(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout[:-1])

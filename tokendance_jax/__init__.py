@@ -1,0 +1,45 @@
+"""TokenDance-JAX: serves rounds of many LLM agents on a paged KV state, in JAX."""
+
+from tokendance_jax.demo import demo_trace
+from tokendance_jax.demo.model import demo_model
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.result import RoundResult
+from tokendance_jax.model import Model, load_model
+from tokendance_jax.models.loading import CheckpointError
+from tokendance_jax.paged import OutOfPages
+from tokendance_jax.prompt import (
+    AgentPrompt,
+    PromptError,
+    Round,
+    Sampling,
+    Segment,
+    Trace,
+    gather,
+    read_trace,
+    split_prompt,
+    write_trace,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AgentPrompt",
+    "CheckpointError",
+    "Model",
+    "OutOfPages",
+    "PromptError",
+    "Round",
+    "RoundEngine",
+    "RoundResult",
+    "Sampling",
+    "Segment",
+    "Trace",
+    "__version__",
+    "demo_model",
+    "demo_trace",
+    "gather",
+    "load_model",
+    "read_trace",
+    "split_prompt",
+    "write_trace",
+]

@@ -1,0 +1,80 @@
+"""A lane: what one sequence computes, and where its context lies."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LanePlan:
+    """One sequence of a round: its tokens, the positions to compute, and its block table.
+
+    The table lists the slots of the whole context in logical order without gaps, room for the
+    answer included. It says where rows write as well as what they read: a row at logical position
+    p writes the slot that the table holds for p.
+
+    Attributes:
+      token_ids: the prompt.
+      computed: logical positions to compute, ascending; all others are read from their pages.
+      page: page of each table entry.
+      frame: logical minus canonical positions of each entry.
+      first: first valid slot of each entry.
+      slots: valid slots of each entry.
+    """
+
+    token_ids: Int32[np.ndarray, " tokens"]
+    computed: Int32[np.ndarray, " computed"]
+    page: Int32[np.ndarray, " entries"]
+    frame: Int32[np.ndarray, " entries"]
+    first: Int32[np.ndarray, " entries"]
+    slots: Int32[np.ndarray, " entries"]
+
+    @classmethod
+    def contiguous(
+        cls,
+        token_ids: Int32[np.ndarray, " tokens"],
+        pages: Int32[np.ndarray, " entries"],
+        *,
+        computed_from: int,
+        page_size: int,
+    ) -> "LanePlan":
+        """A lane whose pages are its own positions in order: frame 0, every slot valid."""
+        zeros = np.zeros(len(pages), np.int32)
+        return cls(
+            token_ids=token_ids,
+            computed=np.arange(computed_from, len(token_ids), dtype=np.int32),
+            page=pages,
+            frame=zeros,
+            first=zeros,
+            slots=np.full(len(pages), page_size, np.int32),
+        )
+
+    def locate(
+        self, position: Int32[np.ndarray, "*shape"], page_size: int
+    ) -> tuple[Int32[np.ndarray, "*shape"], Int32[np.ndarray, "*shape"]]:
+        """Finds the slot (page * page_size + offset) and the canonical position of positions."""
+        stop = np.cumsum(self.slots)
+        entry = np.searchsorted(stop, position, side="right")
+        start = stop[entry] - self.slots[entry]
+        slot = self.page[entry] * page_size + self.first[entry] + position - start
+        return slot.astype(np.int32), (position - self.frame[entry]).astype(np.int32)
+
+    def table(self, block_entries: int) -> Int32[np.ndarray, "4 padded_entries"]:
+        """The entries as rows page, frame, first, slots, with one frame to a key block.
+
+        Args:
+          block_entries: entries of a key block.
+
+        Returns:
+          i32 [4, entries], a multiple of `block_entries` long; empty entries fill up a block where
+          the frame changes and at the end.
+        """
+        entries = np.stack([self.page, self.frame, self.first, self.slots])
+        runs = np.split(entries, np.flatnonzero(np.diff(self.frame)) + 1, axis=1)
+        padded = []
+        for run in runs:
+            empty = np.zeros((4, -run.shape[1] % block_entries), np.int32)
+            empty[1] = run[1, 0] if run.shape[1] else 0
+            padded.append(np.concatenate([run, empty], axis=1))
+        return np.concatenate(padded, axis=1)

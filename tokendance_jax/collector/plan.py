@@ -1,0 +1,156 @@
+"""From lanes to the arrays of one jitted prefill: the round as one ragged batch."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import no_type_check
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from tokendance_jax.collector.buckets import Buckets
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.lanes import TILE_ROWS, Array, LaneTables, RowTiles
+from tokendance_jax.models.qwen2.model import Rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shapes:
+    """The static shapes that programs are compiled for.
+
+    Attributes:
+      rows: buckets of rows computed in one call; a round above the budget takes several calls.
+      lanes: buckets of lanes.
+      entries: buckets of table entries, each a multiple of a key block.
+      pages: pages of the pool.
+      page_size: token slots in a page.
+    """
+
+    rows: Buckets
+    lanes: Buckets
+    entries: Buckets
+    pages: int
+    page_size: int
+
+    @classmethod
+    def of(
+        cls, *, row_budget: int, max_lanes: int, max_tokens: int, pages: int, page_size: int
+    ) -> "Shapes":
+        """Buckets up to the given budgets, for contexts of at most `max_tokens`."""
+        block = block_pages(page_size)
+        most = -(-max_tokens // (block * page_size)) * block
+        return cls(
+            rows=Buckets(min(64, row_budget), row_budget),
+            # Four lanes decode in the time of one: one-row bfloat16 products are slow on CPU.
+            lanes=Buckets(min(4, max_lanes), max_lanes),
+            entries=Buckets(min(4 * block, most), most),
+            pages=pages,
+            page_size=page_size,
+        )
+
+    @property
+    def no_slot(self) -> int:
+        """The write slot of rows that write nothing: past the pool."""
+        return self.pages * self.page_size
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoundPlan:
+    """The rows of one prefill call and what they read. All arrays have bucket shapes.
+
+    Attributes:
+      rows: tokens, logical and canonical positions, write slots.
+      lane: lane of each row; the number of lanes for padding.
+      tables: block tables of all lanes.
+      tiles: the rows grouped by lane.
+      out_row: for each lane whose last token is computed here, its row; else the number of rows.
+    """
+
+    rows: Rows
+    lane: Int32[Array, " rows"]
+    tables: LaneTables
+    tiles: RowTiles
+    out_row: Int32[Array, " lanes"]
+
+
+def lane_tables(lanes: Sequence[LanePlan], shapes: Shapes) -> LaneTables:
+    """Stacks the lanes' block tables into bucket shapes."""
+    block = block_pages(shapes.page_size)
+    tables = [lane.table(block) for lane in lanes]
+    entries = shapes.entries.fit(max(table.shape[1] for table in tables))
+    stacked = np.zeros((4, shapes.lanes.fit(len(lanes)), entries), np.int32)
+    for index, table in enumerate(tables):
+        stacked[:, index, : table.shape[1]] = table
+    page, frame, first, slots = stacked
+    return LaneTables(page=page, frame=frame, first=first, slots=slots)
+
+
+def pack(lanes: Sequence[LanePlan], shapes: Shapes) -> list[RoundPlan]:
+    """Lays the computed rows of all lanes end to end and cuts them into calls.
+
+    Rows keep the order of the lanes, so a page that one lane writes for a later one is written in
+    the same call or an earlier one.
+
+    Args:
+      lanes: the round's lanes; at least one, each with at least its last token to compute.
+      shapes: the static shapes.
+
+    Returns:
+      One plan per call, to be run in order.
+    """
+    tables = lane_tables(lanes, shapes)
+    lane_count = tables.page.shape[0]
+    lane = np.repeat(np.arange(len(lanes), dtype=np.int32), [len(p.computed) for p in lanes])
+    position = np.concatenate([p.computed for p in lanes])
+    token = np.concatenate([p.token_ids[p.computed] for p in lanes])
+    located = [p.locate(p.computed, shapes.page_size) for p in lanes]
+    slot = np.concatenate([slot for slot, _ in located])
+    canonical = np.concatenate([canonical for _, canonical in located])
+    last = np.cumsum([len(p.computed) for p in lanes]) - 1
+
+    plans, start = [], 0
+    for size in shapes.rows.cover(len(token)):
+        stop = min(start + size, len(token))
+
+        def padded(values: np.ndarray, fill: int, start=start, stop=stop, size=size) -> np.ndarray:
+            out = np.full(size, fill, np.int32)
+            out[: stop - start] = values[start:stop]
+            return out
+
+        out_row = np.full(lane_count, size, np.int32)
+        ends_here = (last >= start) & (last < stop)
+        out_row[: len(lanes)][ends_here] = last[ends_here] - start
+        rows = Rows(
+            token=padded(token, 0),
+            position=padded(position, 0),
+            canonical=padded(canonical, 0),
+            slot=padded(slot, shapes.no_slot),
+        )
+        tiles = row_tiles(lane[start:stop], rows=size, lanes=lane_count)
+        plans.append(RoundPlan(rows, padded(lane, lane_count), tables, tiles, out_row))
+        start = stop
+    return plans
+
+
+def row_tiles(lane: Int32[np.ndarray, " used"], *, rows: int, lanes: int) -> RowTiles:
+    """Groups rows into tiles of one lane each.
+
+    Args:
+      lane: lane of each row; rows of one lane stand together.
+      rows: rows of the plan, padding included: the number that marks an unused place.
+      lanes: lanes of the plan.
+    """
+    most = -(-rows // TILE_ROWS) + lanes
+    row = np.full((most, TILE_ROWS), rows, np.int32)
+    tile_lane = np.zeros(most, np.int32)
+    count = 0
+    for group in np.split(np.arange(len(lane), dtype=np.int32), np.flatnonzero(np.diff(lane)) + 1):
+        for start in range(0, len(group), TILE_ROWS):
+            part = group[start : start + TILE_ROWS]
+            row[count, : len(part)] = part
+            tile_lane[count] = lane[part[0]]
+            count += 1
+    return RowTiles(row=row, lane=tile_lane, count=np.asarray(count, np.int32))

@@ -1,0 +1,339 @@
+"""The engine: serves rounds of agents from one model and one page pool."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.plan import Shapes, pack
+from tokendance_jax.collector.policies import make_policy
+from tokendance_jax.engine.decode import Answer, OnToken, generate
+from tokendance_jax.engine.programs import DecodeState, Programs
+from tokendance_jax.engine.result import (
+    AgentLedger,
+    AgentResult,
+    RoundResult,
+    Timings,
+    round_ledger,
+    tokens_by_kind,
+)
+from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_arrays
+from tokendance_jax.kernels.lanes import LaneTables
+from tokendance_jax.model import Model
+from tokendance_jax.paged.page_pool import PagePool
+from tokendance_jax.prompt.live import relive
+from tokendance_jax.prompt.round import AgentPrompt, PromptError, Round
+from tokendance_jax.prompt.tokenized import TokenizedPrompt, tokenize_round
+from tokendance_jax.prompt.trace import Trace
+
+DEFAULT_KV_MEMORY = 1 << 30
+
+
+class RoundEngine:
+    """Serves rounds: plans them on the host, prefills them as one batch, decodes all agents.
+
+    The engine owns the page pool. A round takes the pages of its prompts and its longest answers
+    before any device work, so a round that is admitted always finishes, and gives them back however
+    it ends. Nothing is traced once the programs of a bucket shape are compiled.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        policy: str = "prefix",
+        page_size: int = 16,
+        kv_memory: int = DEFAULT_KV_MEMORY,
+        kv_dtype: DTypeLike | None = None,
+        row_budget: int = 2048,
+        max_agents: int = 128,
+        decode_steps: int = 8,
+        cold: bool = False,
+        programs: Programs | None = None,
+    ):
+        """Makes an engine with an empty pool.
+
+        Args:
+          model: the model to serve.
+          policy: which KV is reused: "dense" (none) or "prefix" (exact prefixes).
+          page_size: token slots in a page: a power of two, at most 256.
+          kv_memory: bytes of the page pool.
+          kv_dtype: precision of the pool; the model's if None.
+          row_budget: most rows computed in one prefill call; longer rounds take several.
+          max_agents: most agents in a round.
+          decode_steps: tokens that a decode call generates before the host looks at them.
+          cold: whether timings count compilation.
+          programs: programs of another engine with the same model and sizes, to share what is
+            compiled.
+
+        Raises:
+          ValueError: if an argument is out of its range.
+        """
+        for name, value in (
+            ("row_budget", row_budget),
+            ("max_agents", max_agents),
+            ("decode_steps", decode_steps),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: {value} is too small; give at least 1")
+        if page_size not in (1 << bit for bit in range(9)):
+            raise ValueError(f"page_size: {page_size} is not a power of two of at most 256")
+        page_bytes = model.abstract_kv(pages=1, page_size=page_size, dtype=kv_dtype).page_bytes
+        pages = kv_memory // page_bytes
+        if pages < 2:
+            raise ValueError(
+                f"kv_memory: {kv_memory} bytes hold {pages} pages of {page_bytes} bytes; "
+                f"give at least {2 * page_bytes}"
+            )
+        self.model = model
+        self.policy = policy
+        self.page_bytes = page_bytes
+        self._abstract_kv = model.abstract_kv(pages=pages, page_size=page_size, dtype=kv_dtype)
+        shapes = Shapes.of(
+            row_budget=row_budget,
+            max_lanes=max_agents,
+            max_tokens=model.config.max_position_embeddings,
+            pages=pages,
+            page_size=page_size,
+        )
+        self.programs = Programs(model, shapes) if programs is None else programs
+        if self.programs.shapes != shapes:
+            raise ValueError("programs: they were made for other sizes; leave the argument out")
+        self._decode_steps = decode_steps
+        self._cold = cold
+        self._reset()
+
+    @property
+    def shapes(self) -> Shapes:
+        """The static shapes."""
+        return self.programs.shapes
+
+    def serve(
+        self, moment: Round, *, chat: bool = False, on_token: OnToken | None = None
+    ) -> RoundResult:
+        """Serves one round.
+
+        Args:
+          moment: the prompts and how to sample.
+          chat: whether to set the segments into the model's chat markup.
+          on_token: called for every token of an answer, in order, between decode calls.
+
+        Returns:
+          Answers, timings and ledger.
+
+        Raises:
+          PromptError: if a prompt cannot be served; nothing has been computed then.
+          OutOfPages: if the pool cannot hold the round; nothing has been computed then.
+        """
+        clock = _Clock(self.programs, cold=self._cold)
+        prompts = tokenize_round(moment, self.model.tokenizer, chat=chat)
+        limits = self._admit(moment, prompts)
+        lanes: list[LanePlan] = []
+        written: list[np.ndarray] | None = None
+        try:
+            for prompt, limit in zip(prompts, limits, strict=True):
+                # The last token of an answer is never computed, so it needs no slot.
+                lanes.append(self._policy.open(prompt.token_ids, limit - 1))
+            plans = pack(lanes, self.shapes)
+            plan_s = clock.lap()
+
+            stop_ids = (*self.model.tokenizer.stop_ids, *moment.sampling.stop_token_ids)
+
+            def sampling_of(seats: Sequence[int]) -> SamplingArrays:
+                return sampling_arrays(
+                    self.shapes.lanes.fit(len(seats)),
+                    temperature=moment.sampling.temperature,
+                    top_k=moment.sampling.top_k,
+                    top_p=moment.sampling.top_p,
+                    keys=[
+                        agent_key(moment.sampling.seed, moment.index, prompts[seat].agent)
+                        for seat in seats
+                    ],
+                    limits=[limits[seat] for seat in seats],
+                    stop_ids=stop_ids,
+                )
+
+            hidden = self.programs.new_hidden(plans[0].out_row.shape[0])
+            for plan in plans:
+                self._kv, hidden = self.programs.prefill(self._kv, hidden, plan)
+            jax.block_until_ready(hidden)
+            prefill_s = clock.lap()
+
+            first = np.asarray(self.programs.first_token(hidden, sampling_of(range(len(prompts)))))
+            first_token_s = clock.total()
+            answers = [
+                Answer(
+                    prompt.agent,
+                    self.model.tokenizer,
+                    limit=limit,
+                    stop=moment.sampling.stop,
+                    stop_ids=frozenset(stop_ids),
+                    on_token=on_token,
+                )
+                for prompt, limit in zip(prompts, limits, strict=True)
+            ]
+            for answer, token in zip(answers, first, strict=False):
+                answer.add(int(token))
+            clock.lap()
+            generate(
+                self._decode, lanes, answers, sampling_of, self.shapes, steps=self._decode_steps
+            )
+            decode_s = clock.lap()
+            written = [
+                np.concatenate([prompt.token_ids, np.asarray(answer.chosen[:-1], np.int32)])
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+            agents, kv_bytes_held = self._account(prompts, lanes, answers, written)
+            timings = Timings(plan_s, prefill_s, first_token_s, decode_s, clock.compile_s)
+            ledger = round_ledger(prompts, agents, kv_bytes_held)
+            return RoundResult(moment.index, agents, timings, ledger)
+        finally:
+            self._close(lanes, written)
+
+    def run(
+        self,
+        trace: Trace,
+        *,
+        replay: bool = True,
+        chat: bool | None = None,
+        on_token: OnToken | None = None,
+    ) -> Iterator[RoundResult]:
+        """Serves a trace's rounds in order.
+
+        Args:
+          trace: the rounds.
+          replay: whether shared blocks are the recorded answers; else each round's shared blocks
+            are the answers that this engine gave the round before.
+          chat: whether to set the segments into chat markup; None: in live runs of a model that
+            has a template.
+          on_token: see `serve`.
+
+        Yields:
+          One result per round.
+        """
+        if chat is None:
+            chat = not replay and self.model.tokenizer.chat_template is not None
+        answers: dict[str, str] = {}
+        recorded: dict[str, str] = {}
+        for moment in trace.rounds:
+            result = self.serve(
+                moment if replay else relive(moment, answers, recorded),
+                chat=chat,
+                on_token=on_token,
+            )
+            answers = result.texts
+            recorded = {p.agent: p.recorded_output or "" for p in moment.agents}
+            yield result
+
+    def _reset(self) -> None:
+        """Starts over with an empty pool."""
+        self._kv = self._abstract_kv.zeros()
+        self.pool = PagePool(self.shapes.pages)
+        config = self.model.config
+        namespace = f"{self.model.name}/{config}/{self._abstract_kv.k.dtype}/{self.model.dtype}"
+        self._policy = make_policy(self.policy, self.pool, self.shapes.page_size, namespace)
+
+    def _admit(self, moment: Round, prompts: Sequence[TokenizedPrompt]) -> list[int]:
+        """Checks prompts against the model's and the engine's limits; returns answer limits."""
+        if len(prompts) > self.shapes.lanes.budget:
+            raise PromptError(
+                f"round {moment.index}: {len(prompts)} agents, the engine serves at most "
+                f"{self.shapes.lanes.budget}; raise max_agents"
+            )
+        context, vocab = self.model.config.max_position_embeddings, self.model.config.vocab_size
+        limits = []
+        for agent, prompt in zip(moment.agents, prompts, strict=True):
+            tokens = len(prompt.token_ids)
+            if tokens >= context:
+                raise PromptError(
+                    f"agent {agent.agent!r}: the prompt has {tokens} tokens, the model's context "
+                    f"{context}; shorten the prompt"
+                )
+            if prompt.token_ids.max() >= vocab:
+                raise PromptError(
+                    f"agent {agent.agent!r}: token id {prompt.token_ids.max()} is outside of the "
+                    f"model's vocabulary of {vocab}"
+                )
+            limits.append(min(_limit(agent, moment), context - tokens))
+        return limits
+
+    def _decode(
+        self, state: DecodeState, tables: LaneTables, slot: np.ndarray, sampling: SamplingArrays
+    ) -> np.ndarray:
+        self._kv, tokens = self.programs.decode(self._kv, state, tables, slot, sampling)
+        return np.asarray(tokens)
+
+    def _account(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        lanes: Sequence[LanePlan],
+        answers: Sequence[Answer],
+        written: Sequence[np.ndarray],
+    ) -> tuple[tuple[AgentResult, ...], int]:
+        """Makes the agents' results, and counts the bytes of all pages that the round filled."""
+        page_size = self.shapes.page_size
+        filled = [
+            lane.page[: -(-len(ids) // page_size)] for lane, ids in zip(lanes, written, strict=True)
+        ]
+        holders = Counter(int(page) for pages in filled for page in pages)
+        results = []
+        for prompt, lane, answer, pages in zip(prompts, lanes, answers, filled, strict=True):
+            computed = len(lane.computed)
+            ledger = AgentLedger(
+                tokens=tokens_by_kind(prompt),
+                prompt_tokens=len(prompt.token_ids),
+                computed_tokens=computed,
+                reused_tokens=len(prompt.token_ids) - computed,
+                decoded_tokens=len(answer.chosen),
+                kv_bytes_dense=len(pages) * self.page_bytes,
+                kv_bytes_held=sum(self.page_bytes / holders[int(page)] for page in pages),
+            )
+            assert answer.finish_reason is not None
+            results.append(
+                AgentResult(
+                    answer.agent, answer.text, answer.token_ids, answer.finish_reason, ledger
+                )
+            )
+        return tuple(results), len(holders) * self.page_bytes
+
+    def _close(self, lanes: Sequence[LanePlan], written: Sequence[np.ndarray] | None) -> None:
+        """Gives the lanes' pages back; after a failure, keeps nothing that may be half written."""
+        for index, lane in enumerate(lanes):
+            self._policy.close(lane, None if written is None else written[index])
+        if self._kv.k.is_deleted() or self._kv.v.is_deleted():
+            # A call that took the pool did not hand it back: an interrupt or a device error.
+            self._reset()
+
+
+def _limit(agent: AgentPrompt, moment: Round) -> int:
+    return moment.max_new_tokens if agent.max_new_tokens is None else agent.max_new_tokens
+
+
+class _Clock:
+    """Laps of wall time, without compilation unless `cold`."""
+
+    def __init__(self, programs: Programs, *, cold: bool):
+        self._programs = programs
+        self._cold = cold
+        self._compiled_before = programs.compile_s
+        self._start = self._mark = self._now()
+
+    @property
+    def compile_s(self) -> float:
+        return self._programs.compile_s - self._compiled_before
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._mark = self._mark, self._now()
+        return self._mark - before
+
+    def total(self) -> float:
+        """Seconds since the start."""
+        return self._now() - self._start
+
+    def _now(self) -> float:
+        return time.perf_counter() - (0.0 if self._cold else self._programs.compile_s)

@@ -1,0 +1,154 @@
+"""What a served round gives back: texts, timings, and a ledger of tokens and bytes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from tokendance_jax.prompt.tokenized import TokenizedPrompt
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of one round, compilation left out.
+
+    Attributes:
+      plan_s: tokenising, matching, planning.
+      prefill_s: the prefill calls.
+      first_token_s: from the start of the round to everybody's first token.
+      decode_s: from the first to the last token.
+      compile_s: tracing and compiling programs for shapes that were new.
+    """
+
+    plan_s: float
+    prefill_s: float
+    first_token_s: float
+    decode_s: float
+    compile_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AgentLedger:
+    """Where an agent's tokens and bytes went.
+
+    Attributes:
+      tokens: prompt tokens by kind: system, history, shared, task, markup.
+      prompt_tokens: their sum.
+      computed_tokens: prompt tokens computed for this agent in this round.
+      reused_tokens: prompt tokens read from pages that held them already.
+      decoded_tokens: tokens of the answer, the one that ended it included.
+      kv_bytes_dense: bytes of the pages that the prompt and the written answer fill.
+      kv_bytes_held: the same, each page divided among the agents of the round that hold it.
+    """
+
+    tokens: dict[str, int]
+    prompt_tokens: int
+    computed_tokens: int
+    reused_tokens: int
+    decoded_tokens: int
+    kv_bytes_dense: int
+    kv_bytes_held: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AgentResult:
+    """One agent's answer.
+
+    Attributes:
+      agent: its name.
+      text: the answer, without stop token or stop string.
+      token_ids: the tokens of the answer, without stop token.
+      finish_reason: "stop" at a stop token or string, "length" at the limit.
+      ledger: tokens and bytes.
+    """
+
+    agent: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    ledger: AgentLedger
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RoundLedger:
+    """The round's sums; the fields are those of `AgentLedger`.
+
+    Attributes:
+      unique_tokens: private and task tokens of every agent, and every distinct shared block once.
+    """
+
+    tokens: dict[str, int]
+    prompt_tokens: int
+    unique_tokens: int
+    computed_tokens: int
+    reused_tokens: int
+    decoded_tokens: int
+    kv_bytes_dense: int
+    kv_bytes_held: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RoundResult:
+    """A served round.
+
+    Attributes:
+      index: number of the round.
+      agents: the answers, in the order of the prompts.
+      timings: seconds.
+      ledger: the round's sums.
+    """
+
+    index: int
+    agents: tuple[AgentResult, ...]
+    timings: Timings
+    ledger: RoundLedger
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Agent to answer, in the order of the prompts."""
+        return {result.agent: result.text for result in self.agents}
+
+
+def tokens_by_kind(prompt: TokenizedPrompt) -> dict[str, int]:
+    """Counts a prompt's tokens by kind."""
+    counts = dict.fromkeys(("system", "history", "shared", "task", "markup"), 0)
+    for span in prompt.spans:
+        counts[span.kind] += span.stop - span.start
+    return counts
+
+
+def unique_tokens(prompts: Sequence[TokenizedPrompt]) -> int:
+    """Private and task tokens of all prompts, and the tokens of every distinct shared block."""
+    private, shared = 0, {}
+    for prompt in prompts:
+        for span in prompt.spans:
+            if span.kind == "shared":
+                block = np.ascontiguousarray(prompt.token_ids[span.start : span.stop])
+                shared[block.tobytes()] = span.stop - span.start
+            else:
+                private += span.stop - span.start
+    return private + sum(shared.values())
+
+
+def round_ledger(
+    prompts: Sequence[TokenizedPrompt], agents: Sequence[AgentResult], kv_bytes_held: int
+) -> RoundLedger:
+    """Adds up the agents' ledgers."""
+    ledgers = [result.ledger for result in agents]
+
+    def total(field: str) -> int:
+        return sum(getattr(ledger, field) for ledger in ledgers)
+
+    return RoundLedger(
+        tokens={kind: sum(ledger.tokens[kind] for ledger in ledgers) for kind in ledgers[0].tokens},
+        prompt_tokens=total("prompt_tokens"),
+        unique_tokens=unique_tokens(prompts),
+        computed_tokens=total("computed_tokens"),
+        reused_tokens=total("reused_tokens"),
+        decoded_tokens=total("decoded_tokens"),
+        kv_bytes_dense=total("kv_bytes_dense"),
+        kv_bytes_held=kv_bytes_held,
+    )

@@ -1,0 +1,168 @@
+"""Choosing tokens on the device: greedy, temperature, top-k and top-p, one stream per agent."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
+
+from tokendance_jax.kernels.lanes import Array
+
+MAX_STOP_IDS = 16
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
+    """How each lane samples. The structure never depends on the request: neutral values, not None.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: 0 is off.
+      top_p: 1 is off.
+      key: random key of the lane's agent.
+      stop_ids: tokens that end the lane; -1 in unused places.
+      limit: most tokens to generate.
+    """
+
+    temperature: Float32[Array, " lanes"]
+    top_k: Int32[Array, " lanes"]
+    top_p: Float32[Array, " lanes"]
+    key: UInt32[Array, "lanes 2"]
+    stop_ids: Int32[Array, "lanes stops"]
+    limit: Int32[Array, " lanes"]
+
+
+def agent_key(seed: int, round_index: int, agent: str) -> UInt32[np.ndarray, "2"]:
+    """The random key of an agent in a round.
+
+    It depends on nothing else, so an agent's tokens do not change with the other agents, their
+    order, or the batch that the agent stands in.
+    """
+    text = f"{seed}/{round_index}/{agent}".encode()
+    return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), np.uint32).copy()
+
+
+def sampling_arrays(
+    lanes: int,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    keys: Sequence[np.ndarray],
+    limits: Sequence[int],
+    stop_ids: Sequence[int],
+) -> SamplingArrays:
+    """Stacks the settings of `len(keys)` agents into `lanes` lanes.
+
+    Raises:
+      ValueError: if there are more than `MAX_STOP_IDS` stop tokens.
+    """
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise ValueError(
+            f"stop_token_ids: {len(stop_ids)} given, at most {MAX_STOP_IDS} are served"
+        )
+    key = np.zeros((lanes, 2), np.uint32)
+    key[: len(keys)] = keys
+    stops = np.full((lanes, MAX_STOP_IDS), -1, np.int32)
+    stops[:, : len(stop_ids)] = stop_ids
+    limit = np.zeros(lanes, np.int32)
+    limit[: len(limits)] = limits
+    return SamplingArrays(
+        temperature=np.full(lanes, temperature, np.float32),
+        top_k=np.full(lanes, top_k, np.int32),
+        top_p=np.full(lanes, top_p, np.float32),
+        key=key,
+        stop_ids=stops,
+        limit=limit,
+    )
+
+
+def sample(
+    logits: Float[jax.Array, "lanes vocab"],
+    sampling: SamplingArrays,
+    generated: Int32[jax.Array, " lanes"],
+) -> Int32[jax.Array, " lanes"]:
+    """Chooses each lane's next token.
+
+    Temperature comes first, then top-k, then top-p among what is left, as in the published
+    generation code of the model. Work that no lane asks for is skipped at run time.
+
+    Args:
+      logits: f32 [lanes, vocab].
+      sampling: the lanes' settings.
+      generated: number of tokens that each lane has generated: its place in its random stream.
+
+    Returns:
+      i32 [lanes] token ids.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature = jnp.asarray(sampling.temperature)[:, None]
+    top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
+
+    def draw() -> jax.Array:
+        # Below the maximum, so that a tiny temperature gives -inf and never +inf.
+        scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scaled = scaled / jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
+        narrow = jnp.any((top_k > 0) | (top_p < 1))
+        kept = jax.lax.cond(narrow, lambda x: _narrow(x, top_k, top_p), lambda x: x, scaled)
+
+        def noise(key: jax.Array, step: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+            return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+
+        gumbel = jax.vmap(noise)(jnp.asarray(sampling.key), generated)
+        drawn = jnp.argmax(kept + gumbel, axis=-1).astype(jnp.int32)
+        return jnp.where(temperature[:, 0] > 0, drawn, greedy)
+
+    return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
+
+
+def is_stop(
+    token: Int32[jax.Array, " lanes"], sampling: SamplingArrays
+) -> Bool[jax.Array, " lanes"]:
+    """Whether each lane's token ends it."""
+    return jnp.any(token[:, None] == jnp.asarray(sampling.stop_ids), axis=-1)
+
+
+def _narrow(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Sets logits outside of top-k, and then of top-p, to -inf. Ties at the edge are kept."""
+    ones = jnp.ones_like(logits)
+    wanted = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)
+    logits = jnp.where(logits >= _edge(logits, ones, wanted), logits, -jnp.inf)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    # A mass of one may be missed by rounding: then everything is kept. A mass that rounds to zero
+    # still takes the most probable token.
+    wanted = jnp.where(top_p < 1, jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny), 2.0)
+    wanted = wanted.astype(jnp.float32)
+    return jnp.where(logits >= _edge(logits, probabilities, wanted), logits, -jnp.inf)
+
+
+def _edge(values: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The largest value with a weight of at least `wanted` at or above it, by bisection on bits.
+
+    A sort of the vocabulary takes tens of milliseconds on CPU; 32 sums do not. Values are compared
+    as integers in float order. Where the whole weight is below `wanted`, the edge is -inf.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # the edge lies in [low, high)
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        above = jnp.sum(jnp.where(order >= middle[:, None], weights, 0.0), axis=-1)
+        enough = above >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    limits = jnp.iinfo(jnp.int32)
+    low = jnp.full(values.shape[:1], limits.min, jnp.int32)
+    high = jnp.full(values.shape[:1], limits.max, jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
+    bits = jnp.where(low < 0, low ^ jnp.int32(0x7FFFFFFF), low)
+    edge = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(jnp.isnan(edge), -jnp.inf, edge)[:, None]

@@ -1,0 +1,75 @@
+"""A loaded model: weights split off from their module, and the tokenizer that goes with them."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from tokendance_jax.models.loading import Checkpoint, load_checkpoint
+from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.qwen2.model import Qwen2, state_from_parameters
+from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.prompt.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Model:
+    """What the engine serves.
+
+    Attributes:
+      name: for people: the file, folder or hub id that it was loaded from.
+      config: sizes and constants.
+      dtype: precision of the matrices, and of the KV pool unless the engine is told otherwise.
+      graph: the module without its arrays.
+      state: the arrays.
+      tokenizer: text to ids and back; holds the chat template.
+    """
+
+    name: str
+    config: Qwen2Config
+    dtype: jnp.dtype
+    graph: nnx.GraphDef[Qwen2]
+    state: nnx.State
+    tokenizer: Tokenizer
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, dtype: DTypeLike) -> "Model":
+        """Puts a checkpoint's arrays, loaded in `dtype`, into the module."""
+        graph, state = state_from_parameters(checkpoint.config, checkpoint.params, dtype)
+        tokenizer = Tokenizer(
+            checkpoint.tokenizer_json, checkpoint.chat_template, checkpoint.stop_ids
+        )
+        name, config = checkpoint.name, checkpoint.config
+        return cls(name, config, jnp.dtype(dtype), graph, state, tokenizer)
+
+    def abstract_kv(self, *, pages: int, page_size: int, dtype: DTypeLike | None = None) -> PagedKV:
+        """The shapes of a page pool for this model on the default backend."""
+        return PagedKV.abstract(
+            layers=self.config.num_hidden_layers,
+            pages=pages,
+            page_size=page_size,
+            kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            dtype=self.dtype if dtype is None else dtype,
+            platform=jax.default_backend(),
+        )
+
+
+def load_model(
+    source: str | os.PathLike[str], *, dtype: DTypeLike, progress: bool = False
+) -> Model:
+    """Loads a model.
+
+    Args:
+      source: a Hugging Face folder, a hub id, a GGUF file, or a folder that
+        `scripts.convert_weights` wrote.
+      dtype: float32 or bfloat16.
+      progress: whether to draw a progress bar on stderr.
+
+    Raises:
+      CheckpointError: if the source cannot be loaded; nothing is loaded in part.
+    """
+    return Model.from_checkpoint(load_checkpoint(source, dtype=dtype, progress=progress), dtype)

@@ -1,0 +1,204 @@
+"""Exact prefix reuse: full pages of token ids found again by a chain of hashes.
+
+The idea is vLLM's automatic prefix caching: the key of a page is a hash of its token ids and of
+the key of the page before it, so one dictionary finds the longest cached prefix. Only pages that
+were computed in their own full context belong here ("exact"); the bases of shared segments live
+under other keys.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from tokendance_jax.paged.page_pool import PagePool
+
+
+def _blake2b(message: bytes) -> bytes:
+    return hashlib.blake2b(message, digest_size=16).digest()
+
+
+@dataclass(eq=False, slots=True)
+class _Block:
+    """One cached page: its key, its content, and the block before it (`None` for the first).
+
+    The parent is a link to content, not to an entry: it outlives the parent's eviction.
+    """
+
+    key: bytes
+    tokens: bytes
+    parent: "_Block | None"
+    page: int
+
+
+def _same_content(a: _Block | None, b: _Block | None) -> bool:
+    """Whether two chains hold the same token ids up to and including these blocks."""
+    while a is not b:
+        if a is None or b is None or a.tokens != b.tokens:
+            return False
+        a, b = a.parent, b.parent
+    return True
+
+
+class PrefixCache:
+    """Maps prefixes of token ids to the pages that hold their exact keys and values.
+
+    The key of a block (one full page) is the digest of its parent's key and its token ids; the
+    first parent is the digest of the namespace, the kind "exact" and the salt. A hit counts only
+    when the token ids of the whole chain are equal too, so colliding digests cost reuse, never
+    correctness.
+
+    Eviction may take a block and leave its children. They cannot be matched then, as the chain
+    is broken, and age out of the pool like other pages. When the same parent is inserted again,
+    under whatever page, they are valid again: their content is a function of the token ids of
+    the chain, not of the pages that held it. This is why a block links to its parent's content
+    and not to its page.
+
+    Blocks are inserted when a round is planned, before the device has written them: a later
+    agent of the same round may match them, because a row reads a page only after it is written.
+
+    Caches with different salts or namespaces may share a pool.
+
+    Attributes:
+      lookup_tokens: token ids that `match` was asked for, so far.
+      hit_tokens: those of them that it found.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        namespace: str,
+        salt: bytes = b"",
+        digest: Callable[[bytes], bytes] = _blake2b,
+    ):
+        """Starts empty.
+
+        Args:
+          pool: the pool of the pages; it evicts blocks of this cache when it runs short.
+          page_size: tokens per page.
+          namespace: everything besides token ids that the content depends on: model and revision,
+            dtype, RoPE settings.
+          salt: secret of a tenant, whose prefixes no other tenant can then hit or probe.
+          digest: maps a message to its key; tests force collisions with it.
+
+        Raises:
+          ValueError: `page_size` is not positive.
+        """
+        if page_size < 1:
+            raise ValueError(f"page_size must be positive, got {page_size}")
+        self.lookup_tokens = 0
+        self.hit_tokens = 0
+        self._pool = pool
+        self._page_size = page_size
+        self._digest = digest
+        # Each part with its length: ("ab", "c") and ("a", "bc") are different roots.
+        parts = (namespace.encode(), b"exact", salt)
+        self._root = digest(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
+        self._by_key: dict[bytes, _Block] = {}
+        self._by_page: dict[int, _Block] = {}
+
+    def __len__(self) -> int:
+        """Number of cached blocks."""
+        return len(self._by_key)
+
+    def match(self, token_ids: Int32[np.ndarray, " tokens"]) -> Int32[np.ndarray, " pages"]:
+        """Finds the longest cached prefix and takes a reference to each of its pages.
+
+        Args:
+          token_ids: the whole sequence. At least its last token is left to compute, as its logits
+            are needed.
+
+        Returns:
+          Pages of the first `len(pages) * page_size` tokens. The caller owns one reference each.
+        """
+        pages = []
+        parent = None
+        for tokens in self._split(token_ids[:-1]):
+            key = self._key(parent, tokens)
+            block = self._by_key.get(key)
+            if block is None or not self._holds(block, parent, tokens):
+                break
+            pages.append(block.page)
+            parent = block
+        matched = np.array(pages, np.int32)
+        self._pool.retain(matched)
+        self.lookup_tokens += len(token_ids)
+        self.hit_tokens += len(pages) * self._page_size
+        return matched
+
+    def insert(
+        self, token_ids: Int32[np.ndarray, " tokens"], pages: Int[np.ndarray, " pages"]
+    ) -> None:
+        """Registers the full pages of a sequence, which stay cached after their release.
+
+        A block that is cached already keeps its page; the sequence's own page stays uncached.
+        So inserting twice changes nothing.
+
+        Args:
+          token_ids: the sequence; a last, partly filled page is left out.
+          pages: the sequence's pages in order, referenced by the caller; at least one for each
+            full page of tokens.
+
+        Raises:
+          ValueError: too few pages, or a page to be registered is not live, holds another block,
+            or occurs twice. The cache is unchanged.
+        """
+        blocks = self._split(token_ids)
+        if len(pages) < len(blocks):
+            raise ValueError(f"{len(blocks)} full pages of tokens, but {len(pages)} pages")
+        fresh: dict[bytes, _Block] = {}
+        parent = None
+        for tokens, page in zip(blocks, pages.tolist(), strict=False):
+            key = self._key(parent, tokens)
+            block = self._by_key.get(key) or fresh.get(key)
+            if block is None:
+                block = fresh[key] = _Block(key, tokens, parent, page)
+            elif not self._holds(block, parent, tokens):
+                break  # a collision: the key is taken, and the rest of the chain hangs on it
+            parent = block
+        # The pool checks the pages, so nothing is registered when it refuses them.
+        self._pool.mark_cached(np.array([b.page for b in fresh.values()], np.int32), self._drop)
+        self._by_key.update(fresh)
+        self._by_page.update((block.page, block) for block in fresh.values())
+
+    def forget(self, pages: Int[np.ndarray, " pages"]) -> None:
+        """Withdraws blocks, for example those of a round that failed before it wrote its pages.
+
+        References are not touched: holders still release their pages.
+
+        Args:
+          pages: page ids; those that this cache does not hold are skipped.
+        """
+        held = [page for page in dict.fromkeys(pages.tolist()) if page in self._by_page]
+        for page in held:
+            self._drop(page)
+        self._pool.unmark_cached(np.array(held, np.int32))
+
+    def clear(self) -> None:
+        """Withdraws every block; the statistics go on."""
+        self.forget(np.array(list(self._by_page), np.int32))
+
+    def _drop(self, page: int) -> None:
+        del self._by_key[self._by_page.pop(page).key]
+
+    def _split(self, token_ids: Int32[np.ndarray, " tokens"]) -> list[bytes]:
+        """The token ids of each full page, as bytes."""
+        size = self._page_size * token_ids.itemsize
+        full = len(token_ids) // self._page_size
+        data = token_ids.tobytes()
+        return [data[i * size : (i + 1) * size] for i in range(full)]
+
+    def _key(self, parent: _Block | None, tokens: bytes) -> bytes:
+        return self._digest((self._root if parent is None else parent.key) + tokens)
+
+    def _holds(self, block: _Block, parent: _Block | None, tokens: bytes) -> bool:
+        """Whether a block found by its key is really these tokens after this parent."""
+        if block.tokens != tokens or not _same_content(block.parent, parent):
+            return False
+        # A parent that was evicted and inserted again is another object of the same content:
+        # linking to it makes the next comparison one of identity and lets the old one go.
+        block.parent = parent
+        return True

@@ -1,0 +1,247 @@
+"""What a caller hands in: one round of agents, each with a prompt in segments.
+
+Everything here is checked when it is made, so the later stages never see a prompt that cannot be
+served. Every error is a `PromptError` that names the agent, segment or field and the remedy.
+"""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+Kind = Literal["system", "history", "shared", "task"]
+
+# Token ids travel as int32, seeds as uint32.
+_MAX_TOKEN_ID = 2**31 - 1
+_MAX_SEED = 2**32 - 1
+
+
+class PromptError(ValueError):
+    """A prompt, a trace, a tokenizer or a chat template that cannot be used as given."""
+
+
+def check_text(text: object, what: str) -> None:
+    """Refuses what no prompt may hold: non-strings, NUL characters and lone surrogates.
+
+    Args:
+      text: the value to check.
+      what: how the error names it, e.g. "segment 'a' of agent 'b'".
+
+    Raises:
+      PromptError: `text` is not a string, or holds a NUL character or a lone surrogate.
+    """
+    if not isinstance(text, str):
+        raise PromptError(f"{what}: expected a string, got {type(text).__name__}")
+    nul = text.find("\0")
+    if nul >= 0:
+        raise PromptError(f"{what}: NUL character at position {nul}; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{what}: lone surrogate U+{ord(text[error.start]):04X} at position {error.start}; "
+            "decode the text with errors='replace'"
+        ) from None
+
+
+def check_name(name: object, what: str) -> None:
+    """Refuses an empty name, and whatever `check_text` refuses.
+
+    Args:
+      name: the value to check.
+      what: how the error names it.
+
+    Raises:
+      PromptError: `name` is empty or not clean text.
+    """
+    check_text(name, what)
+    if not name:
+        raise PromptError(f"{what} is empty; give it a name")
+
+
+def check_integer(value: object, what: str, low: int, high: int | None = None) -> None:
+    """Refuses everything but an `int` from `low` to `high`; a `bool` is no integer here.
+
+    Args:
+      value: the value to check.
+      what: how the error names it.
+      low: smallest allowed value.
+      high: largest allowed value; None: no bound.
+
+    Raises:
+      PromptError: `value` is not such an integer.
+    """
+    if type(value) is not int or value < low or (high is not None and value > high):
+        wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+        raise PromptError(f"{what} must be {wanted}, got {value!r}")
+
+
+def _check_real(value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise PromptError(f"{what} must be a finite number, got {value!r}")
+
+
+def _check_tuple(value: object, element: type, what: str) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(item, element) for item in value):
+        raise PromptError(f"{what} must be a tuple of {element.__name__}, got {value!r:.80}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens of one kind in an agent's prompt, as text or as token ids.
+
+    Attributes:
+      kind: "system" (persona) and "history" (memory) are private to the agent, "shared" is a block
+        that other agents of the round may hold too, "task" is the agent's own question.
+      id: name of the segment. Within a round, shared segments of one id have one content.
+      text: the content as text; control strings in it are ordinary characters.
+      token_ids: the content as token ids, used as they are. Exactly one of both is given.
+
+    Raises:
+      PromptError: unknown kind, empty id, both or neither content, NUL or lone surrogate, an id
+        out of range.
+    """
+
+    kind: Kind
+    id: str
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.id, "the id of a segment")
+        where = f"segment {self.id!r}"
+        if self.kind not in get_args(Kind):
+            raise PromptError(f"{where}: kind {self.kind!r} is none of {', '.join(get_args(Kind))}")
+        if (self.text is None) == (self.token_ids is None):
+            raise PromptError(f"{where}: give exactly one of text and token_ids")
+        if self.text is not None:
+            check_text(self.text, f"{where}: text")
+        if self.token_ids is not None:
+            _check_tuple(self.token_ids, int, f"{where}: token_ids")
+            for token_id in self.token_ids:
+                check_integer(token_id, f"{where}: a token id", 0, _MAX_TOKEN_ID)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the segment has no content."""
+        return not self.text and not self.token_ids
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AgentPrompt:
+    """One agent's prompt of one round: its segments in order, the task last.
+
+    Attributes:
+      agent: name of the agent, the key of its output.
+      segments: the prompt; one or more non-empty task segments stand at its end and nowhere else.
+      max_new_tokens: limit for this agent's answer; None: the round's.
+      recorded_output: what the agent answered in a recording, for replays.
+
+    Raises:
+      PromptError: empty name, a prompt that does not end with its task, a limit below 1.
+    """
+
+    agent: str
+    segments: tuple[Segment, ...]
+    max_new_tokens: int | None = None
+    recorded_output: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.agent, "the name of an agent")
+        where = f"agent {self.agent!r}"
+        _check_tuple(self.segments, Segment, f"{where}: segments")
+        if not self.segments or self.segments[-1].kind != "task":
+            raise PromptError(f"{where}: the last segment must be a task; add one at the end")
+        ended = False
+        for segment in self.segments:
+            if segment.kind == "task" and segment.empty:
+                raise PromptError(f"{where}: task segment {segment.id!r} is empty; fill it")
+            if ended and segment.kind != "task":
+                raise PromptError(
+                    f"{where}: {segment.kind} segment {segment.id!r} stands after a task; "
+                    "put the tasks last"
+                )
+            ended = segment.kind == "task"
+        if self.max_new_tokens is not None:
+            check_integer(self.max_new_tokens, f"{where}: max_new_tokens", 1)
+        if self.recorded_output is not None:
+            check_text(self.recorded_output, f"{where}: recorded_output")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a round's answers are drawn and when they end.
+
+    Attributes:
+      temperature: 0 takes the most probable token, above it scales the draw.
+      top_k: draw from this many most probable tokens; 0: from all.
+      top_p: draw from the smallest set of tokens with this probability, in (0, 1].
+      seed: from 0 to 2**32 - 1; the same seed and round give the same answers.
+      stop: an answer ends before the first of these strings.
+      stop_token_ids: an answer ends at the first of these tokens, beside the model's own.
+
+    Raises:
+      PromptError: a value out of its range.
+    """
+
+    temperature: float | int = 0.0
+    top_k: int = 0
+    top_p: float | int = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_real(self.temperature, "sampling: temperature")
+        if self.temperature < 0:
+            raise PromptError(f"sampling: temperature must be >= 0, got {self.temperature!r}")
+        check_integer(self.top_k, "sampling: top_k", 0)
+        _check_real(self.top_p, "sampling: top_p")
+        if not 0 < self.top_p <= 1:
+            raise PromptError(f"sampling: top_p must be in (0, 1], got {self.top_p!r}")
+        check_integer(self.seed, "sampling: seed", 0, _MAX_SEED)
+        _check_tuple(self.stop, str, "sampling: stop")
+        _check_tuple(self.stop_token_ids, int, "sampling: stop_token_ids")
+        for string in self.stop:
+            check_name(string, "sampling: a stop string")
+        for token_id in self.stop_token_ids:
+            check_integer(token_id, "sampling: a stop token id", 0, _MAX_TOKEN_ID)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Round:
+    """One synchronised step of all agents.
+
+    Attributes:
+      agents: the prompts; names are unique, the order is the caller's.
+      max_new_tokens: limit for the answers of agents that have none of their own.
+      sampling: how all answers of the round are drawn.
+      index: number of the round, from 0.
+
+    Raises:
+      PromptError: no agents, two agents of one name, a limit below 1, two contents of a shared id.
+    """
+
+    agents: tuple[AgentPrompt, ...]
+    max_new_tokens: int = 128
+    sampling: Sampling = Sampling()
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer(self.index, "round: index", 0)
+        where = f"round {self.index}"
+        check_integer(self.max_new_tokens, f"{where}: max_new_tokens", 1)
+        _check_tuple(self.agents, AgentPrompt, f"{where}: agents")
+        if not self.agents:
+            raise PromptError(f"{where}: no agents; give at least one")
+        names: set[str] = set()
+        shared: dict[str, Segment] = {}
+        for prompt in self.agents:
+            if prompt.agent in names:
+                raise PromptError(f"{where}: agent {prompt.agent!r} occurs twice; rename one")
+            names.add(prompt.agent)
+            for segment in prompt.segments:
+                if segment.kind == "shared" and shared.setdefault(segment.id, segment) != segment:
+                    raise PromptError(
+                        f"{where}: agent {prompt.agent!r}: shared segment {segment.id!r} "
+                        "had another content before; give one id to one content"
+                    )

@@ -1,0 +1,146 @@
+"""Prompts as token ids, with the span of every segment."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int32
+
+from tokendance_jax.prompt.chat import chat_markup
+from tokendance_jax.prompt.round import AgentPrompt, PromptError, Round, Segment
+from tokendance_jax.prompt.tokenizer import Tokenizer
+
+SpanKind = Literal["system", "history", "shared", "task", "markup"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """A segment's place in a prompt.
+
+    Attributes:
+      kind: the segment's kind, or "markup", which is the chat template's and private.
+      id: the segment's id; markup is numbered from "markup/0".
+      start: index of its first token.
+      stop: index after its last token.
+    """
+
+    kind: SpanKind
+    id: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class TokenizedPrompt:
+    """An agent's prompt as token ids.
+
+    Attributes:
+      agent: name of the agent.
+      token_ids: int32 [tokens], not writable.
+      spans: cover the tokens in order and without gaps; none is empty.
+    """
+
+    agent: str
+    token_ids: Int32[np.ndarray, " tokens"]
+    spans: tuple[TokenSpan, ...]
+
+
+def tokenize_round(moment: Round, tokenizer: Tokenizer, *, chat: bool) -> list[TokenizedPrompt]:
+    """Tokenizes the prompts of a round; every distinct text is encoded once.
+
+    Args:
+      moment: the round.
+      tokenizer: the model's tokenizer.
+      chat: whether to set the segments into the model's chat markup: the system segments make the
+        system message, all others one user turn, then the assistant's answer is opened. Otherwise
+        the prompt is the segments and nothing else.
+
+    Returns:
+      One prompt per agent, in the round's order.
+
+    Raises:
+      PromptError: a token id outside the vocabulary; no tokens in the tasks; with `chat`: no chat
+        template, one that does not work, or a system segment behind another kind.
+    """
+    encoder = _Encoder(tokenizer)
+    return [encoder.prompt(prompt, chat) for prompt in moment.agents]
+
+
+def tokenize_prompt(prompt: AgentPrompt, tokenizer: Tokenizer, *, chat: bool) -> TokenizedPrompt:
+    """Tokenizes one agent's prompt, as `tokenize_round` does.
+
+    Args:
+      prompt: the agent's prompt.
+      tokenizer: the model's tokenizer.
+      chat: whether to set the segments into the model's chat markup.
+
+    Returns:
+      The ids and spans. Segments are encoded one by one and joined as ids, so that a shared
+      segment has the same ids in every prompt.
+
+    Raises:
+      PromptError: as `tokenize_round`.
+    """
+    return _Encoder(tokenizer).prompt(prompt, chat)
+
+
+class _Encoder:
+    """Encodes texts and markup, each distinct one once."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._texts: dict[str, list[int]] = {}
+        self._markups: dict[str, list[int]] = {}
+
+    def prompt(self, prompt: AgentPrompt, chat: bool) -> TokenizedPrompt:
+        segments = prompt.segments
+        markups = self._around(prompt) if chat else ("",) * (len(segments) + 1)
+        ids: list[int] = []
+        spans: list[TokenSpan] = []
+
+        def append(kind: SpanKind, id: str, new: list[int] | tuple[int, ...]) -> None:
+            if new:
+                spans.append(TokenSpan(kind, id, len(ids), len(ids) + len(new)))
+                ids.extend(new)
+
+        for number, markup in enumerate(markups):
+            append("markup", f"markup/{number}", self._markup(markup))
+            if number < len(segments):
+                segment = segments[number]
+                append(segment.kind, segment.id, self._content(segment, prompt.agent))
+        if not any(span.kind == "task" for span in spans):
+            raise PromptError(f"agent {prompt.agent!r}: the tokenizer leaves nothing of the task")
+        token_ids = np.array(ids, np.int32)
+        token_ids.flags.writeable = False
+        return TokenizedPrompt(prompt.agent, token_ids, tuple(spans))
+
+    def _around(self, prompt: AgentPrompt) -> tuple[str, ...]:
+        """The markup before, between and after the segments."""
+        where = f"agent {prompt.agent!r}"
+        template = self._tokenizer.chat_template
+        if template is None:
+            raise PromptError(f"{where}: the model has no chat template; use raw prompts")
+        kinds = [segment.kind for segment in prompt.segments]
+        system = kinds.count("system")
+        if "system" in kinds[system:]:
+            raise PromptError(f"{where}: a system segment follows another kind; put it first")
+        return chat_markup(template, system, len(kinds) - system)
+
+    def _content(self, segment: Segment, agent: str) -> list[int] | tuple[int, ...]:
+        if segment.text is not None:
+            if segment.text not in self._texts:
+                self._texts[segment.text] = self._tokenizer.encode_text(segment.text)
+            return self._texts[segment.text]
+        ids = segment.token_ids or ()
+        # The device would clamp such an id without a word.
+        if ids and max(ids) >= self._tokenizer.vocab_size:
+            raise PromptError(
+                f"agent {agent!r}: segment {segment.id!r}: token id {max(ids)} is outside the "
+                f"vocabulary of {self._tokenizer.vocab_size}; use the model's own tokenizer"
+            )
+        return ids
+
+    def _markup(self, markup: str) -> list[int]:
+        if markup not in self._markups:
+            self._markups[markup] = self._tokenizer.encode_markup(markup)
+        return self._markups[markup]
