@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Positions are split as `position = 65536 * high + 256 * middle + low`: each part multiplies its own
-# fixed-point frequency, so the rounding of a frequency is never multiplied by more than 255 (`high`
-# reaches 152 at 10 million).
+# Positions are split as `65536 * high + 256 * middle + low`: each part multiplies its own
+# fixed-point frequency, so the rounding of a frequency is multiplied by 255 at most (`high` is 152
+# at 10 million).
 _BITS = 8
 
 

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
+from scripts import common
 from tokendance_jax.models.loading import CheckpointError, load_checkpoint, save_orbax
 from tokendance_jax.models.loading.orbax_folder import check_target
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     """Converts and returns the exit status: 0, or 1 after a message on stderr."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
     target = Path(_TARGET.value).expanduser()
     try:
         check_target(target)
@@ -50,6 +52,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Orbax logs every step as information; --verbosity=0 shows it.
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     app.run(main)

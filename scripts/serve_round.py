@@ -235,7 +235,7 @@ def _table(results: dict[str, list[RoundResult]]) -> Table:
 
 
 def _json(results: dict[str, list[RoundResult]]) -> dict[str, Any]:
-    own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
+    own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])
     config = {flag.name: flag.value for flag in own}
     rows = [
         {

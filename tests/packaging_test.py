@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import tokendance_jax
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,8 +106,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"tokendance_jax", "tokendance_jax-0.1.0.dist-info"}
-    assert "tokendance_jax-0.1.0.dist-info/licenses/LICENSE" in names
+    info = f"tokendance_jax-{tokendance_jax.__version__}.dist-info"
+    assert tops == {"tokendance_jax", info}
+    assert f"{info}/licenses/LICENSE" in names
     missing = {
         str(path.relative_to(ROOT))
         for folder, _, files in os.walk(ROOT / "tokendance_jax", followlinks=True)

@@ -1,11 +1,12 @@
 """Loads a GGUF file, quantised or not."""
 
+import dataclasses
 import functools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from tokendance_jax.models.loading.checkpoint import Checkpoint
@@ -19,7 +20,49 @@ from tokendance_jax.models.qwen2.parameters import gguf_name
 
 # llama.cpp computes the rotary frequencies of this architecture from the metadata alone.
 _IGNORABLE = re.compile(r"rope_freqs\.weight|blk\.\d+\.rope_freqs\.weight")
-_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class _GgufTensor(StoredTensor):
+    """A tensor in blocks, the smallest units that can be decoded by themselves.
+
+    Attributes:
+      file: The file.
+      offset: The tensor's first byte in it.
+      block_values: Values in a block.
+      block_bytes: Bytes of a block.
+      dequantize: Turns the bytes of whole blocks into values.
+    """
+
+    file: Path
+    offset: int
+    block_values: int
+    block_bytes: int
+    dequantize: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def end(self) -> int:
+        """The first byte after the tensor."""
+        return self.offset + self._bytes(math.prod(self.shape))
+
+    def slices(self, size: int) -> Iterator[np.ndarray]:
+        step = self._bytes(size)
+        # Plain reads: pages of a memory map would count as this process's memory.
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            for start in range(self.offset, self.end, step):
+                data = np.fromfile(file, np.uint8, min(step, self.end - start))
+                if start + data.size < min(start + step, self.end):
+                    raise CheckpointError(
+                        self.file,
+                        "tensor data",
+                        "the file became shorter while it was read",
+                        "load it again",
+                    )
+                yield self.dequantize(data)
+
+    def _bytes(self, values: int) -> int:
+        return values // self.block_values * self.block_bytes
 
 
 def load_gguf(file: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
@@ -81,20 +124,19 @@ def _stored(file: Path, name: str, tensor: GgufTensor, file_size: int) -> Stored
             f"rows of {tensor.shape[-1]} values",
             f"{kind} needs multiples of {block_values}",
         )
-    stored = StoredTensor(
+    stored = _GgufTensor(
+        shape=tensor.shape,
         file=file,
         offset=tensor.offset,
-        shape=tensor.shape,
-        dtype=np.dtype(_PLAIN.get(kind, np.float32)),
         block_values=block_values,
         block_bytes=block_bytes,
         dequantize=dequantize,
     )
-    if tensor.offset + stored.nbytes > file_size:
+    if stored.end > file_size:
         raise CheckpointError(
             file,
             name,
-            f"its data end at byte {tensor.offset + stored.nbytes}, the file at {file_size}",
+            f"its data end at byte {stored.end}, the file at {file_size}",
             "the file is truncated: download it again",
         )
     return stored
@@ -102,7 +144,7 @@ def _stored(file: Path, name: str, tensor: GgufTensor, file_size: int) -> Stored
 
 def _encoding(
     file: Path, name: str, number: int
-) -> tuple[str, int, int, Callable[[np.ndarray], np.ndarray] | None]:
+) -> tuple[str, int, int, Callable[[np.ndarray], np.ndarray]]:
     """Returns the type's name, values and bytes per block, and its dequantiser."""
     try:
         import gguf
@@ -116,8 +158,6 @@ def _encoding(
     try:
         kind = gguf.GGMLQuantizationType(number)
         block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        if kind.name in _PLAIN:
-            return kind.name, block_values, block_bytes, None
         # One group for the whole slice: `dequantize` works through 16 rows at a time.
         dequantize = functools.partial(gguf.quants.dequantize, qtype=kind)
         dequantize(np.zeros(block_bytes, np.uint8))

@@ -19,11 +19,11 @@ def byte_progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]
     """Shows a progress bar on stderr while the context is open.
 
     Args:
-      total: Bytes to read in all.
+      total: Bytes of all arrays.
       shown: Whether to show anything.
 
     Yields:
-      A function that adds bytes to those read.
+      A function that adds bytes to those loaded.
     """
     columns = (
         TextColumn("Loading weights"),

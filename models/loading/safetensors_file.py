@@ -1,83 +1,63 @@
-"""The header of a safetensors file, without the tensor data.
+"""Tensors of a safetensors file."""
 
-The `safetensors` package maps the file, so that its pages count as this process's memory, and does
-not tell where a tensor lies. Format: https://github.com/huggingface/safetensors#format.
-"""
-
-import json
+import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from tokendance_jax.models.loading.stored import StoredTensor
 from tokendance_jax.models.qwen2.errors import CheckpointError
 
-_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-}
+_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class _SafetensorsTensor(StoredTensor):
+    file: Path
+    name: str
+
+    def slices(self, size: int) -> Iterator[np.ndarray]:
+        rows = max(1, size // math.prod(self.shape[1:]))
+        # The package maps the file, and mapped pages count as this process's memory until the file
+        # is closed: it is opened anew for every tensor.
+        with _opened(self.file) as content:
+            stored = content.get_slice(self.name)
+            for start in range(0, self.shape[0], rows):
+                yield stored[start : min(start + rows, self.shape[0])].reshape(-1)
 
 
 def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
-    """Returns where each tensor of a safetensors file lies, by name.
+    """Returns the tensors of a safetensors file by name, without reading their values.
 
     Raises:
       CheckpointError: The file is cut or damaged, or a tensor's type is not supported.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                file, "header", "the file ends inside its header", "download it again"
-            )
-        text = stream.read(length)
+    with _opened(file) as content:
+        return {name: _stored(content, file, name) for name in content.keys()}
+
+
+def _stored(content: safe_open, file: Path, name: str) -> StoredTensor:
+    tensor = content.get_slice(name)
+    if tensor.get_dtype() not in _DTYPES:
+        raise CheckpointError(
+            file, name, f"has type {tensor.get_dtype()}", f"{', '.join(_DTYPES)} are supported"
+        )
+    return _SafetensorsTensor(tuple(tensor.get_shape()), file, name)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
     try:
-        header = json.loads(text)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        start = 8 + length
-        tensors = {name: _stored(file, name, start, entry) for name, entry in entries.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        with safe_open(file, framework="numpy") as content:
+            yield content
+    except SafetensorError as error:
         raise CheckpointError(
-            file, "header", f"malformed ({error!r})", "download the file again"
+            file,
+            "safetensors",
+            f"the file cannot be read ({error})",
+            "it is truncated or damaged: download it again",
         ) from None
-    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
-    if end != size:
-        raise CheckpointError(
-            file,
-            "tensor data",
-            f"the header describes {end} bytes and the file has {size}",
-            "the file is truncated or damaged: download it again",
-        )
-    return tensors
-
-
-def _stored(file: Path, name: str, start: int, entry: dict[str, Any]) -> StoredTensor:
-    if entry["dtype"] not in _DTYPES:
-        raise CheckpointError(
-            file, name, f"has type {entry['dtype']}", f"{', '.join(_DTYPES)} are supported"
-        )
-    dtype = _DTYPES[entry["dtype"]]
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(
-            file,
-            name,
-            f"{end - begin} bytes for shape {list(shape)} of {entry['dtype']}",
-            "the header is damaged: download the file again",
-        )
-    return StoredTensor(
-        file=file,
-        offset=start + begin,
-        shape=shape,
-        dtype=dtype,
-        block_values=1,
-        block_bytes=dtype.itemsize,
-    )

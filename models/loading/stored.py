@@ -1,12 +1,11 @@
-"""Tensors at known byte ranges of files, checked as a whole and then read slice by slice."""
+"""Tensors of checkpoint files: checked against the configuration, then read slice by slice."""
 
+import abc
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -24,31 +23,28 @@ _ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(abc.ABC):
     """One tensor of a file, as the file's header describes it.
 
     Attributes:
-      file: The file.
-      offset: The tensor's first byte in it.
       shape: Row-major shape.
-      dtype: Type of the values, after dequantisation if there is any.
-      block_values: Values in the smallest unit that can be decoded by itself.
-      block_bytes: Bytes of that unit.
-      dequantize: Turns the bytes of whole blocks into values; None if the bytes are the values.
     """
 
-    file: Path
-    offset: int
     shape: tuple[int, ...]
-    dtype: np.dtype
-    block_values: int
-    block_bytes: int
-    dequantize: Callable[[np.ndarray], np.ndarray] | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) // self.block_values * self.block_bytes
+    @abc.abstractmethod
+    def slices(self, size: int) -> Iterator[np.ndarray]:
+        """Reads the tensor in parts.
+
+        Args:
+          size: About how many values to read at a time; a multiple of every block size.
+
+        Yields:
+          Consecutive values in row-major order, as flat arrays.
+
+        Raises:
+          CheckpointError: The file changed since its header was read.
+        """
 
 
 def match_parameters(
@@ -109,8 +105,8 @@ def read_parameters(
 ) -> dict[str, jax.Array]:
     """Reads tensors one after the other onto the default device.
 
-    Needs little memory beyond the arrays themselves: each file range is read and converted in
-    slices, straight into the array's own buffer.
+    Needs little memory beyond the arrays themselves: each tensor is read and converted in slices,
+    straight into the array's own buffer.
 
     Args:
       tensors: Where each parameter is stored, by its path.
@@ -118,46 +114,25 @@ def read_parameters(
       progress: Whether to show a progress bar on stderr.
 
     Raises:
-      CheckpointError: A file ends early.
+      CheckpointError: A file changed since its header was read.
     """
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    params = {}
+    shapes = [tensor.shape for tensor in tensors.values()]
+    total = sum(math.prod(shape) * parameter_dtype(shape, dtype).itemsize for shape in shapes)
     with byte_progress(total, shown=progress) as advance:
-        for path, tensor in tensors.items():
-            target = parameter_dtype(tensor.shape, dtype)
-            params[path] = jax.device_put(_read(tensor, target, advance))
-    return params
+        return {
+            path: jax.device_put(_read(tensor, parameter_dtype(tensor.shape, dtype), advance))
+            for path, tensor in tensors.items()
+        }
 
 
 def _read(tensor: StoredTensor, dtype: np.dtype, advance: Callable[[int], None]) -> np.ndarray:
     values = _aligned_empty(math.prod(tensor.shape), dtype)
-    as_stored = tensor.dequantize is None and tensor.dtype == dtype
-    scratch = np.empty(_SLICE_VALUES // tensor.block_values * tensor.block_bytes, np.uint8)
-    # Plain reads: pages of a memory map would count as this process's memory.
-    with open(tensor.file, "rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        for start in range(0, values.size, _SLICE_VALUES):
-            part = values[start : start + _SLICE_VALUES]
-            count = part.size // tensor.block_values * tensor.block_bytes
-            raw = part.view(np.uint8) if as_stored else scratch[:count]
-            _read_exactly(file, raw, tensor.file)
-            if tensor.dequantize is not None:
-                part[:] = tensor.dequantize(raw)
-            elif not as_stored:
-                part[:] = raw.view(tensor.dtype)
-            advance(count)
+    start = 0
+    for part in tensor.slices(_SLICE_VALUES):
+        values[start : start + part.size] = part
+        start += part.size
+        advance(part.size * dtype.itemsize)
     return values.reshape(tensor.shape)
-
-
-def _read_exactly(file: BinaryIO, buffer: np.ndarray, where: Path) -> None:
-    view = buffer.data
-    while view:
-        count = file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]
-        if not count:
-            raise CheckpointError(
-                where, "tensor data", "the file became shorter while it was read", "load it again"
-            )
-        view = view[count:]
 
 
 def _aligned_empty(size: int, dtype: np.dtype) -> np.ndarray:

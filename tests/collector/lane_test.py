@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import jax
 import numpy as np
 from hypothesis import given, settings
@@ -66,7 +68,7 @@ def test_table_holds_the_same_slots_with_one_frame_to_a_block(entries, block):
     # No more blocks than the runs of one frame need.
     frames = [frame for _, frame, _, _ in entries]
     cuts = [0, *(i for i in range(1, len(frames)) if frames[i] != frames[i - 1]), len(frames)]
-    needed = sum(-(-(b - a) // block) for a, b in zip(cuts, cuts[1:], strict=False))
+    needed = sum(-(-(b - a) // block) for a, b in pairwise(cuts))
     assert blocks.shape[1] == needed
 
 

@@ -1,6 +1,7 @@
 """Attention cases: lanes of a round and pools that hold them, shared by the kernel tests."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from tokendance_jax.collector.plan import Shapes, lane_tables, row_tiles
 from tokendance_jax.kernels import rope
 from tokendance_jax.kernels.flash import block_pages
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.kernels.round_attention.reference import round_attention_reference
 
 THETA = 1e6
 LAYERS, LAYER = 2, 1
@@ -27,6 +29,10 @@ class Heads:
     heads: int
     kv_heads: int
     head_dim: int
+
+    def __str__(self) -> str:
+        """Names a test."""
+        return f"{self.heads}/{self.kv_heads}/{self.head_dim}"
 
 
 HEADS = (Heads(14, 2, 64), Heads(4, 4, 32), Heads(8, 2, 128))
@@ -191,7 +197,6 @@ def random_case(seed: int, page_size: int) -> Case:
                 first = int(random.integers(0, page_size))
                 slots = int(random.integers(1, page_size - first + 1))
                 entries.append((int(random.integers(1, 30)), frame, first, slots))
-        # Slots after the last row may be named elsewhere in the same round: they are no poison then.
         ahead = int(random.integers(0, entries[-1][3]))
         tokens = sum(slots for *_, slots in entries) - ahead
         computed = int(random.integers(1, min(tokens, ROWS // LANES) + 1))
@@ -221,6 +226,35 @@ def queries(rows: int, heads: Heads, seed: int = 1) -> np.ndarray:
     """Random queries f32 [rows, heads, head_dim]."""
     shape = rows, heads.heads, heads.head_dim
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+_definition = jax.jit(
+    functools.partial(round_attention_reference, theta=THETA), static_argnames="layer"
+)
+
+
+def reference(
+    case: Case,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    position: np.ndarray,
+    lane: np.ndarray,
+    *,
+    chunk: int = 64,
+) -> np.ndarray:
+    """The reference's output for rows of the given lanes; zero in rows of no lane.
+
+    In chunks, as the reference gathers all keys of each row; all of one shape, as it is compiled.
+    """
+    out = np.zeros_like(q)
+    used = np.flatnonzero(lane < LANES)
+    for start in range(0, len(used), chunk):
+        rows = used[start : start + chunk]
+        filled = np.resize(rows, chunk)
+        part = _definition(q[filled], k, v, LAYER, position[filled], lane[filled], case.tables)
+        out[rows] = part[: len(rows)]
+    return out
 
 
 def tolerance(dtype: str) -> float:

@@ -9,30 +9,15 @@ from hypothesis import strategies as st
 from tests.kernels import cases
 from tokendance_jax.kernels.lanes import TILE_ROWS, RowTiles
 from tokendance_jax.kernels.round_attention import round_attention
-from tokendance_jax.kernels.round_attention.reference import round_attention_reference
 
 SMALL = cases.HEADS[1]
 SEEDS = st.integers(0, 2**32 - 1)
 
 program = jax.jit(functools.partial(round_attention, theta=cases.THETA), static_argnums=3)
-definition = jax.jit(
-    functools.partial(round_attention_reference, theta=cases.THETA), static_argnums=3
-)
 
 
 def run(case, q, k, v):
     return np.asarray(program(q, k, v, cases.LAYER, case.position, case.tables, case.tiles))
-
-
-def expected(case, q, k, v, chunk=64):
-    """The reference's output, and zero in padding rows. In chunks: it gathers keys per row."""
-    lane = np.minimum(case.lane, cases.LANES - 1)
-    parts = []
-    for start in range(0, cases.ROWS, chunk):
-        rows = slice(start, start + chunk)
-        part = (q[rows], k, v, cases.LAYER, case.position[rows], lane[rows], case.tables)
-        parts.append(definition(*part) if case.used[rows].any() else np.zeros_like(q[rows]))
-    return np.where(case.used[:, None, None], np.concatenate(parts), 0)
 
 
 def check(case, heads, dtype):
@@ -40,11 +25,11 @@ def check(case, heads, dtype):
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, dtype)
     out = run(case, q, cases.poisoned(case, k), cases.poisoned(case, v))
-    cases.assert_close(out, expected(case, q, k, v), dtype)
+    cases.assert_close(out, cases.reference(case, q, k, v, case.position, case.lane), dtype)
     assert not out[~case.used].any()
 
 
-@pytest.mark.parametrize(("heads", "page_size", "dtype"), cases.COMBINATIONS)
+@pytest.mark.parametrize(("heads", "page_size", "dtype"), cases.COMBINATIONS, ids=str)
 def test_equals_the_reference(heads, page_size, dtype):
     case = cases.sharing(page_size)
     assert (~case.used).any()
@@ -52,13 +37,13 @@ def test_equals_the_reference(heads, page_size, dtype):
 
 
 @given(SEEDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_random_lanes_equal_the_reference(seed):
     check(cases.random_case(seed, page_size=16), SMALL, "float32")
 
 
 @given(SEEDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_a_frame_equals_keys_rotated_by_it(seed):
     # Invariant 4: +d, -d and large d.
     case = cases.random_case(seed, page_size=16)

@@ -1,0 +1,318 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.engine.rounds import agent, three
+from tokendance_jax.demo import demo_trace
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.paged import OutOfPages
+from tokendance_jax.prompt import AgentPrompt, PromptError, Round, Segment
+
+KV = 8 << 20
+
+
+@pytest.fixture(scope="module")
+def programs(demo_model):
+    """The programs of all engines of this module that have the usual sizes."""
+    return RoundEngine(demo_model, kv_memory=KV).programs
+
+
+@pytest.fixture
+def engine(demo_model, programs):
+    engine = RoundEngine(demo_model, policy="prefix", kv_memory=KV, programs=programs)
+    yield engine
+    assert engine.pool.live == 0
+    engine.pool.check()
+
+
+@pytest.fixture
+def dense(demo_model, programs):
+    return RoundEngine(demo_model, policy="dense", kv_memory=KV, programs=programs)
+
+
+def ids(result):
+    return {a.agent: a.token_ids for a in result.agents}
+
+
+def poison(engine):
+    """Fills the whole pool with NaN."""
+    engine._kv = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), engine._kv)
+
+
+def test_policies_give_the_same_tokens_over_rounds(engine, dense):
+    poison(engine)
+    poison(dense)
+    for prefix, full in zip(engine.run(demo_trace()), dense.run(demo_trace()), strict=True):
+        assert ids(prefix) == ids(full)
+        assert full.ledger.reused_tokens == 0
+        assert (prefix.ledger.reused_tokens > 0) == (prefix.index > 0)
+
+
+def test_the_same_round_twice_and_in_another_order_gives_the_same_tokens(engine):
+    moment = three(temperature=0.8, top_k=40, top_p=0.95, seed=3)
+    first = ids(engine.serve(moment))
+    assert ids(engine.serve(moment)) == first
+    turned = dataclasses.replace(moment, agents=moment.agents[::-1])
+    assert ids(engine.serve(turned)) == first
+    assert len(set(first.values())) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_do_not_depend_on_the_other_agents(engine, temperature):
+    moment = three(temperature=temperature, seed=1)
+    together = ids(engine.serve(moment))
+    for prompt in moment.agents:
+        alone = dataclasses.replace(moment, agents=(prompt,))
+        assert ids(engine.serve(alone)) == {prompt.agent: together[prompt.agent]}
+
+
+def test_seed_and_round_change_the_draws(engine):
+    moment = three(temperature=1.5, seed=1)
+    first = ids(engine.serve(moment))
+    assert ids(engine.serve(three(temperature=1.5, seed=2))) != first
+    assert ids(engine.serve(dataclasses.replace(moment, index=1))) != first
+
+
+def test_chunks_of_a_round_give_the_tokens_of_one_call(demo_model, dense):
+    small = RoundEngine(demo_model, policy="prefix", kv_memory=KV, row_budget=64)
+    moment = three()
+    result = small.serve(moment)
+    assert result.ledger.computed_tokens > 2 * 64
+    assert ids(result) == ids(dense.serve(moment))
+
+
+def test_page_size_does_not_change_tokens(demo_model, dense):
+    wide = RoundEngine(demo_model, policy="prefix", kv_memory=KV, page_size=32)
+    assert ids(wide.serve(three())) == ids(dense.serve(three()))
+
+
+def test_agents_of_a_round_share_the_prefix_they_have_in_common(engine):
+    prompts = tuple(
+        AgentPrompt(
+            name,
+            (
+                Segment("system", "town", text="A small harbour town, rain since Monday. " * 8),
+                Segment("task", f"task/{name}", text=f"{name}, what do you do?\n"),
+            ),
+        )
+        for name in ("Edda", "Tomas")
+    )
+    result = engine.serve(Round(prompts, max_new_tokens=4))
+    first, second = (a.ledger for a in result.agents)
+    assert first.reused_tokens == 0
+    assert second.reused_tokens >= 16
+    assert result.ledger.kv_bytes_held < result.ledger.kv_bytes_dense
+    alone = engine.serve(Round(prompts[1:], max_new_tokens=4))
+    assert alone.agents[0].token_ids == result.agents[1].token_ids
+
+
+def test_ledger_adds_up(engine):
+    engine.serve(three())
+    result = engine.serve(three())
+    ledger = result.ledger
+    assert sum(ledger.tokens.values()) == ledger.prompt_tokens
+    assert ledger.computed_tokens + ledger.reused_tokens == ledger.prompt_tokens
+    shared = ledger.tokens["shared"]
+    assert ledger.unique_tokens == ledger.prompt_tokens - shared + shared // 3
+    held = sum(a.ledger.kv_bytes_held for a in result.agents)
+    assert held == pytest.approx(ledger.kv_bytes_held)
+    for a in result.agents:
+        written = a.ledger.prompt_tokens + a.ledger.decoded_tokens - 1
+        assert a.ledger.kv_bytes_dense == -(-written // 16) * engine.page_bytes
+        assert a.ledger.computed_tokens <= 16  # all full pages but that of the last token
+
+
+def test_full_pages_of_answers_are_reused(engine):
+    tokenizer = engine.model.tokenizer
+    moment = Round((agent("Edda", limit=40),))
+    answer = engine.serve(moment).agents[0]
+    said = tuple(tokenizer.encode_text("".join(s.text for s in moment.agents[0].segments)))
+    followed = AgentPrompt(
+        "Edda", (Segment("task", "t", token_ids=(*said, *answer.token_ids, 5, 6)),)
+    )
+    result = engine.serve(Round((followed,), max_new_tokens=1))
+    assert result.ledger.reused_tokens == (len(said) + 39) // 16 * 16
+
+
+def test_steady_state_traces_nothing(engine):
+    names = ("Edda", "Tomas", "Ines", "Oskar")
+
+    def moment(index):
+        agents = tuple(
+            agent(name, persona="You wait. " * (3 + 2 * index + place))
+            for place, name in enumerate(names[: 4 - index % 2])
+        )
+        return Round(agents, max_new_tokens=9 + index, index=index)
+
+    engine.serve(moment(2))
+    engine.serve(dataclasses.replace(moment(2), agents=moment(2).agents[:1]))
+    engine.serve(moment(2))
+    before = engine.programs.compile_s
+    with jax.no_tracing(True):
+        for index in range(3):
+            assert engine.serve(moment(index)).timings.compile_s == 0
+    assert engine.programs.compile_s == before
+
+
+def test_callback_gets_every_token_in_order(engine):
+    heard = {"Edda": [], "Tomas": [], "Ines": []}
+    result = engine.serve(three(), on_token=lambda name, token, _: heard[name].append(token))
+    assert {name: tuple(tokens) for name, tokens in heard.items()} == ids(result)
+
+
+def test_an_answer_ends_at_a_stop_token(engine):
+    moment = three()
+    free = engine.serve(moment).agents[0]
+    stop = free.token_ids[4]
+    first = free.token_ids.index(stop)
+    cut = dataclasses.replace(
+        moment, sampling=dataclasses.replace(moment.sampling, stop_token_ids=(stop,))
+    )
+    result = engine.serve(cut).agents[0]
+    assert result.token_ids == free.token_ids[:first]
+    assert result.finish_reason == "stop"
+    assert result.ledger.decoded_tokens == first + 1
+    assert free.finish_reason == "length"
+
+
+def test_an_answer_ends_before_a_stop_string(engine):
+    moment = three()
+    free = engine.serve(moment).agents[0]
+    stop = free.text[len(free.text) // 2 :][:3]
+    cut = dataclasses.replace(moment, sampling=dataclasses.replace(moment.sampling, stop=(stop,)))
+    result = engine.serve(cut).agents[0]
+    assert result.text == free.text[: free.text.index(stop)]
+    assert result.finish_reason == "stop"
+
+
+def test_limits_of_agents(engine):
+    moment = Round((agent("Edda", limit=1), agent("Tomas", limit=20)), max_new_tokens=5)
+    result = engine.serve(moment)
+    assert [len(a.token_ids) for a in result.agents] == [1, 20]
+
+
+def test_live_rounds_quote_the_agents_own_answers(engine):
+    trace = demo_trace()
+    replayed = list(engine.run(trace, replay=True))
+    live = list(engine.run(trace, replay=False, chat=False))
+    assert ids(live[0]) == ids(replayed[0])
+    assert ids(live[1]) != ids(replayed[1])
+    assert live[1].ledger.tokens["history"] == replayed[1].ledger.tokens["history"]
+
+
+def test_chat_markup_is_the_default_of_live_rounds(engine):
+    trace = dataclasses.replace(demo_trace(), rounds=demo_trace().rounds[:1])
+    (live,) = engine.run(trace, replay=False)
+    (replayed,) = engine.run(trace)
+    assert live.ledger.tokens["markup"] > 0
+    assert replayed.ledger.tokens["markup"] == 0
+
+
+class Broken(Exception):
+    pass
+
+
+def test_an_error_in_the_callback_loses_nothing(engine):
+    expected = ids(engine.serve(three()))
+    before = engine.pool.free + engine.pool.evictable
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 20:
+            raise Broken
+
+    with pytest.raises(Broken):
+        engine.serve(three(), on_token=fail)
+    assert engine.pool.live == 0
+    assert engine.pool.free + engine.pool.evictable == before
+    assert ids(engine.serve(three())) == expected
+
+
+def test_a_failed_prefill_leaves_no_unwritten_page_in_the_cache(engine, monkeypatch):
+    poison(engine)
+
+    def fail(*_):
+        raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.programs, "prefill", fail)
+        with pytest.raises(Broken):
+            engine.serve(three())
+    result = engine.serve(three())
+    assert result.ledger.reused_tokens == 0
+
+
+def test_the_engine_survives_a_call_that_kept_the_pool(engine, monkeypatch):
+    expected = ids(engine.serve(three()))
+
+    def swallow(kv, *_):
+        kv.k.delete()
+        kv.v.delete()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.programs, "decode", swallow)
+        with pytest.raises(KeyboardInterrupt):
+            engine.serve(three())
+    result = engine.serve(three())
+    assert ids(result) == expected
+    assert result.ledger.reused_tokens == 0
+
+
+def test_a_round_that_does_not_fit_the_pool_is_refused_whole(demo_model, programs):
+    engine = RoundEngine(demo_model, kv_memory=40 * programs.shapes.page_size * 2048)
+    free = engine.pool.free
+    with pytest.raises(OutOfPages, match="kv_memory"):
+        engine.serve(dataclasses.replace(three(), max_new_tokens=500))
+    assert engine.pool.free == free
+    assert engine.pool.live == engine.pool.evictable == 0
+
+
+def test_a_prompt_longer_than_the_context_is_refused(engine):
+    ids_ = (5,) * engine.model.config.max_position_embeddings
+    prompt = AgentPrompt("Edda", (Segment("task", "t", token_ids=ids_),))
+    with pytest.raises(PromptError, match=r"Edda.*context"):
+        engine.serve(Round((prompt,)))
+
+
+def test_a_token_outside_of_the_vocabulary_is_refused(engine):
+    prompt = AgentPrompt("Edda", (Segment("task", "t", token_ids=(1 << 20,)),))
+    with pytest.raises(PromptError, match="token"):
+        engine.serve(Round((prompt,)))
+
+
+def test_more_agents_than_lanes_are_refused(demo_model):
+    engine = RoundEngine(demo_model, kv_memory=KV, max_agents=2)
+    with pytest.raises(PromptError, match="max_agents"):
+        engine.serve(three())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("kv_memory", 1000),
+        ("page_size", 24),
+        ("page_size", 0),
+        ("row_budget", 0),
+        ("max_agents", 0),
+        ("decode_steps", 0),
+        ("policy", "magic"),
+    ],
+)
+def test_bad_arguments_are_named(demo_model, argument, value):
+    with pytest.raises(ValueError, match=argument):
+        RoundEngine(demo_model, **{"kv_memory": KV, argument: value})
+
+
+def test_a_context_that_ends_ends_the_answer(demo_model):
+    config = dataclasses.replace(demo_model.config, max_position_embeddings=64)
+    engine = RoundEngine(dataclasses.replace(demo_model, config=config), kv_memory=KV)
+    prompt = AgentPrompt("Edda", (Segment("task", "t", token_ids=tuple(range(2, 62))),))
+    result = engine.serve(Round((prompt,), max_new_tokens=100))
+    assert len(result.agents[0].token_ids) == 4
+    assert result.agents[0].finish_reason == "length"
+    assert np.isfinite(result.timings.decode_s)

@@ -1,0 +1,225 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tokendance_jax.engine.sampling import (
+    MAX_STOP_IDS,
+    SamplingArrays,
+    agent_key,
+    is_stop,
+    sample,
+    sampling_arrays,
+)
+
+LANES, VOCAB, DRAWS = 4, 12, 4096
+KEY = agent_key(0, 0, "a")
+SEEDS = st.integers(0, 2**32 - 1)
+# Integers, halved: many ties, both zeros, and probabilities that are the same in any order.
+LOGITS = st.lists(st.integers(-12, 12).map(lambda n: n / 2), min_size=VOCAB, max_size=VOCAB)
+TOP_K = st.sampled_from([0, 1, 2, 3, 5, VOCAB - 1, VOCAB, VOCAB + 1, 2**31 - 1])
+TOP_P = st.sampled_from([1.0, 0.999999, 0.9, 0.5, 0.3, 1e-3, 1e-30, 1e-60])
+
+run = jax.jit(sample)
+draw_many = jax.jit(jax.vmap(sample, in_axes=(None, None, 0)))
+
+
+def settings_of(lanes=LANES, *, temperature=1.0, top_k=0, top_p=1.0, seed=0):
+    """Lanes that sample alike, each with its own stream."""
+    keys = [agent_key(seed, 0, f"agent {lane}") for lane in range(lanes)]
+    limits = [100] * lanes
+    return sampling_arrays(
+        lanes,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        keys=keys,
+        limits=limits,
+        stop_ids=(),
+    )
+
+
+def draws(logits, sampling):
+    """i32 [DRAWS, lanes]: one draw per step of each lane's stream."""
+    steps = np.repeat(np.arange(DRAWS, dtype=np.int32)[:, None], len(logits), axis=1)
+    return np.asarray(draw_many(np.asarray(logits, np.float32), sampling, steps))
+
+
+def softmax(logits):
+    weights = np.exp(logits - np.max(logits))
+    return weights / weights.sum()
+
+
+def support(logits, top_k, top_p):
+    """The tokens that may be drawn, by sorting; ties at an edge are kept.
+
+    Also the least distance of `top_p` to the mass of a set: at zero, rounding decides.
+    """
+    distance = 1.0
+    logits = np.asarray(logits, np.float64)
+    kept = np.ones(VOCAB, np.bool_)
+    if 0 < top_k < VOCAB:
+        kept = logits >= np.sort(logits)[-top_k]
+    if top_p < 1:
+        probability = softmax(np.where(kept, logits, -np.inf))
+        order = np.argsort(-logits, kind="stable")
+        mass = np.cumsum(probability[order])
+        distance = np.abs(mass - top_p).min()
+        enough = mass >= top_p
+        edge = logits[order[np.argmax(enough)]] if enough.any() else -np.inf
+        kept &= logits >= edge
+    return kept, distance
+
+
+def random_logits(seed, lanes=LANES, vocab=VOCAB):
+    return (3 * np.random.default_rng(seed).standard_normal((lanes, vocab))).astype(np.float32)
+
+
+@given(SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_temperature_zero_is_argmax(seed):
+    logits = random_logits(seed)
+    chosen = run(logits, settings_of(temperature=0.0, seed=seed), np.zeros(LANES, np.int32))
+    assert chosen.dtype == jnp.int32
+    np.testing.assert_array_equal(chosen, logits.argmax(axis=1))
+
+
+@given(LOGITS, TOP_K, TOP_P)
+@settings(max_examples=60, deadline=None)
+def test_draws_come_from_top_k_and_then_top_p(logits, top_k, top_p):
+    kept, distance = support(logits, top_k, top_p)
+    assume(distance > 1e-6)
+    drawn = draws([logits] * LANES, settings_of(top_k=top_k, top_p=top_p))
+    seen = np.isin(np.arange(VOCAB), drawn)
+    assert not (seen & ~kept).any()
+    probability = softmax(np.where(kept, logits, -np.inf))
+    # A token that should come 30 times in all stays away with probability e**-30.
+    assert seen[probability * drawn.size > 30].all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (3.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.8), (2.0, 6, 0.9)],
+)
+def test_frequencies_are_the_softmax(temperature, top_k, top_p):
+    logits = random_logits(1, lanes=1)[0] / 2
+    kept, distance = support(logits / temperature, top_k, top_p)
+    assert distance > 1e-3
+    probability = softmax(np.where(kept, logits / temperature, -np.inf))
+    sampling = settings_of(temperature=temperature, top_k=top_k, top_p=top_p)
+    drawn = draws([logits] * LANES, sampling)
+    count = np.bincount(drawn.ravel(), minlength=VOCAB)
+    assert not count[~kept].any()
+    expected = probability[kept] * drawn.size
+    freedom = kept.sum() - 1
+    # Chi-square has mean `freedom` and variance 2 `freedom`: six deviations above.
+    assert np.sum((count[kept] - expected) ** 2 / expected) < freedom + 6 * np.sqrt(2 * freedom)
+
+
+def test_steps_of_a_stream_are_independent():
+    drawn = draws(np.zeros((LANES, VOCAB)), settings_of())
+    pairs = np.bincount((drawn[:-1] * VOCAB + drawn[1:]).ravel(), minlength=VOCAB**2)
+    expected, freedom = pairs.sum() / VOCAB**2, VOCAB**2 - 1
+    assert np.sum((pairs - expected) ** 2 / expected) < freedom + 6 * np.sqrt(2 * freedom)
+
+
+@given(SEEDS, st.permutations(range(LANES)), st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_draw_depends_on_its_own_lane_alone(seed, order, data):
+    random = np.random.default_rng(seed)
+    temperature = st.sampled_from([0.0, 0.5, 1.0])
+
+    def column(strategy, dtype):
+        return np.array(data.draw(st.lists(strategy, min_size=LANES, max_size=LANES)), dtype)
+
+    sampling = dataclasses.replace(
+        settings_of(seed=seed),
+        temperature=column(temperature, np.float32),
+        top_k=column(TOP_K, np.int32),
+        top_p=column(TOP_P, np.float32),
+    )
+    logits, step = random_logits(seed), random.integers(0, 99, LANES).astype(np.int32)
+    together = np.asarray(run(logits, sampling, step))
+    # Other seats.
+    order = np.array(order)
+    moved = jax.tree.map(lambda field: np.asarray(field)[order], sampling)
+    np.testing.assert_array_equal(run(logits[order], moved, step[order]), together[order])
+    # Other neighbours, and a bucket of another size.
+    for lane in range(LANES):
+        alone = jax.tree.map(lambda field, lane=lane: np.asarray(field)[[lane]], sampling)
+        assert int(run(logits[[lane]], alone, step[[lane]])[0]) == together[lane]
+
+
+def test_greedy_lanes_stay_greedy_beside_others():
+    sampling = dataclasses.replace(
+        settings_of(), temperature=np.array([0, 1, 0, 5], np.float32), top_k=np.full(4, 3, np.int32)
+    )
+    logits = random_logits(0)
+    drawn = draws(logits, sampling)
+    assert (drawn[:, [0, 2]] == logits.argmax(axis=1)[[0, 2]]).all()
+    assert len(set(drawn[:, 1].tolist())) == len(set(drawn[:, 3].tolist())) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-37, 1e-40])
+def test_a_tiny_temperature_is_greedy(temperature):
+    # The quotient overflows: it must not make equals of all large logits.
+    logits = np.tile(np.array([5, 30, 29, 31, -2, 0, 0, 0, 0, 0, 0, 0], np.float32), (LANES, 1))
+    for top_k, top_p in ((0, 1.0), (3, 0.9)):
+        sampling = settings_of(temperature=temperature, top_k=top_k, top_p=top_p)
+        assert (np.asarray(run(logits, sampling, np.zeros(LANES, np.int32))) == 3).all()
+
+
+def test_agents_rounds_and_seeds_have_streams_of_their_own():
+    names = [(0, 0, "a"), (0, 0, "b"), (0, 1, "a"), (1, 0, "a")]
+    keys = [agent_key(*name) for name in names]
+    assert len({key.tobytes() for key in keys}) == len(names)
+    assert agent_key(0, 0, "a").tobytes() == keys[0].tobytes()
+    sampling = sampling_arrays(
+        len(names), temperature=1.0, top_k=0, top_p=1.0, keys=keys, limits=[], stop_ids=()
+    )
+    drawn = draws(np.zeros((len(names), VOCAB)), sampling)
+    for a in range(len(names)):
+        for b in range(a):
+            # Independent streams agree in one place of VOCAB.
+            assert abs(np.mean(drawn[:, a] == drawn[:, b]) - 1 / VOCAB) < 0.03
+
+
+def test_sampling_arrays_fill_up_with_neutral_lanes():
+    keys = [agent_key(3, 0, "a"), agent_key(3, 0, "b")]
+    arrays = sampling_arrays(
+        4, temperature=0.5, top_k=7, top_p=0.25, keys=keys, limits=[5, 6], stop_ids=(11, 3)
+    )
+    assert isinstance(arrays, SamplingArrays)
+    np.testing.assert_array_equal(arrays.key[:2], keys)
+    assert arrays.limit.tolist() == [5, 6, 0, 0]
+    assert arrays.stop_ids.shape == (4, MAX_STOP_IDS)
+    assert (arrays.stop_ids[:, :2] == [11, 3]).all()
+    assert (arrays.stop_ids[:, 2:] == -1).all()
+    assert (arrays.temperature == 0.5).all()
+    assert (arrays.top_k == 7).all()
+    assert (arrays.top_p == 0.25).all()
+
+
+def test_is_stop():
+    arrays = dataclasses.replace(settings_of(), stop_ids=np.array([[3, 5]] * LANES, np.int32))
+    assert is_stop(jnp.array([3, 4, 5, 0], jnp.int32), arrays).tolist() == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_too_many_stop_tokens_are_refused():
+    def arrays(count):
+        return sampling_arrays(
+            1, temperature=0.0, top_k=0, top_p=1.0, keys=[KEY], limits=[1], stop_ids=range(count)
+        )
+
+    assert (arrays(MAX_STOP_IDS).stop_ids[0] == range(MAX_STOP_IDS)).all()
+    with pytest.raises(ValueError, match="stop_token_ids: 17 given, at most 16"):
+        arrays(MAX_STOP_IDS + 1)

@@ -1,0 +1,268 @@
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.models.qwen2 import tiny
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.plan import lane_tables, pack
+from tokendance_jax.engine.programs import DecodeState, Programs
+from tokendance_jax.engine.sampling import sampling_arrays
+from tokendance_jax.models.qwen2.model import abstract_parameters, state_from_parameters
+from tokendance_jax.models.qwen2.parameters import parameter_shapes
+from tokendance_jax.models.qwen2.random import random_parameters
+
+PAGE_SIZE = 16
+TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@pytest.fixture(scope="module")
+def served():
+    """An untied float32 model and its programs, compiled once."""
+    model = tiny.tiny_model()
+    return SimpleNamespace(model=model, programs=Programs(model, tiny.tiny_shapes(64)))
+
+
+def contiguous(token_ids, *, first_page, room=0):
+    pages = np.arange(-(-(len(token_ids) + room) // PAGE_SIZE), dtype=np.int32) + first_page
+    return LanePlan.contiguous(token_ids, pages, computed_from=0, page_size=PAGE_SIZE)
+
+
+def leaves(state):
+    """Path -> array of a state."""
+    paths, _ = jax.tree.flatten_with_path(state)
+    return {
+        ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path): leaf
+        for path, leaf in paths
+    }
+
+
+def parameters(state):
+    return {path.removesuffix(".value"): leaf for path, leaf in leaves(state).items()}
+
+
+@TIED
+@DTYPES
+def test_state_has_the_parameters_of_the_published_files(tied, dtype):
+    config = tiny.tiny_model(tied=tied).config
+    _, state = abstract_parameters(config, dtype)
+    found = parameters(state)
+    assert {path: leaf.shape for path, leaf in found.items()} == parameter_shapes(config)
+    for path, leaf in found.items():
+        assert leaf.dtype == (jnp.dtype(dtype) if len(leaf.shape) == 2 else jnp.float32), path
+
+
+def test_parameters_are_taken_without_a_copy_and_by_name():
+    config = tiny.tiny_model().config
+    params = random_parameters(config, jnp.float32)
+    _, state = state_from_parameters(config, params, jnp.float32)
+    assert all(leaf is params[path] for path, leaf in parameters(state).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm.weight": None}, r"paths differ from the model's: \['norm.weight'\]"),
+        ({"extra": np.zeros(1)}, r"paths differ from the model's: \['extra'\]"),
+        ({"norm.weight": np.zeros(3, np.float32)}, r"norm.weight is float32\[3\].*float32\[64\]"),
+        ({"norm.weight": np.zeros(64, np.float16)}, "norm.weight is float16"),
+    ],
+)
+def test_wrong_parameters_are_named(change, message):
+    config = tiny.tiny_model().config
+    params = random_parameters(config, jnp.float32) | change
+    params = {path: jnp.asarray(x) for path, x in params.items() if x is not None}
+    with pytest.raises(ValueError, match=message):
+        state_from_parameters(config, params, jnp.float32)
+
+
+def textbook(config, params, token_ids):
+    """Logits of the last token by a plain float64 transformer over one dense sequence."""
+    p = {path: np.asarray(x).astype(np.float64) for path, x in params.items()}
+    heads, kv_heads, width = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    count = len(token_ids)
+    frequency = config.rope_theta ** -(np.arange(0, width, 2) / width)
+    turn = np.exp(1j * np.arange(count)[:, None] * frequency)[:, None, :]
+
+    def norm(x, weight):
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps) * weight
+
+    def rotate(x):
+        z = (x[..., : width // 2] + 1j * x[..., width // 2 :]) * turn
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    x = p["embed_tokens.weight"][token_ids]
+    for index in range(config.num_hidden_layers):
+        w = {
+            path.removeprefix(f"layers.{index}."): array
+            for path, array in p.items()
+            if path.startswith(f"layers.{index}.")
+        }
+        y = norm(x, w["input_layernorm.weight"])
+        q, k, v = (
+            (y @ w[f"self_attn.{n}_proj.weight"].T + w[f"self_attn.{n}_proj.bias"]).reshape(
+                count, -1, width
+            )
+            for n in "qkv"
+        )
+        q, k, v = rotate(q), *(np.repeat(a, heads // kv_heads, axis=1) for a in (rotate(k), v))
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(width)
+        scores = np.where(np.tril(np.ones((count, count), bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        attended = np.einsum("hqk,khd->qhd", weights, v).reshape(count, -1)
+        x = x + attended @ w["self_attn.o_proj.weight"].T
+        y = norm(x, w["post_attention_layernorm.weight"])
+        gate = y @ w["mlp.gate_proj.weight"].T
+        inner = gate / (1 + np.exp(-gate)) * (y @ w["mlp.up_proj.weight"].T)
+        x = x + inner @ w["mlp.down_proj.weight"].T
+    output = p.get("lm_head.weight", p["embed_tokens.weight"])
+    return norm(x[-1], p["norm.weight"]) @ output.T
+
+
+@pytest.mark.parametrize(
+    ("tied", "dtype", "error"),
+    [(False, "float32", 1e-5), (True, "float32", 1e-5), (False, "bfloat16", 3e-2)],
+)
+def test_logits_are_those_of_a_float64_transformer(tied, dtype, error):
+    # bfloat16 rounds the inputs of every product, keys and values by 2**-9: some 1 % at the end.
+    model = tiny.tiny_model(dtype, tied=tied)
+    programs = Programs(model, tiny.tiny_shapes(64))
+    prompts = [tiny.tokens(29, seed=1), tiny.tokens(35, seed=2)]
+    lanes = [contiguous(prompts[0], first_page=1), contiguous(prompts[1], first_page=9)]
+    _, hidden = tiny.prefill(model, programs, lanes)
+    logits = programs.logits(hidden)
+    for row, prompt in zip(logits, prompts, strict=False):
+        expected = textbook(model.config, parameters(model.state), prompt)
+        np.testing.assert_allclose(row, expected, rtol=0, atol=error * np.abs(expected).max())
+
+
+def test_layer_0_depends_on_the_token_alone(served):
+    # Invariant 3. The second lane computes the same tokens behind others, in frame 5.
+    common = tiny.tokens(27)
+    alone = contiguous(common, first_page=1)
+    token_ids = np.concatenate([tiny.tokens(5, seed=1), common])
+    behind = LanePlan(
+        token_ids=token_ids,
+        computed=np.arange(len(token_ids), dtype=np.int32),
+        page=np.array([10, 11, 12], np.int32),
+        frame=np.array([0, 5, 5], np.int32),
+        first=np.zeros(3, np.int32),
+        slots=np.array([5, 16, 11], np.int32),
+    )
+    kv, _ = tiny.prefill(served.model, served.programs, [alone, behind])
+
+    def rows(pool, layer, lane, start):
+        position = np.arange(start, start + len(common), dtype=np.int32)
+        slot, canonical = lane.locate(position, PAGE_SIZE)
+        np.testing.assert_array_equal(canonical, np.arange(len(common)))
+        return np.asarray(pool[layer]).reshape(-1, *pool.shape[3:])[slot]
+
+    for pool in (kv.k, kv.v):
+        np.testing.assert_array_equal(rows(pool, 0, alone, 0), rows(pool, 0, behind, 5))
+        assert np.abs(rows(pool, 1, alone, 0) - rows(pool, 1, behind, 5)).max() > 0.1
+
+
+def decode_arguments(programs, lanes, steps, *, temperature=0.0):
+    """State, tables, slots and sampling of lanes whose first token is 7."""
+    shapes = programs.shapes
+    seats = shapes.lanes.fit(len(lanes))
+    position, live = np.zeros(seats, np.int32), np.zeros(seats, np.bool_)
+    slot = np.full((seats, steps), shapes.no_slot, np.int32)
+    for seat, lane in enumerate(lanes):
+        position[seat], live[seat] = len(lane.token_ids), True
+        ahead = position[seat] + np.arange(steps, dtype=np.int32)
+        slot[seat], _ = lane.locate(ahead, PAGE_SIZE)
+    state = DecodeState(np.full(seats, 7, np.int32), position, live, live.astype(np.int32))
+    sampling = sampling_arrays(
+        seats,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        keys=[np.array([1, index], np.uint32) for index in range(len(lanes))],
+        limits=[100] * len(lanes),
+        stop_ids=(),
+    )
+    return state, lane_tables(lanes, shapes), slot, sampling
+
+
+def test_the_same_round_twice_gives_the_same_bits(served):
+    lanes = [
+        contiguous(tiny.tokens(75), first_page=1, room=8),
+        contiguous(tiny.tokens(30, seed=1), first_page=11, room=8),
+    ]
+    runs = []
+    for _ in range(2):
+        kv, hidden = tiny.prefill(served.model, served.programs, lanes)
+        logits = np.asarray(served.programs.logits(hidden))
+        arguments = decode_arguments(served.programs, lanes, 8, temperature=1.0)
+        kv, tokens = served.programs.decode(kv, *arguments)
+        assert (np.asarray(tokens)[:2] >= 0).all()
+        runs.append([np.asarray(x).tobytes() for x in (kv.k, kv.v, logits, tokens)])
+    assert runs[0] == runs[1]
+
+
+def test_decode_continues_as_prefill_would(served):
+    prompt, programs = tiny.tokens(30), served.programs
+    lane = contiguous(prompt, first_page=1, room=8)
+    kv, _ = tiny.prefill(served.model, programs, [lane])
+    kv, tokens = programs.decode(kv, *decode_arguments(programs, [lane], 8))
+    generated = np.asarray(tokens)[0]
+    # A prefill of everything that decode saw: its greedy tokens and its K and V are the same.
+    whole = np.concatenate([prompt, [7], generated[:-1]]).astype(np.int32)
+    for end in range(len(prompt) + 1, len(whole) + 1):
+        _, hidden = tiny.prefill(
+            served.model, programs, [contiguous(whole[:end], first_page=1, room=8)]
+        )
+        assert int(np.argmax(programs.logits(hidden)[0])) == generated[end - len(prompt) - 1]
+    dense, _ = tiny.prefill(served.model, programs, [contiguous(whole, first_page=1)])
+    np.testing.assert_allclose(kv.k, dense.k, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(kv.v, dense.v, rtol=0, atol=1e-4)
+
+
+@DTYPES
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_programs_work_in_the_donated_pool(program, dtype):
+    """Temporaries stay below a tenth of a pool that is large beside the batch."""
+    model = tiny.tiny_model(dtype)
+    size = 128 << 20
+    pages = size // model.abstract_kv(pages=1, page_size=PAGE_SIZE).page_bytes
+    programs = Programs(model, dataclasses.replace(tiny.tiny_shapes(64), pages=pages))
+    shapes, kv = programs.shapes, model.abstract_kv(pages=pages, page_size=PAGE_SIZE)
+    lane = contiguous(tiny.tokens(40), first_page=1, room=8)
+    if program == "prefill":
+        hidden = jax.ShapeDtypeStruct((4, model.config.hidden_size), jnp.float32)
+        arguments = hidden, pack([lane], shapes)[0]
+        donated = size + 4 * 4 * model.config.hidden_size
+    else:
+        arguments = decode_arguments(programs, [lane], 8)
+        donated = size
+    lowered = programs._jitted[program].lower(model.state, kv, *arguments)
+    needs = lowered.compile().memory_analysis()
+    assert needs.alias_size_in_bytes == donated
+    assert needs.temp_size_in_bytes < size / 10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_random_parameters_are_a_function_of_the_seed(dtype):
+    config = tiny.tiny_model().config
+    first, again = random_parameters(config, dtype), random_parameters(config, dtype)
+    other = random_parameters(config, dtype, seed=1)
+    for path, array in first.items():
+        bits = np.asarray(array).tobytes()
+        assert np.asarray(again[path]).tobytes() == bits
+        assert array.ndim == 1 or array.dtype == dtype
+        if not path.endswith("norm.weight"):
+            assert np.asarray(other[path]).tobytes() != bits
+    rounded = {path: np.asarray(x).astype(ml_dtypes.bfloat16) for path, x in first.items()}
+    coarse = random_parameters(config, jnp.bfloat16)
+    assert all((rounded[p] == np.asarray(x)).all() for p, x in coarse.items() if x.ndim == 2)
