@@ -120,7 +120,7 @@ class Bench:
             page_size=page_size,
         )
         self.programs = Programs(model, self.shapes)
-        self.kv = model.abstract_kv(pages=pages, page_size=page_size).zeros()
+        self.kv = model.kv_spec(pages=pages, page_size=page_size).zeros()
         policy = Dense(PagePool(pages), page_size)
         draw = np.random.default_rng(0)
         self.lanes = [

@@ -81,7 +81,7 @@ def needed_kv_memory(model: Model, trace: Trace, *, page_size: int, chat: bool) 
         limits = [agent.max_new_tokens or moment.max_new_tokens for agent in moment.agents]
         tokens = [len(p.token_ids) + limit for p, limit in zip(prompts, limits, strict=True)]
         pages = max(pages, 1 + sum(2 * math.ceil(count / page_size) for count in tokens))
-    return pages * model.abstract_kv(pages=1, page_size=page_size).page_bytes
+    return pages * model.kv_spec(pages=1, page_size=page_size).page_bytes
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:

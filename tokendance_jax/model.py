@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from tokendance_jax.kernels.storage import storage_dtype
 from tokendance_jax.models.loading import Checkpoint, load_checkpoint
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.model import Qwen2, state_from_parameters
-from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.paged.kv import KVSpec
 from tokendance_jax.prompt.tokenizer import Tokenizer
 
 
@@ -45,16 +46,22 @@ class Model:
         name, config = checkpoint.name, checkpoint.config
         return cls(name, config, jnp.dtype(dtype), graph, state, tokenizer)
 
-    def abstract_kv(self, *, pages: int, page_size: int, dtype: DTypeLike | None = None) -> PagedKV:
-        """The shapes of a page pool for this model on the default backend."""
-        return PagedKV.abstract(
+    def kv_spec(self, *, pages: int, page_size: int, dtype: DTypeLike | None = None) -> KVSpec:
+        """Describes a page pool for this model on the default backend.
+
+        Args:
+          pages: number of pages, page 0 included.
+          page_size: token slots in a page.
+          dtype: precision of K and V; that of the matrices if None.
+        """
+        precision = self.dtype if dtype is None else jnp.dtype(dtype)
+        return KVSpec(
             layers=self.config.num_hidden_layers,
             pages=pages,
             page_size=page_size,
             kv_heads=self.config.num_key_value_heads,
             head_dim=self.config.head_dim,
-            dtype=self.dtype if dtype is None else dtype,
-            platform=jax.default_backend(),
+            storage=storage_dtype(precision, jax.default_backend()),
         )
 
 

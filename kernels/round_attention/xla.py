@@ -1,4 +1,4 @@
-"""Round attention as XLA code: a loop over row tiles, in each a loop over the key blocks it sees."""
+"""Round attention as XLA code: loops over row tiles and over the key blocks that each sees."""
 
 import jax
 import jax.numpy as jnp

@@ -51,8 +51,9 @@ class _GgufTensor(StoredTensor):
         with open(self.file, "rb") as file:
             file.seek(self.offset)
             for start in range(self.offset, self.end, step):
-                data = np.fromfile(file, np.uint8, min(step, self.end - start))
-                if start + data.size < min(start + step, self.end):
+                count = min(step, self.end - start)
+                data = np.fromfile(file, np.uint8, count)
+                if data.size < count:
                     raise CheckpointError(
                         self.file,
                         "tensor data",

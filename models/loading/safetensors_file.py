@@ -22,11 +22,11 @@ class _SafetensorsTensor(StoredTensor):
 
     def slices(self, size: int) -> Iterator[np.ndarray]:
         rows = max(1, size // math.prod(self.shape[1:]))
-        # The package maps the file, and mapped pages count as this process's memory until the file
-        # is closed: it is opened anew for every tensor.
-        with _opened(self.file) as content:
-            stored = content.get_slice(self.name)
-            for start in range(0, self.shape[0], rows):
+        for start in range(0, self.shape[0], rows):
+            # The package maps the file, and mapped pages count as this process's memory until the
+            # file is closed. Opened for every slice, it also shows at once if it was cut meanwhile.
+            with _opened(self.file) as content:
+                stored = content.get_slice(self.name)
                 yield stored[start : min(start + rows, self.shape[0])].reshape(-1)
 
 
@@ -37,7 +37,8 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
       CheckpointError: The file is cut or damaged, or a tensor's type is not supported.
     """
     with _opened(file) as content:
-        return {name: _stored(content, file, name) for name in content.keys()}
+        names = content.keys()
+        return {name: _stored(content, file, name) for name in names}
 
 
 def _stored(content: safe_open, file: Path, name: str) -> StoredTensor:

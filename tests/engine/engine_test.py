@@ -129,7 +129,7 @@ def test_full_pages_of_answers_are_reused(engine):
     tokenizer = engine.model.tokenizer
     moment = Round((agent("Edda", limit=40),))
     answer = engine.serve(moment).agents[0]
-    said = tuple(tokenizer.encode_text("".join(s.text for s in moment.agents[0].segments)))
+    said = tuple(tokenizer.encode_text("".join(s.text or "" for s in moment.agents[0].segments)))
     followed = AgentPrompt(
         "Edda", (Segment("task", "t", token_ids=(*said, *answer.token_ids, 5, 6)),)
     )

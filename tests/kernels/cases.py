@@ -260,18 +260,17 @@ def reference(
 def tolerance(dtype: str) -> float:
     """Largest error of an output, relative to the largest output.
 
-    A bfloat16 pool meets queries and weights rounded to bfloat16 (relative error 2**-9 each): a
-    score of up to 5 moves by 1e-2, and its weight by as much; averages over few slots show it.
+    A bfloat16 pool meets queries and weights rounded to bfloat16, by 2**-9 (2e-3) each, which
+    partly averages out over the slots: 2e-3 measured, and 4e-7 in float32.
     """
-    return 2e-2 if dtype == "uint16" else 1e-5
+    return 5e-3 if dtype == "uint16" else 1e-5
 
 
-def assert_close(out: jax.Array, expected: jax.Array, dtype: str) -> None:
+def assert_close(out: np.ndarray, expected: np.ndarray, dtype: str) -> None:
     """Compares attention outputs within `tolerance`."""
-    expected_ = np.asarray(expected)
-    assert np.isfinite(expected_).all()
-    scale = np.abs(expected_).max()
-    np.testing.assert_allclose(out, expected_, rtol=0, atol=tolerance(dtype) * scale)
+    assert np.isfinite(expected).all()
+    atol = tolerance(dtype) * np.abs(expected).max()
+    np.testing.assert_allclose(out, expected, rtol=0, atol=atol)
 
 
 def rerotated(case: Case, k_pool: np.ndarray, pages: int) -> tuple[Case, np.ndarray, np.ndarray]:

@@ -58,6 +58,7 @@ def memory(dtype):
     program = jax.jit(functools.partial(kv_write, layer=3), donate_argnames="pool")
     compiled = program.lower(pool=pool, slot=slot, value=value).compile()
     size, needs = pool.size * pool.dtype.itemsize, compiled.memory_analysis()
+    assert needs is not None
     return SimpleNamespace(
         alias=needs.alias_size_in_bytes / size, temp=needs.temp_size_in_bytes / size
     )

@@ -72,4 +72,4 @@ def test_rows_may_stand_in_any_order(seed):
             count += 1
     tiles = RowTiles(row, lane, np.asarray(count, np.int32))
     out = program(q[order], k, v, cases.LAYER, case.position[order], case.tables, tiles)
-    cases.assert_close(out, in_order[order], "float32")
+    cases.assert_close(np.asarray(out), in_order[order], "float32")

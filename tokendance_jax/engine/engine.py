@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Float32
 
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import Shapes, pack
@@ -82,7 +83,7 @@ class RoundEngine:
                 raise ValueError(f"{name}: {value} is too small; give at least 1")
         if page_size not in (1 << bit for bit in range(9)):
             raise ValueError(f"page_size: {page_size} is not a power of two of at most 256")
-        page_bytes = model.abstract_kv(pages=1, page_size=page_size, dtype=kv_dtype).page_bytes
+        page_bytes = model.kv_spec(pages=1, page_size=page_size, dtype=kv_dtype).page_bytes
         pages = kv_memory // page_bytes
         if pages < 2:
             raise ValueError(
@@ -92,7 +93,7 @@ class RoundEngine:
         self.model = model
         self.policy = policy
         self.page_bytes = page_bytes
-        self._abstract_kv = model.abstract_kv(pages=pages, page_size=page_size, dtype=kv_dtype)
+        self._kv_spec = model.kv_spec(pages=pages, page_size=page_size, dtype=kv_dtype)
         shapes = Shapes.of(
             row_budget=row_budget,
             max_lanes=max_agents,
@@ -229,12 +230,56 @@ class RoundEngine:
             recorded = {p.agent: p.recorded_output or "" for p in moment.agents}
             yield result
 
+    def score(
+        self, sequences: Sequence[np.ndarray], first: Sequence[int]
+    ) -> list[Float32[np.ndarray, "_ vocab"]]:
+        """Computes next-token logits within given texts (teacher forcing).
+
+        The policy reuses what it would reuse in a round; nothing is kept for later rounds.
+
+        Args:
+          sequences: token ids i32 [tokens] of each lane.
+          first: the first position of each lane whose logits are wanted; the policy must not take
+            that position from the cache.
+
+        Returns:
+          For each lane, logits f32 [tokens - first, vocab] after the tokens from `first` on.
+
+        Raises:
+          OutOfPages: if the pool cannot hold the sequences.
+        """
+        lanes: list[LanePlan] = []
+        wanted: list[np.ndarray] = []
+        try:
+            lanes += [self._policy.open(ids, 0) for ids in sequences]
+            for plan in pack(lanes, self.shapes):
+                self._kv, x = self.programs.rows(self._kv, plan)
+                lane = np.minimum(plan.lane, len(lanes) - 1)
+                used = plan.lane < len(lanes)
+                rows = np.flatnonzero(used & (plan.rows.position >= np.asarray(first)[lane]))
+                wanted.append(self._logits_of(np.asarray(x)[rows]))
+        finally:
+            self._close(lanes, None)
+        logits = np.concatenate(wanted)
+        counts = [len(ids) - start for ids, start in zip(sequences, first, strict=True)]
+        return np.split(logits, np.cumsum(counts)[:-1])
+
+    def _logits_of(self, hidden: np.ndarray) -> np.ndarray:
+        """Logits of residual-stream rows, a bucket of rows at a time."""
+        size = self.shapes.rows.minimum
+        logits = [np.zeros((0, self.model.config.vocab_size), np.float32)]
+        for start in range(0, len(hidden), size):
+            part = hidden[start : start + size]
+            padded = np.pad(part, ((0, size - len(part)), (0, 0)))
+            logits.append(np.asarray(self.programs.logits(padded))[: len(part)])
+        return np.concatenate(logits)
+
     def _reset(self) -> None:
         """Starts over with an empty pool."""
-        self._kv = self._abstract_kv.zeros()
+        self._kv = self._kv_spec.zeros()
         self.pool = PagePool(self.shapes.pages)
         config = self.model.config
-        namespace = f"{self.model.name}/{config}/{self._abstract_kv.k.dtype}/{self.model.dtype}"
+        namespace = f"{self.model.name}/{config}/{self._kv_spec.storage}/{self.model.dtype}"
         self._policy = make_policy(self.policy, self.pool, self.shapes.page_size, namespace)
 
     def _admit(self, moment: Round, prompts: Sequence[TokenizedPrompt]) -> list[int]:

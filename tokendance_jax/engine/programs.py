@@ -55,6 +55,7 @@ class Programs:
         self._width = model.config.hidden_size
         self._jitted = {
             "prefill": jax.jit(self._prefill, donate_argnames=("kv", "hidden")),
+            "rows": jax.jit(self._rows, donate_argnames=("kv",)),
             "first_token": jax.jit(self._first_token),
             "logits": jax.jit(self._logits),
             "decode": jax.jit(self._decode, donate_argnames=("kv",)),
@@ -76,13 +77,17 @@ class Programs:
         """
         return self._call("prefill", kv, hidden, plan)
 
+    def rows(self, kv: PagedKV, plan: RoundPlan) -> tuple[PagedKV, Float[jax.Array, "rows width"]]:
+        """Computes a plan's rows and returns the residual stream of all. Takes `kv` donated."""
+        return self._call("rows", kv, plan)
+
     def first_token(
         self, hidden: Float[jax.Array, "lanes width"], sampling: SamplingArrays
     ) -> Int32[jax.Array, " lanes"]:
         """Chooses each lane's first token from the residual stream at its last prompt token."""
         return self._call("first_token", hidden, sampling)
 
-    def logits(self, hidden: Float[jax.Array, "lanes width"]) -> Float[jax.Array, "lanes vocab"]:
+    def logits(self, hidden: Float[Array, "rows width"]) -> Float[jax.Array, "rows vocab"]:
         """Next-token logits f32 of residual-stream rows."""
         return self._call("logits", hidden)
 
@@ -124,18 +129,23 @@ class Programs:
             self.compile_s += time.perf_counter() - started
         return program(self._state, *arguments)
 
-    def _prefill(
-        self, state: nnx.State, kv: PagedKV, hidden: jax.Array, plan: RoundPlan
-    ) -> tuple[PagedKV, jax.Array]:
+    def _rows(self, state: nnx.State, kv: PagedKV, plan: RoundPlan) -> tuple[PagedKV, jax.Array]:
         model = nnx.merge(self._graph, state)
         theta = model.config.rope_theta
+        position = jnp.asarray(plan.rows.position)
 
         def attend(q: jax.Array, kv: PagedKV, layer: int) -> jax.Array:
             return round_attention(
-                q, kv.k, kv.v, layer, plan.rows.position, plan.tables, plan.tiles, theta=theta
+                q, kv.k, kv.v, layer, position, plan.tables, plan.tiles, theta=theta
             )
 
         x, kv = model.hidden(plan.rows, kv, attend)
+        return kv, x
+
+    def _prefill(
+        self, state: nnx.State, kv: PagedKV, hidden: jax.Array, plan: RoundPlan
+    ) -> tuple[PagedKV, jax.Array]:
+        kv, x = self._rows(state, kv, plan)
         ends_here = (plan.out_row < x.shape[0])[:, None]
         return kv, jnp.where(ends_here, x.at[plan.out_row].get(mode="clip"), hidden)
 
@@ -178,7 +188,7 @@ class Programs:
                 return decode_attention(q, kv.k, kv.v, layer, position, tables, theta=theta)
 
             hidden, kv = model.hidden(rows, kv, attend)
-            chosen = sample(model.logits(hidden), sampling, at.generated)
+            chosen = sample(model.logits(hidden), sampling, jnp.asarray(at.generated))
             chosen = jnp.where(at.live, chosen, -1)
             generated = at.generated + at.live.astype(jnp.int32)
             after = DecodeState(

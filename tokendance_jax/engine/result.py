@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from tokendance_jax.prompt.tokenized import TokenizedPrompt
+from tokendance_jax.prompt.tokenized import SpanKind, TokenizedPrompt
 
 FinishReason = Literal["stop", "length"]
 
@@ -114,7 +114,7 @@ class RoundResult:
 
 def tokens_by_kind(prompt: TokenizedPrompt) -> dict[str, int]:
     """Counts a prompt's tokens by kind."""
-    counts = dict.fromkeys(("system", "history", "shared", "task", "markup"), 0)
+    counts: dict[str, int] = {kind: 0 for kind in get_args(SpanKind)}
     for span in prompt.spans:
         counts[span.kind] += span.stop - span.start
     return counts

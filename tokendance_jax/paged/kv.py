@@ -5,10 +5,9 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
 from jaxtyping import Float, Int32, Shaped
 
-from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.kv_write import kv_write
 
 
@@ -27,45 +26,8 @@ class PagedKV:
       v: values.
     """
 
-    k: Shaped[jax.Array | jax.ShapeDtypeStruct, "layers pages page_size kv_heads head_dim"]
-    v: Shaped[jax.Array | jax.ShapeDtypeStruct, "layers pages page_size kv_heads head_dim"]
-
-    @classmethod
-    def abstract(
-        cls,
-        *,
-        layers: int,
-        pages: int,
-        page_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: DTypeLike,
-        platform: str,
-    ) -> "PagedKV":
-        """Shapes and dtypes alone: for memory budgets and for compiling ahead of time."""
-        shape = (layers, pages, page_size, kv_heads, head_dim)
-        array = jax.ShapeDtypeStruct(shape, storage.storage_dtype(jnp.dtype(dtype), platform))
-        return cls(k=array, v=array)
-
-    def zeros(self) -> "PagedKV":
-        """A new pool of this one's shapes, filled with zeros."""
-        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), self)
-
-    @property
-    def pages(self) -> int:
-        """Number of pages, page 0 included."""
-        return self.k.shape[1]
-
-    @property
-    def page_size(self) -> int:
-        """Token slots in a page."""
-        return self.k.shape[2]
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page: K and V of all layers."""
-        layers, _, *page = self.k.shape
-        return 2 * layers * int(self.k.dtype.itemsize) * page[0] * page[1] * page[2]
+    k: Shaped[jax.Array, "layers pages page_size kv_heads head_dim"]
+    v: Shaped[jax.Array, "layers pages page_size kv_heads head_dim"]
 
     def write(
         self,
@@ -78,3 +40,39 @@ class PagedKV:
         return dataclasses.replace(
             self, k=kv_write(self.k, layer, slot, k), v=kv_write(self.v, layer, slot, v)
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KVSpec:
+    """The shape and storage of a page pool, without the pool.
+
+    Attributes:
+      layers: decoder layers.
+      pages: number of pages, page 0 included.
+      page_size: token slots in a page.
+      kv_heads: key and value heads.
+      head_dim: width of a head.
+      storage: dtype of the arrays (see `kernels.storage`).
+    """
+
+    layers: int
+    pages: int
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    storage: np.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: K and V of all layers."""
+        values = self.layers * self.page_size * self.kv_heads * self.head_dim
+        return 2 * values * self.storage.itemsize
+
+    def zeros(self) -> PagedKV:
+        """A new pool, filled with zeros."""
+        shape = (self.layers, self.pages, self.page_size, self.kv_heads, self.head_dim)
+        return PagedKV(k=jnp.zeros(shape, self.storage), v=jnp.zeros(shape, self.storage))
+
+    def abstract(self) -> PagedKV:
+        """A pool of shapes alone, to compile for."""
+        return jax.eval_shape(self.zeros)

@@ -11,7 +11,7 @@ from gguf.quants import dequantize
 from tokenizers import Tokenizer
 
 from tests.models.loading import tiny
-from tokendance_jax.models.loading import CheckpointError, load_checkpoint, stored
+from tokendance_jax.models.loading import CheckpointError, gguf_checkpoint, load_checkpoint, stored
 from tokendance_jax.models.qwen2.parameters import gguf_name
 
 PARAMS = tiny.random_params(tiny.CONFIG)
@@ -239,6 +239,19 @@ def test_truncation(tmp_path: Path):
             load_checkpoint(file, dtype="float32")
     file.write_bytes(data[: len(data) - 100])
     with pytest.raises(CheckpointError, match=r"cut.gguf: \S+: its data end at byte .* truncated"):
+        load_checkpoint(file, dtype="float32")
+
+
+def test_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "a.gguf"
+    tiny.write_gguf(file, tiny.gguf_tensors(PARAMS))
+
+    def shrink(*arguments: Any, **keywords: Any) -> Any:
+        file.write_bytes(file.read_bytes()[:-1])
+        return stored.read_parameters(*arguments, **keywords)
+
+    monkeypatch.setattr(gguf_checkpoint, "read_parameters", shrink)
+    with pytest.raises(CheckpointError, match="the file became shorter while it was read"):
         load_checkpoint(file, dtype="float32")
 
 

@@ -1,14 +1,18 @@
 """Loads the real Qwen2.5-Coder-0.5B-Instruct."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from tests.models.loading import tiny
 from tests.shared_data import real_gguf, shared_dir
 from tokendance_jax.models.loading import Checkpoint, load_checkpoint
 
@@ -41,6 +45,18 @@ def checkpoint() -> Checkpoint:
     return load_checkpoint(real_gguf(), dtype="bfloat16")
 
 
+@pytest.fixture(scope="module")
+def huggingface_folder(
+    checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """The real weights in one bfloat16 safetensors file; the other files are tiny's."""
+    folder = tmp_path_factory.mktemp("real") / "folder"
+    params = {path: np.asarray(array) for path, array in checkpoint.params.items()}
+    tiny.write_folder(folder, checkpoint.config, [tiny.hf_tensors(params, ml_dtypes.bfloat16)])
+    yield folder
+    shutil.rmtree(folder)  # more than a gigabyte, which pytest would keep
+
+
 def test_is_untied_and_complete(checkpoint: Checkpoint):
     assert checkpoint.config.num_hidden_layers == 24
     assert not checkpoint.config.tie_word_embeddings
@@ -61,9 +77,11 @@ def test_token_ids(checkpoint: Checkpoint, name: str):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_peak_memory(dtype: str):
+@pytest.mark.parametrize("source", ["gguf", "safetensors"])
+def test_peak_memory(source: str, dtype: str, request: pytest.FixtureRequest):
+    path = real_gguf() if source == "gguf" else request.getfixturevalue("huggingface_folder")
     result = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(real_gguf()), dtype],
+        [sys.executable, "-c", _MEASURE, str(path), dtype],
         check=True,
         stdout=subprocess.PIPE,
         text=True,

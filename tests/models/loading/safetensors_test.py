@@ -8,10 +8,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from safetensors.numpy import save_file
 
 from tests.models.loading import tiny
-from tokendance_jax.models.loading import CheckpointError, load, load_checkpoint, stored
+from tokendance_jax.models.loading import (
+    CheckpointError,
+    load,
+    load_checkpoint,
+    safetensors_file,
+    stored,
+)
 
 PARAMS = tiny.random_params(tiny.CONFIG)
 TENSORS = tiny.hf_tensors(PARAMS)
@@ -128,16 +135,21 @@ def test_unsupported_tensor_type(folder: Path):
     )
 
 
+def assert_unreadable(folder: Path) -> None:
+    # The package's own words, in the parentheses, differ between its releases.
+    message = load_error(folder)
+    assert message.startswith(
+        f"{folder / 'model.safetensors'}: safetensors: the file cannot be read ("
+    )
+    assert message.endswith("); it is truncated or damaged: download it again")
+
+
 def test_truncated_file(folder: Path):
     file = folder / "model.safetensors"
     data = file.read_bytes()
-    for size in (0, 7, 8, 100):
-        file.write_bytes(data[:size])
-        assert load_error(folder).startswith(f"{file}: header: the file ends inside its header; ")
-    for wrong in (data[:-1], data + b"\0"):
+    for wrong in (b"", data[:7], data[:8], data[:100], data[:-1], data + b"\0"):
         file.write_bytes(wrong)
-        message = f"the header describes {len(data)} bytes and the file has {len(wrong)}; "
-        assert load_error(folder).startswith(f"{file}: tensor data: {message}")
+        assert_unreadable(folder)
 
 
 @pytest.mark.parametrize(
@@ -158,16 +170,22 @@ def test_truncated_file(folder: Path):
 def test_damaged_header(folder: Path, header: bytes):
     file = folder / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    assert load_error(folder).startswith(f"{file}: ")
+    assert_unreadable(folder)
 
 
 def test_file_that_shrinks_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    def shrink(*arguments: Any, **keywords: Any) -> Any:
-        (folder / "model.safetensors").write_bytes(b"")
-        return stored.read_parameters(*arguments, **keywords)
+    file = folder / "model.safetensors"
+    opened = []
 
-    monkeypatch.setattr("tokendance_jax.models.loading.huggingface.read_parameters", shrink)
-    assert "the file became shorter while it was read" in load_error(folder)
+    def cut_at_third(*arguments: Any, **keywords: Any) -> Any:
+        opened.append(arguments)
+        if len(opened) == 3:  # the header and one slice are read
+            file.write_bytes(file.read_bytes()[:-1])
+        return safetensors.safe_open(*arguments, **keywords)
+
+    monkeypatch.setattr(safetensors_file, "safe_open", cut_at_third)
+    assert_unreadable(folder)
+    assert len(opened) == 3
 
 
 def test_missing_shard(tmp_path: Path):

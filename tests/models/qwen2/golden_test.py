@@ -65,7 +65,7 @@ def test_activations_agree(model, name):
             kv,
         )
 
-    kv = model.abstract_kv(pages=shapes.pages, page_size=shapes.page_size).zeros()
+    kv = model.kv_spec(pages=shapes.pages, page_size=shapes.page_size).zeros()
     norms, last, final_norms, logits, kv = forward(model.state, kv, plan)
 
     np.testing.assert_allclose(norms, z["hidden_norms"], rtol=1e-4)

@@ -225,8 +225,8 @@ def test_decode_continues_as_prefill_would(served):
         )
         assert int(np.argmax(programs.logits(hidden)[0])) == generated[end - len(prompt) - 1]
     dense, _ = tiny.prefill(served.model, programs, [contiguous(whole, first_page=1)])
-    np.testing.assert_allclose(kv.k, dense.k, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(kv.v, dense.v, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(kv.k), np.asarray(dense.k), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(kv.v), np.asarray(dense.v), rtol=0, atol=1e-4)
 
 
 @DTYPES
@@ -235,9 +235,9 @@ def test_programs_work_in_the_donated_pool(program, dtype):
     """Temporaries stay below a tenth of a pool that is large beside the batch."""
     model = tiny.tiny_model(dtype)
     size = 128 << 20
-    pages = size // model.abstract_kv(pages=1, page_size=PAGE_SIZE).page_bytes
+    pages = size // model.kv_spec(pages=1, page_size=PAGE_SIZE).page_bytes
     programs = Programs(model, dataclasses.replace(tiny.tiny_shapes(64), pages=pages))
-    shapes, kv = programs.shapes, model.abstract_kv(pages=pages, page_size=PAGE_SIZE)
+    shapes, kv = programs.shapes, model.kv_spec(pages=pages, page_size=PAGE_SIZE).abstract()
     lane = contiguous(tiny.tokens(40), first_page=1, room=8)
     if program == "prefill":
         hidden = jax.ShapeDtypeStruct((4, model.config.hidden_size), jnp.float32)
@@ -248,6 +248,7 @@ def test_programs_work_in_the_donated_pool(program, dtype):
         donated = size
     lowered = programs._jitted[program].lower(model.state, kv, *arguments)
     needs = lowered.compile().memory_analysis()
+    assert needs is not None
     assert needs.alias_size_in_bytes == donated
     assert needs.temp_size_in_bytes < size / 10
 

@@ -48,7 +48,7 @@ def prefill(
 ) -> tuple[PagedKV, jax.Array]:
     """Computes the lanes into an empty pool; returns it and the residual stream at their ends."""
     shapes = programs.shapes
-    kv = model.abstract_kv(pages=shapes.pages, page_size=shapes.page_size).zeros()
+    kv = model.kv_spec(pages=shapes.pages, page_size=shapes.page_size).zeros()
     hidden = programs.new_hidden(shapes.lanes.fit(len(lanes)))
     for plan in pack(lanes, shapes):
         kv, hidden = programs.prefill(kv, hidden, plan)

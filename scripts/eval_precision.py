@@ -1,0 +1,106 @@
+"""Measures what precision costs: logits of one model in float32 and in bfloat16, teacher-forced.
+
+  python -m scripts.eval_precision --model=model.gguf --trace=rounds.jsonl
+
+The reference is the dense policy in float32; texts are a trace's prompts followed by the recorded
+answers. The first row, float32 against itself in another bucket of rows, is the noise floor of the
+arithmetic: differences below it mean nothing.
+"""
+
+import dataclasses
+import gc
+from collections.abc import Sequence
+
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from scripts import common
+from tokendance_jax import host
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.prompt import Tokenizer, Trace, tokenize_round
+from tokendance_jax.quality import agreement
+
+_MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
+_TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
+_TRACE_NAME = flags.DEFINE_string("trace_name", None, "Which trace of a file with several.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "The first so many rounds; 0: all.", lower_bound=0)
+_AGENTS = flags.DEFINE_integer("agents", 4, "The first so many agents; 0: all.", lower_bound=0)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 64, "Tokens of each recorded answer to compare at.", lower_bound=1
+)
+_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures and prints; returns the exit status."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
+    host.tune_allocator()
+    trace = common.cut_trace(
+        common.trace_of(_TRACE.value, _TRACE_NAME.value),
+        rounds=_ROUNDS.value,
+        agents=_AGENTS.value,
+        max_new_tokens=0,
+    )
+    console = Console(highlight=False)
+    variants = {
+        "float32": ("float32", "float32", 2048),
+        "float32, rows in smaller calls": ("float32", "float32", 256),
+        "float32, KV in bfloat16": ("float32", "bfloat16", 2048),
+        "bfloat16": ("bfloat16", "bfloat16", 2048),
+    }
+    logits = {}
+    for name, (dtype, kv_dtype, row_budget) in variants.items():
+        console.print(f"Computing: {name}")
+        logits[name] = _logits(trace, dtype, kv_dtype, row_budget)
+    reference = logits.pop("float32")
+    table = Table("against dense float32", "positions", "mean KL", "p95 KL", "top-1")
+    rows = []
+    for name, other in logits.items():
+        result = agreement(reference, other)
+        rows.append({"variant": name, **dataclasses.asdict(result)})
+        table.add_row(
+            name,
+            str(result.positions),
+            f"{result.kl_mean:.2e}",
+            f"{result.kl_p95:.2e}",
+            f"{result.top1:.4f}",
+        )
+    console.print(table)
+    if _JSON.value:
+        common.write_json(_JSON.value, {"trace": trace.name, "precision": rows})
+    return 0
+
+
+def _logits(trace: Trace, dtype: str, kv_dtype: str, row_budget: int) -> list[np.ndarray]:
+    """Logits at the tokens of all recorded answers, one round after the other."""
+    model = common.model_of(_MODEL.value, dtype)
+    engine = RoundEngine(model, policy="dense", kv_dtype=kv_dtype, row_budget=row_budget)
+    logits = []
+    for index in range(len(trace.rounds)):
+        sequences, first = _sequences(trace, index, model.tokenizer)
+        logits += engine.score(sequences, first)
+    del engine, model
+    gc.collect()
+    return logits
+
+
+def _sequences(
+    trace: Trace, index: int, tokenizer: Tokenizer
+) -> tuple[list[np.ndarray], list[int]]:
+    """A round's prompts, each with the start of its recorded answer, and their last tokens."""
+    sequences, first = [], []
+    moment = trace.rounds[index]
+    prompts = tokenize_round(moment, tokenizer, chat=False)
+    for agent, prompt in zip(moment.agents, prompts, strict=True):
+        answer = tokenizer.encode_text(agent.recorded_output or "")[: _TOKENS.value]
+        sequences.append(np.concatenate([prompt.token_ids, np.asarray(answer, np.int32)]))
+        first.append(len(prompt.token_ids) - 1)
+    return sequences, first
+
+
+if __name__ == "__main__":
+    app.run(main)
