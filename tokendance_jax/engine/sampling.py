@@ -101,7 +101,7 @@ def sample(
     Returns:
       i32 [lanes] token ids.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = _argmax(logits)
     temperature = jnp.asarray(sampling.temperature)[:, None]
     top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
 
@@ -117,7 +117,7 @@ def sample(
             return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
         gumbel = jax.vmap(noise)(jnp.asarray(sampling.key), generated)
-        drawn = jnp.argmax(kept + gumbel, axis=-1).astype(jnp.int32)
+        drawn = _argmax(kept + gumbel)
         return jnp.where(temperature[:, 0] > 0, drawn, greedy)
 
     return jax.lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
@@ -128,6 +128,16 @@ def is_stop(
 ) -> Bool[jax.Array, " lanes"]:
     """Whether each lane's token ends it."""
     return jnp.any(token[:, None] == jnp.asarray(sampling.stop_ids), axis=-1)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """The first index of each row's maximum, by two plain reductions.
+
+    On CPU a third of the time of `jnp.argmax`, whose reduction of pairs is not vectorised.
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(x == largest, index, x.shape[-1] - 1), axis=-1)
 
 
 def _narrow(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
