@@ -30,15 +30,19 @@ def model():
     return Model.from_checkpoint(dataclasses.replace(checkpoint, stop_ids=()), jnp.float32)
 
 
+@pytest.fixture(scope="module")
+def programs(model):
+    return RoundEngine(model, kv_memory=64 << 20).programs
+
+
 def golden(name):
     return np.load(shared_data.shared_dir() / "golden" / f"{name}.npz")
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_activations_agree(model, name):
+def test_activations_agree(model, programs, name):
     z = golden(name)
-    engine = RoundEngine(model, policy="dense", kv_memory=64 << 20)
-    shapes = engine.shapes
+    shapes = programs.shapes
     lane = make_policy("dense", PagePool(shapes.pages), shapes.page_size, "").open(
         z["input_ids"], 0
     )
@@ -92,11 +96,11 @@ def test_activations_agree(model, name):
 
 @pytest.mark.parametrize("policy", ["dense", "prefix"])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_greedy_continuation_is_equal(model, name, policy):
+def test_greedy_continuation_is_equal(model, programs, name, policy):
     z = golden(name)
     ids = tuple(int(token) for token in z["input_ids"])
     prompt = AgentPrompt("a", (Segment("task", "t", token_ids=ids),))
-    engine = RoundEngine(model, policy=policy, kv_memory=64 << 20)
+    engine = RoundEngine(model, policy=policy, kv_memory=64 << 20, programs=programs)
     for _ in range(2):  # the second time, `prefix` reads the prompt from its pages
         result = engine.serve(Round((prompt,), max_new_tokens=32))
         assert result.agents[0].token_ids == tuple(z["greedy_ids"].tolist())
