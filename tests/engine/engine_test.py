@@ -316,3 +316,14 @@ def test_a_context_that_ends_ends_the_answer(demo_model):
     assert len(result.agents[0].token_ids) == 4
     assert result.agents[0].finish_reason == "length"
     assert np.isfinite(result.timings.decode_s)
+
+
+def test_compilation_is_in_the_timings_only_when_asked_for(demo_model):
+    def timings(cold):
+        engine = RoundEngine(demo_model, kv_memory=KV, row_budget=128, max_agents=3, cold=cold)
+        return engine.serve(three()).timings
+
+    warm, cold = timings(False), timings(True)
+    assert warm.compile_s > 0
+    assert warm.prefill_s + warm.decode_s < cold.prefill_s + cold.decode_s
+    assert cold.prefill_s + cold.decode_s + cold.first_token_s > cold.compile_s
