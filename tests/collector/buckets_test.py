@@ -104,3 +104,9 @@ def test_bad_rows_are_refused():
         buckets.fit(-1)
     with pytest.raises(ValueError, match="-1"):
         buckets.cover(-1)
+
+
+def test_upto_names_every_size_that_fit_gives():
+    buckets = Buckets(4, 100)
+    for n in (0, 4, 5, 64, 65, 100):
+        assert buckets.upto(n) == tuple(sorted({buckets.fit(k) for k in range(n + 1)}))

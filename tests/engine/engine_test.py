@@ -137,24 +137,30 @@ def test_full_pages_of_answers_are_reused(engine):
     assert result.ledger.reused_tokens == (len(said) + 39) // 16 * 16
 
 
-def test_steady_state_traces_nothing(engine):
+def test_steady_state_traces_nothing(demo_model):
+    engine = RoundEngine(demo_model, kv_memory=KV, row_budget=256, max_agents=4)
+    assert engine.warm_up(agents=4, tokens=200) > 0
     names = ("Edda", "Tomas", "Ines", "Oskar")
 
     def moment(index):
         agents = tuple(
-            agent(name, persona="You wait. " * (3 + 2 * index + place))
+            agent(name, persona="You wait. " * (3 + 5 * index + 2 * place))
             for place, name in enumerate(names[: 4 - index % 2])
         )
         return Round(agents, max_new_tokens=9 + index, index=index)
 
-    engine.serve(moment(2))
-    engine.serve(dataclasses.replace(moment(2), agents=moment(2).agents[:1]))
-    engine.serve(moment(2))
     before = engine.programs.compile_s
     with jax.no_tracing(True):
         for index in range(3):
             assert engine.serve(moment(index)).timings.compile_s == 0
     assert engine.programs.compile_s == before
+
+
+@pytest.mark.parametrize("bounds", [{"agents": 9, "tokens": 100}, {"agents": 1, "tokens": 10**6}])
+def test_warm_up_beyond_the_engines_sizes_is_refused(demo_model, bounds):
+    engine = RoundEngine(demo_model, kv_memory=KV, max_agents=4)
+    with pytest.raises(ValueError, match="budget"):
+        engine.warm_up(**bounds)
 
 
 def test_callback_gets_every_token_in_order(engine):

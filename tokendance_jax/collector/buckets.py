@@ -50,6 +50,14 @@ class Buckets:
             raise ValueError(f"{n} rows do not fit the budget of {self.budget} rows")
         return self.sizes[bisect_left(self.sizes, n)]
 
+    def upto(self, n: int) -> tuple[int, ...]:
+        """The sizes that numbers from 0 to n take.
+
+        Raises:
+          ValueError: n is negative or above the budget.
+        """
+        return self.sizes[: self.sizes.index(self.fit(n)) + 1]
+
     def cover(self, n: int) -> list[int]:
         """Sizes of the calls that take n rows in order.
 

@@ -135,6 +135,23 @@ def pack(lanes: Sequence[LanePlan], shapes: Shapes) -> list[RoundPlan]:
     return plans
 
 
+def blank_plan(*, rows: int, lanes: int, entries: int, shapes: Shapes) -> RoundPlan:
+    """A plan of padding alone, in the given bucket shapes: to compile for."""
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int32)
+
+    table = zeros(lanes, entries)
+    nowhere = np.full(rows, shapes.no_slot, np.int32)
+    return RoundPlan(
+        rows=Rows(token=zeros(rows), position=zeros(rows), canonical=zeros(rows), slot=nowhere),
+        lane=np.full(rows, lanes, np.int32),
+        tables=LaneTables(page=table, frame=table, first=table, slots=table),
+        tiles=row_tiles(zeros(0), rows=rows, lanes=lanes),
+        out_row=np.full(lanes, rows, np.int32),
+    )
+
+
 def row_tiles(lane: Int32[np.ndarray, " used"], *, rows: int, lanes: int) -> RowTiles:
     """Groups rows into tiles of one lane each.
 

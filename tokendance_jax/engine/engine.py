@@ -195,6 +195,26 @@ class RoundEngine:
         finally:
             self._close(lanes, written)
 
+    def warm_up(self, *, agents: int, tokens: int) -> float:
+        """Compiles all programs that rounds within these bounds may need.
+
+        Rounds served afterwards trace and compile nothing. Without it, programs are compiled when a
+        round first needs them.
+
+        Args:
+          agents: most agents in a round.
+          tokens: most tokens of an agent, prompt and answer together.
+
+        Returns:
+          Seconds that compilation took.
+
+        Raises:
+          ValueError: if the engine serves no rounds of this size.
+        """
+        before = self.programs.compile_s
+        self.programs.warm_up(self._kv, agents=agents, tokens=tokens, steps=self._decode_steps)
+        return self.programs.compile_s - before
+
     def run(
         self,
         trace: Trace,

@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int32
 
-from tokendance_jax.collector.plan import RoundPlan, Shapes
-from tokendance_jax.engine.sampling import SamplingArrays, is_stop, sample
+from tokendance_jax.collector.plan import RoundPlan, Shapes, blank_plan
+from tokendance_jax.engine.sampling import SamplingArrays, is_stop, sample, sampling_arrays
 from tokendance_jax.kernels.decode_attention import decode_attention
+from tokendance_jax.kernels.flash import block_pages
 from tokendance_jax.kernels.lanes import Array, LaneTables
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.model import Model
@@ -119,7 +120,38 @@ class Programs:
         """An empty residual stream for `lanes` lanes (a bucket)."""
         return jax.device_put(np.zeros((lanes, self._width), np.float32))
 
+    def warm_up(self, kv: PagedKV, *, agents: int, tokens: int, steps: int) -> None:
+        """Compiles what rounds of up to `agents` lanes and `tokens` positions may need.
+
+        Args:
+          kv: the pool; only its shapes are used.
+          agents: most lanes.
+          tokens: most positions of a lane, the answer included.
+          steps: tokens of a decode call.
+        """
+        shapes = self.shapes
+        block = block_pages(shapes.page_size)
+        most = shapes.entries.fit(-(-tokens // (block * shapes.page_size)) * block)
+        for lanes in shapes.lanes.upto(agents):
+            sampling = sampling_arrays(
+                lanes, temperature=0.0, top_k=0, top_p=1.0, keys=[], limits=[], stop_ids=[]
+            )
+            hidden = self.new_hidden(lanes)
+            self._program("first_token", hidden, sampling)
+            idle = np.zeros(lanes, np.int32)
+            state = DecodeState(idle, idle, np.zeros(lanes, np.bool_), idle)
+            slot = np.full((lanes, steps), shapes.no_slot, np.int32)
+            for entries in shapes.entries.upto(most):
+                for rows in shapes.rows.sizes:
+                    plan = blank_plan(rows=rows, lanes=lanes, entries=entries, shapes=shapes)
+                    self._program("prefill", kv, hidden, plan)
+                self._program("decode", kv, state, plan.tables, slot, sampling)
+
     def _call(self, name: str, *arguments: Any) -> Any:
+        return self._program(name, *arguments)(self._state, *arguments)
+
+    def _program(self, name: str, *arguments: Any) -> Callable[..., Any]:
+        """The compiled program for arguments of these shapes."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
         program = self._compiled.get((name, shapes))
         if program is None:
@@ -130,7 +162,7 @@ class Programs:
             program = self._jitted[name].lower(self._state, *arguments).compile()
             self._compiled[name, shapes] = program
             self.compile_s += time.perf_counter() - started
-        return program(self._state, *arguments)
+        return program
 
     def _rows(self, state: nnx.State, kv: PagedKV, plan: RoundPlan) -> tuple[PagedKV, jax.Array]:
         model = nnx.merge(self._graph, state)

@@ -68,7 +68,8 @@ def sampling_arrays(
             f"stop_token_ids: {len(stop_ids)} given, at most {MAX_STOP_IDS} are served"
         )
     key = np.zeros((lanes, 2), np.uint32)
-    key[: len(keys)] = keys
+    for lane, own in enumerate(keys):
+        key[lane] = own
     stops = np.full((lanes, MAX_STOP_IDS), -1, np.int32)
     stops[:, : len(stop_ids)] = stop_ids
     limit = np.zeros(lanes, np.int32)
