@@ -8,9 +8,12 @@ Without flags it serves an embedded trace of four agents with a small embedded m
 weights: it shows that everything runs, not that the model makes sense.
 """
 
+import contextlib
 import dataclasses
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -85,10 +88,10 @@ _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 @dataclasses.dataclass
 class _Run:
-    """What was served so far: policy to results, and how the run stands."""
+    """What was served so far: policy to results, and whether something is left to serve."""
 
     results: dict[str, list[RoundResult]]
-    interrupted: bool = False
+    interrupted: bool = True
 
 
 def main(argv: Sequence[str]) -> int:
@@ -109,6 +112,8 @@ def main(argv: Sequence[str]) -> int:
     except (CheckpointError, PromptError, OutOfPages, OSError, ValueError) as error:
         print(f"serve_round: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while loading, or the second one
+        return _INTERRUPTED
     if any(run.results.values()):
         console.print(_table(run.results))
     if _JSON.value:
@@ -162,7 +167,12 @@ def _serve(model: Model, trace: Trace, console: Console) -> _Run:
         transient=True,
     ) as progress:
         bar = progress.add_task("", total=None)
-        try:
+
+        def on_token(*_: object) -> None:
+            check()
+            progress.advance(bar)
+
+        with _deferred_interrupt(console) as check, contextlib.suppress(KeyboardInterrupt):
             for policy in policies:
                 engine = RoundEngine(
                     model,
@@ -179,18 +189,43 @@ def _serve(model: Model, trace: Trace, console: Console) -> _Run:
                     trace,
                     replay=_REPLAY.value,
                     chat=chat,
-                    on_token=lambda *_: progress.advance(bar),
+                    on_token=on_token,
                 )
                 for moment in trace.rounds:
                     most = sum(a.max_new_tokens or moment.max_new_tokens for a in moment.agents)
                     progress.reset(bar, total=most, description=f"{policy}, round {moment.index}")
+                    check()
                     result = next(served)
                     run.results[policy].append(result)
                     _tell(console, policy, result, run.results[policies[0]])
                 del engine, served  # its pool, before the next one is made
-        except KeyboardInterrupt:
-            run.interrupted = True
+            run.interrupted = False
     return run
+
+
+@contextlib.contextmanager
+def _deferred_interrupt(console: Console) -> Iterator[Callable[[], None]]:
+    """Turns Ctrl-C into a KeyboardInterrupt from the function that it gives.
+
+    Python raises it wherever it stands, in callbacks of XLA too, which lose it or crash. A second
+    Ctrl-C does that.
+    """
+    asked = threading.Event()
+
+    def ask(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, previous)
+        console.print("Stopping at the next token; Ctrl-C again stops at once.")
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _tell(console: Console, policy: str, result: RoundResult, first: Sequence[RoundResult]) -> None:

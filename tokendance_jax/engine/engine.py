@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -133,6 +133,8 @@ class RoundEngine:
         clock = _Clock(self.programs, cold=self._cold)
         prompts = tokenize_round(moment, self.model.tokenizer, chat=chat)
         limits = self._admit(moment, prompts)
+        stop_ids = (*self.model.tokenizer.stop_ids, *moment.sampling.stop_token_ids)
+        sampling_of = self._sampling_of(moment, limits, stop_ids)
         lanes: list[LanePlan] = []
         written: list[np.ndarray] | None = None
         try:
@@ -142,30 +144,15 @@ class RoundEngine:
             plans = pack(lanes, self.shapes)
             plan_s = clock.lap()
 
-            stop_ids = (*self.model.tokenizer.stop_ids, *moment.sampling.stop_token_ids)
-
-            def sampling_of(seats: Sequence[int]) -> SamplingArrays:
-                return sampling_arrays(
-                    self.shapes.lanes.fit(len(seats)),
-                    temperature=moment.sampling.temperature,
-                    top_k=moment.sampling.top_k,
-                    top_p=moment.sampling.top_p,
-                    keys=[
-                        agent_key(moment.sampling.seed, moment.index, prompts[seat].agent)
-                        for seat in seats
-                    ],
-                    limits=[limits[seat] for seat in seats],
-                    stop_ids=stop_ids,
-                )
-
             hidden = self.programs.new_hidden(plans[0].out_row.shape[0])
             for plan in plans:
                 self._kv, hidden = self.programs.prefill(self._kv, hidden, plan)
             jax.block_until_ready(hidden)
             prefill_s = clock.lap()
 
-            first = np.asarray(self.programs.first_token(hidden, sampling_of(range(len(prompts)))))
+            first = np.asarray(self.programs.first_token(hidden, sampling_of(range(len(lanes)))))
             first_token_s = clock.total()
+            clock.lap()
             answers = [
                 Answer(
                     prompt.agent,
@@ -179,11 +166,11 @@ class RoundEngine:
             ]
             for answer, token in zip(answers, first, strict=False):
                 answer.add(int(token))
-            clock.lap()
             generate(
                 self._decode, lanes, answers, sampling_of, self.shapes, steps=self._decode_steps
             )
             decode_s = clock.lap()
+
             written = [
                 np.concatenate([prompt.token_ids, np.asarray(answer.chosen[:-1], np.int32)])
                 for prompt, answer in zip(prompts, answers, strict=True)
@@ -325,6 +312,26 @@ class RoundEngine:
                 )
             limits.append(min(_limit(agent, moment), context - tokens))
         return limits
+
+    def _sampling_of(
+        self, moment: Round, limits: Sequence[int], stop_ids: Sequence[int]
+    ) -> Callable[[Sequence[int]], SamplingArrays]:
+        """Gives the function that stacks how the agents of given indices sample."""
+        sampling = moment.sampling
+        keys = [agent_key(sampling.seed, moment.index, agent.agent) for agent in moment.agents]
+
+        def sampling_of(seats: Sequence[int]) -> SamplingArrays:
+            return sampling_arrays(
+                self.shapes.lanes.fit(len(seats)),
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                keys=[keys[seat] for seat in seats],
+                limits=[limits[seat] for seat in seats],
+                stop_ids=stop_ids,
+            )
+
+        return sampling_of
 
     def _decode(
         self, state: DecodeState, tables: LaneTables, slot: np.ndarray, sampling: SamplingArrays
