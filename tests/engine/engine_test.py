@@ -128,12 +128,12 @@ def test_ledger_adds_up(engine):
 def test_full_pages_of_answers_are_reused(engine):
     tokenizer = engine.model.tokenizer
     moment = Round((agent("Edda", limit=40),))
-    answer = engine.serve(moment).agents[0]
+    answer = engine.serve(moment, chat=False).agents[0]
     said = tuple(tokenizer.encode_text("".join(s.text or "" for s in moment.agents[0].segments)))
     followed = AgentPrompt(
         "Edda", (Segment("task", "t", token_ids=(*said, *answer.token_ids, 5, 6)),)
     )
-    result = engine.serve(Round((followed,), max_new_tokens=1))
+    result = engine.serve(Round((followed,), max_new_tokens=1), chat=False)
     assert result.ledger.reused_tokens == (len(said) + 39) // 16 * 16
 
 
@@ -215,6 +215,9 @@ def test_chat_markup_is_the_default_of_live_rounds(engine):
     (replayed,) = engine.run(trace)
     assert live.ledger.tokens["markup"] > 0
     assert replayed.ledger.tokens["markup"] == 0
+    moment = trace.rounds[0]
+    assert ids(engine.serve(moment)) == ids(live)
+    assert ids(engine.serve(moment, chat=False)) == ids(replayed)
 
 
 class Broken(Exception):
@@ -318,7 +321,7 @@ def test_a_context_that_ends_ends_the_answer(demo_model):
     config = dataclasses.replace(demo_model.config, max_position_embeddings=64)
     engine = RoundEngine(dataclasses.replace(demo_model, config=config), kv_memory=KV)
     prompt = AgentPrompt("Edda", (Segment("task", "t", token_ids=tuple(range(2, 62))),))
-    result = engine.serve(Round((prompt,), max_new_tokens=100))
+    result = engine.serve(Round((prompt,), max_new_tokens=100), chat=False)
     assert len(result.agents[0].token_ids) == 4
     assert result.agents[0].finish_reason == "length"
     assert np.isfinite(result.timings.decode_s)

@@ -114,13 +114,14 @@ class RoundEngine:
         return self.programs.shapes
 
     def serve(
-        self, moment: Round, *, chat: bool = False, on_token: OnToken | None = None
+        self, moment: Round, *, chat: bool | None = None, on_token: OnToken | None = None
     ) -> RoundResult:
         """Serves one round.
 
         Args:
           moment: the prompts and how to sample.
-          chat: whether to set the segments into the model's chat markup.
+          chat: whether to set the segments into the model's chat markup; None: if the model has a
+            template.
           on_token: called for every token of an answer, in order, between decode calls.
 
         Returns:
@@ -131,6 +132,8 @@ class RoundEngine:
           OutOfPages: if the pool cannot hold the round; nothing has been computed then.
         """
         clock = _Clock(self.programs, cold=self._cold)
+        if chat is None:
+            chat = self.model.tokenizer.chat_template is not None
         prompts = tokenize_round(moment, self.model.tokenizer, chat=chat)
         limits = self._admit(moment, prompts)
         stop_ids = (*self.model.tokenizer.stop_ids, *moment.sampling.stop_token_ids)
@@ -216,15 +219,15 @@ class RoundEngine:
           trace: the rounds.
           replay: whether shared blocks are the recorded answers; else each round's shared blocks
             are the answers that this engine gave the round before.
-          chat: whether to set the segments into chat markup; None: in live runs of a model that
-            has a template.
+          chat: whether to set the segments into chat markup; None: not in replays, whose prompts
+            stand as they were recorded, else as in `serve`.
           on_token: see `serve`.
 
         Yields:
           One result per round.
         """
-        if chat is None:
-            chat = not replay and self.model.tokenizer.chat_template is not None
+        if chat is None and replay:
+            chat = False
         answers: dict[str, str] = {}
         recorded: dict[str, str] = {}
         for moment in trace.rounds:

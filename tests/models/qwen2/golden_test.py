@@ -102,6 +102,6 @@ def test_greedy_continuation_is_equal(model, programs, name, policy):
     prompt = AgentPrompt("a", (Segment("task", "t", token_ids=ids),))
     engine = RoundEngine(model, policy=policy, kv_memory=64 << 20, programs=programs)
     for _ in range(2):  # the second time, `prefix` reads the prompt from its pages
-        result = engine.serve(Round((prompt,), max_new_tokens=32))
+        result = engine.serve(Round((prompt,), max_new_tokens=32), chat=False)
         assert result.agents[0].token_ids == tuple(z["greedy_ids"].tolist())
     assert (result.ledger.reused_tokens > 0) == (policy == "prefix")
