@@ -1,9 +1,9 @@
 """The arrays by which attention reads pages: lane tables and row tiles.
 
-A lane is one sequence of rows of the round's ragged batch. Its table lists, in logical order and
-without gaps, the slots that hold the lane's context. An entry names a page, the frame (logical
-minus canonical positions of that page), the first valid slot and the number of valid slots. The
-logical position of a slot follows: the slots of all earlier entries come before it.
+A lane is one sequence of rows of the round's ragged batch. Its table lists, in logical order, the
+slots that hold the lane's context. An entry names a page, the frame (logical minus canonical
+positions of that page), the first valid slot, the number of valid slots, and the logical position
+of the first of them.
 
 Entries are grouped into key blocks of `KEY_BLOCK` slots, and the entries of one block share one
 frame, so that a query is rotated once per block. Whoever writes a table fills up a block with empty
@@ -38,12 +38,15 @@ class LaneTables:
       frame: i32 [lanes, entries]; equal within a key block.
       first: i32 [lanes, entries]; first valid slot.
       slots: i32 [lanes, entries]; valid slots, 0 in unused entries.
+      start: i32 [lanes, entries]; logical position of the first valid slot; ascending among the
+        entries in use.
     """
 
     page: Array
     frame: Array
     first: Array
     slots: Array
+    start: Array
 
     def slot_positions(self, page_size: int) -> jax.Array:
         """Logical position of every slot, and int32's maximum where the slot is not valid.
@@ -51,12 +54,10 @@ class LaneTables:
         Returns:
           i32 [lanes, entries, page_size].
         """
-        slots = jnp.asarray(self.slots)
-        start = jnp.cumsum(slots, axis=1) - slots
         offset = jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
         inside = offset - self.first[:, :, None]
-        valid = (inside >= 0) & (inside < slots[:, :, None])
-        return jnp.where(valid, start[:, :, None] + inside, jnp.iinfo(jnp.int32).max)
+        valid = (inside >= 0) & (inside < self.slots[:, :, None])
+        return jnp.where(valid, self.start[:, :, None] + inside, jnp.iinfo(jnp.int32).max)
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays

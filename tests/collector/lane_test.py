@@ -25,7 +25,8 @@ ENTRIES = st.lists(
 def plan(entries):
     page, frame, first, slots = np.array(entries, np.int32).T
     tokens = np.zeros(slots.sum(), np.int32)
-    return LanePlan(tokens, np.arange(len(tokens), dtype=np.int32), page, frame, first, slots)
+    computed = np.arange(len(tokens), dtype=np.int32)
+    return LanePlan(tokens, computed, page, frame, first, slots, base=np.zeros_like(page))
 
 
 def naive(entries):
@@ -60,8 +61,10 @@ def test_table_holds_the_same_slots_with_one_frame_to_a_block(entries, block):
     table = plan(entries).table(block)
     assert table.dtype == np.int32
     assert table.shape[1] % block == 0
-    assert naive(table.T.tolist()) == naive(entries)
-    blocks = table.reshape(4, -1, block)
+    assert naive(table[:4].T.tolist()) == naive(entries)
+    used = table[:, table[3] > 0]
+    assert used[4].tolist() == (np.cumsum(used[3]) - used[3]).tolist()
+    blocks = table.reshape(5, -1, block)
     assert (blocks[1] == blocks[1][:, :1]).all()
     assert blocks[3][:, 0].all()  # no block is empty: attention stops at the first that is
     assert not table[0][table[3] == 0].any()  # empty entries point at page 0
@@ -78,7 +81,7 @@ slot_positions = jax.jit(lambda tables: tables.slot_positions(PAGE_SIZE))
 @given(ENTRIES, ENTRIES)
 @settings(max_examples=50, deadline=None)
 def test_slot_positions_are_the_tables_positions(first_lane, second_lane):
-    stacked = np.zeros((4, 3, 24), np.int32)  # the third lane is padding
+    stacked = np.zeros((5, 3, 24), np.int32)  # the third lane is padding
     for index, entries in enumerate((first_lane, second_lane)):
         table = plan(entries).table(2)
         stacked[:, index, : table.shape[1]] = table
@@ -86,7 +89,7 @@ def test_slot_positions_are_the_tables_positions(first_lane, second_lane):
     expected = np.full_like(position, np.iinfo(np.int32).max)
     for index in range(2):
         at = 0
-        for entry, (_, _, first, slots) in enumerate(stacked[:, index].T):
+        for entry, (_, _, first, slots, _) in enumerate(stacked[:, index].T):
             expected[index, entry, first : first + slots] = np.arange(at, at + slots)
             at += slots
     np.testing.assert_array_equal(position, expected)

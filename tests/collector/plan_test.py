@@ -42,7 +42,8 @@ def rounds(draw):
         kept[-1] = True
         tokens = random.integers(0, 1000, len(mine) - ahead).astype(np.int32)
         columns = np.array(entries, np.int32).T
-        lanes.append(LanePlan(tokens, position[kept].astype(np.int32), *columns))
+        base = np.zeros(len(entries), np.int32)
+        lanes.append(LanePlan(tokens, position[kept].astype(np.int32), *columns, base=base))
     shapes = Shapes(
         rows=draw(ROW_BUCKETS),
         lanes=Buckets(2, 6),
@@ -132,7 +133,7 @@ def test_tiles_hold_each_row_once_and_one_lane_each(case):
 def test_tables_are_those_of_the_lanes(case):
     lanes, shapes = case
     tables = lane_tables(lanes, shapes)
-    stacked = np.stack([tables.page, tables.frame, tables.first, tables.slots])
+    stacked = np.stack([tables.page, tables.frame, tables.first, tables.slots, tables.start])
     for index, lane in enumerate(lanes):
         table = lane.table(BLOCK)
         np.testing.assert_array_equal(stacked[:, index, : table.shape[1]], table)

@@ -58,6 +58,7 @@ def lane(entries: list[Entry], computed: int, *, ahead: int = 0) -> LanePlan:
         frame=frame,
         first=first,
         slots=slots,
+        base=np.zeros_like(page),
     )
 
 

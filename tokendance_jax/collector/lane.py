@@ -21,6 +21,8 @@ class LanePlan:
       frame: logical minus canonical positions of each entry.
       first: first valid slot of each entry.
       slots: valid slots of each entry.
+      base: the base page that each entry shows or replaces; 0 where it is private. An entry is a
+        patch where its page is another one.
     """
 
     token_ids: Int32[np.ndarray, " tokens"]
@@ -29,6 +31,7 @@ class LanePlan:
     frame: Int32[np.ndarray, " entries"]
     first: Int32[np.ndarray, " entries"]
     slots: Int32[np.ndarray, " entries"]
+    base: Int32[np.ndarray, " entries"]
 
     @classmethod
     def contiguous(
@@ -48,6 +51,7 @@ class LanePlan:
             frame=zeros,
             first=zeros,
             slots=np.full(len(pages), page_size, np.int32),
+            base=zeros,
         )
 
     def locate(
@@ -60,21 +64,22 @@ class LanePlan:
         slot = self.page[entry] * page_size + self.first[entry] + position - start
         return slot.astype(np.int32), (position - self.frame[entry]).astype(np.int32)
 
-    def table(self, block_entries: int) -> Int32[np.ndarray, "4 padded_entries"]:
-        """The entries as rows page, frame, first, slots, with one frame to a key block.
+    def table(self, block_entries: int) -> Int32[np.ndarray, "5 padded_entries"]:
+        """The entries as rows page, frame, first, slots, start, with one frame to a key block.
 
         Args:
           block_entries: entries of a key block.
 
         Returns:
-          i32 [4, entries], a multiple of `block_entries` long; empty entries fill up a block where
+          i32 [5, entries], a multiple of `block_entries` long; empty entries fill up a block where
           the frame changes and at the end.
         """
-        entries = np.stack([self.page, self.frame, self.first, self.slots])
+        start = (np.cumsum(self.slots) - self.slots).astype(np.int32)
+        entries = np.stack([self.page, self.frame, self.first, self.slots, start])
         runs = np.split(entries, np.flatnonzero(np.diff(self.frame)) + 1, axis=1)
         padded = []
         for run in runs:
-            empty = np.zeros((4, -run.shape[1] % block_entries), np.int32)
+            empty = np.zeros((5, -run.shape[1] % block_entries), np.int32)
             empty[1] = run[1, 0] if run.shape[1] else 0
             padded.append(np.concatenate([run, empty], axis=1))
         return np.concatenate(padded, axis=1)

@@ -81,11 +81,11 @@ def lane_tables(lanes: Sequence[LanePlan], shapes: Shapes) -> LaneTables:
     block = block_pages(shapes.page_size)
     tables = [lane.table(block) for lane in lanes]
     entries = shapes.entries.fit(max(table.shape[1] for table in tables))
-    stacked = np.zeros((4, shapes.lanes.fit(len(lanes)), entries), np.int32)
+    stacked = np.zeros((5, shapes.lanes.fit(len(lanes)), entries), np.int32)
     for index, table in enumerate(tables):
         stacked[:, index, : table.shape[1]] = table
-    page, frame, first, slots = stacked
-    return LaneTables(page=page, frame=frame, first=first, slots=slots)
+    page, frame, first, slots, start = stacked
+    return LaneTables(page=page, frame=frame, first=first, slots=slots, start=start)
 
 
 def pack(lanes: Sequence[LanePlan], shapes: Shapes) -> list[RoundPlan]:
@@ -146,7 +146,7 @@ def blank_plan(*, rows: int, lanes: int, entries: int, shapes: Shapes) -> RoundP
     return RoundPlan(
         rows=Rows(token=zeros(rows), position=zeros(rows), canonical=zeros(rows), slot=nowhere),
         lane=np.full(rows, lanes, np.int32),
-        tables=LaneTables(page=table, frame=table, first=table, slots=table),
+        tables=LaneTables(page=table, frame=table, first=table, slots=table, start=table),
         tiles=row_tiles(zeros(0), rows=rows, lanes=lanes),
         out_row=np.full(lanes, rows, np.int32),
     )

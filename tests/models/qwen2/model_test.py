@@ -158,6 +158,7 @@ def test_layer_0_depends_on_the_token_alone(served):
         frame=np.array([0, 5, 5], np.int32),
         first=np.zeros(3, np.int32),
         slots=np.array([5, 16, 11], np.int32),
+        base=np.zeros(3, np.int32),
     )
     kv, _ = tiny.prefill(served.model, served.programs, [alone, behind])
 
