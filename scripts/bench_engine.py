@@ -23,8 +23,8 @@ from rich.table import Table
 
 from scripts import common
 from tokendance_jax import host
+from tokendance_jax.collector.exact import Dense
 from tokendance_jax.collector.plan import Shapes, pack
-from tokendance_jax.collector.policies import Dense
 from tokendance_jax.demo import demo_tokenizer_json
 from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.engine.sampling import sampling_arrays
@@ -122,7 +122,7 @@ class Bench:
         policy = Dense(PagePool(pages), page_size)
         draw = np.random.default_rng(0)
         self.lanes = [
-            policy.open(draw.integers(0, config.vocab_size, prompt, dtype=np.int32), room)
+            policy.open_lane(draw.integers(0, config.vocab_size, prompt, dtype=np.int32), room)
             for _ in range(agents)
         ]
         (self.plan,) = pack(self.lanes, self.shapes)
@@ -140,7 +140,7 @@ class Bench:
     def prefill(self) -> jax.Array:
         """Computes all prompts and chooses the first tokens."""
         hidden = self.programs.new_hidden(self.seats)
-        self.kv, hidden = self.programs.prefill(self.kv, hidden, self.plan)
+        self.kv, hidden, _ = self.programs.prefill(self.kv, hidden, self.plan)
         return self.programs.first_token(hidden, self.sampling)
 
     def decode(self, state: DecodeState, slot: np.ndarray) -> jax.Array:

@@ -9,12 +9,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags, logging
 
 from tokendance_jax.demo import demo_trace
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.model import Model, load_model
-from tokendance_jax.prompt import PromptError, Trace, read_trace, tokenize_round
+from tokendance_jax.prompt import (
+    PromptError,
+    Round,
+    Tokenizer,
+    Trace,
+    read_trace,
+    tokenize_round,
+)
 
 DEMO = "demo"
 
@@ -59,6 +67,12 @@ def cut_trace(trace: Trace, *, rounds: int, agents: int, max_new_tokens: int) ->
             for moment in kept
         ]
     return dataclasses.replace(trace, rounds=tuple(kept))
+
+
+def recorded_answers(moment: Round, tokenizer: Tokenizer, *, most: int) -> list[np.ndarray]:
+    """Token ids of the recorded answers of a round, the first so many of each."""
+    texts = [agent.recorded_output or "" for agent in moment.agents]
+    return [np.array(tokenizer.encode_text(text)[:most], np.int32) for text in texts]
 
 
 def parse_bytes(text: str) -> int:

@@ -19,7 +19,7 @@ from rich.table import Table
 from scripts import common
 from tokendance_jax import host
 from tokendance_jax.engine.engine import RoundEngine
-from tokendance_jax.prompt import Tokenizer, Trace, tokenize_round
+from tokendance_jax.prompt import Trace, tokenize_round
 from tokendance_jax.quality import agreement
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
@@ -80,26 +80,13 @@ def _logits(trace: Trace, dtype: str, kv_dtype: str, row_budget: int) -> list[np
     model = common.model_of(_MODEL.value, dtype)
     engine = RoundEngine(model, policy="dense", kv_dtype=kv_dtype, row_budget=row_budget)
     logits = []
-    for index in range(len(trace.rounds)):
-        sequences, first = _sequences(trace, index, model.tokenizer)
-        logits += engine.score(sequences, first)
+    for moment in trace.rounds:
+        prompts = tokenize_round(moment, model.tokenizer, chat=False)
+        answers = common.recorded_answers(moment, model.tokenizer, most=_TOKENS.value)
+        logits += engine.score(prompts, answers)[0]
     del engine, model
     gc.collect()
     return logits
-
-
-def _sequences(
-    trace: Trace, index: int, tokenizer: Tokenizer
-) -> tuple[list[np.ndarray], list[int]]:
-    """A round's prompts, each with the start of its recorded answer, and their last tokens."""
-    sequences, first = [], []
-    moment = trace.rounds[index]
-    prompts = tokenize_round(moment, tokenizer, chat=False)
-    for agent, prompt in zip(moment.agents, prompts, strict=True):
-        answer = tokenizer.encode_text(agent.recorded_output or "")[: _TOKENS.value]
-        sequences.append(np.concatenate([prompt.token_ids, np.asarray(answer, np.int32)]))
-        first.append(len(prompt.token_ids) - 1)
-    return sequences, first
 
 
 if __name__ == "__main__":

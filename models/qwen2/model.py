@@ -105,13 +105,20 @@ class Attention(nnx.Module):
         layer: int,
         attend: Attend,
     ) -> tuple[Float[jax.Array, "rows width"], PagedKV]:
-        rows = x.shape[0]
-        q = self.q_proj(x).reshape(rows, -1, self.head_dim)
-        k = self.k_proj(x).reshape(rows, -1, self.head_dim)
-        v = self.v_proj(x).reshape(rows, -1, self.head_dim)
-        kv = kv.write(layer, slot, rope.rotate(k, *k_rotation), v)
+        q = self.q_proj(x).reshape(x.shape[0], -1, self.head_dim)
+        kv = kv.write(layer, slot, *self.keys_values(x, k_rotation))
         attended = attend(rope.rotate(q, *q_rotation), kv, layer)
-        return self.o_proj(attended.reshape(rows, -1)), kv
+        return self.o_proj(attended.reshape(x.shape[0], -1)), kv
+
+    def keys_values(
+        self, x: Float[jax.Array, "rows width"], k_rotation: tuple[jax.Array, jax.Array]
+    ) -> tuple[
+        Float[jax.Array, "rows kv_heads head_dim"], Float[jax.Array, "rows kv_heads head_dim"]
+    ]:
+        """Rotated keys, and values, of normalised rows."""
+        k = self.k_proj(x).reshape(x.shape[0], -1, self.head_dim)
+        v = self.v_proj(x).reshape(x.shape[0], -1, self.head_dim)
+        return rope.rotate(k, *k_rotation), v
 
 
 class MLP(nnx.Module):
@@ -163,9 +170,11 @@ class Qwen2(nnx.Module):
         kv: PagedKV,
         attend: Attend,
         *,
+        x: Float[jax.Array, "rows width"] | None = None,
+        layers: range | None = None,
         watch: Callable[[jax.Array], None] | None = None,
     ) -> tuple[Float[jax.Array, "rows width"], PagedKV]:
-        """Runs all layers; writes the rows' K and V.
+        """Runs layers; writes the rows' K and V.
 
         The pool runs through an unrolled loop of in-place writes: scanned over layers it would be
         copied (as inputs and outputs), or slow XLA's CPU code down (as a carry).
@@ -174,22 +183,21 @@ class Qwen2(nnx.Module):
           rows: the tokens to compute.
           kv: the pool.
           attend: how rows meet the pages of their lanes.
+          x: the residual stream before the first of the layers; None: the tokens' embeddings.
+          layers: which layers, one after the other; None: all.
           watch: called with the residual stream after the embedding and after each layer.
 
         Returns:
-          The residual stream before the final norm, f32 [rows, width], and the pool.
+          The residual stream behind the layers, before the final norm, f32 [rows, width], and the
+          pool.
         """
-        config = self.config
-
-        def rotation(position: jax.Array) -> tuple[jax.Array, jax.Array]:
-            cos, sin = rope.rotation(position, theta=config.rope_theta, head_dim=config.head_dim)
-            return cos[:, None, :], sin[:, None, :]
-
-        q_rotation, k_rotation = rotation(rows.position), rotation(rows.canonical)
-        x = self.embed_tokens(rows.token)
+        q_rotation, k_rotation = self._rotation(rows.position), self._rotation(rows.canonical)
+        if x is None:
+            x = self.embed_tokens(rows.token)
         if watch is not None:
             watch(x)
-        for layer, block in enumerate(self.layers):
+        for layer in range(len(self.layers)) if layers is None else layers:
+            block = self.layers[layer]
             with jax.named_scope(f"layer_{layer}"):
                 attended, kv = block.self_attn(
                     block.input_layernorm(x), rows.slot, q_rotation, k_rotation, kv, layer, attend
@@ -199,6 +207,29 @@ class Qwen2(nnx.Module):
             if watch is not None:
                 watch(x)
         return x, kv
+
+    def queries(
+        self, layer: int, x: Float[jax.Array, "rows width"], rows: Rows
+    ) -> Float[jax.Array, "rows heads head_dim"]:
+        """Rotated queries of a layer, given the residual stream before it."""
+        block = self.layers[layer]
+        q = block.self_attn.q_proj(block.input_layernorm(x))
+        q = q.reshape(x.shape[0], -1, self.config.head_dim)
+        return rope.rotate(q, *self._rotation(rows.position))
+
+    def keys_values(
+        self, layer: int, x: Float[jax.Array, "rows width"], rows: Rows
+    ) -> tuple[
+        Float[jax.Array, "rows kv_heads head_dim"], Float[jax.Array, "rows kv_heads head_dim"]
+    ]:
+        """Rotated keys, and values, of a layer, given the residual stream before it."""
+        block = self.layers[layer]
+        return block.self_attn.keys_values(block.input_layernorm(x), self._rotation(rows.canonical))
+
+    def _rotation(self, position: Int32[Array, " rows"]) -> tuple[jax.Array, jax.Array]:
+        theta, head_dim = self.config.rope_theta, self.config.head_dim
+        cos, sin = rope.rotation(jnp.asarray(position), theta=theta, head_dim=head_dim)
+        return cos[:, None, :], sin[:, None, :]
 
     def logits(self, hidden: Float[jax.Array, "rows width"]) -> Float[jax.Array, "rows vocab"]:
         """Next-token logits f32 [rows, vocab] of residual-stream rows."""

@@ -4,12 +4,12 @@ from hypothesis import strategies as st
 
 from tests.models.qwen2 import tiny
 from tokendance_jax.collector.buckets import Buckets
+from tokendance_jax.collector.exact import Prefix
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import Shapes, lane_tables, pack
-from tokendance_jax.collector.policies import make_policy
 from tokendance_jax.engine.programs import Programs
 from tokendance_jax.kernels.lanes import KEY_BLOCK, TILE_ROWS
-from tokendance_jax.paged import PagePool
+from tokendance_jax.paged import PagePool, PrefixCache
 
 PAGE_SIZE = 16
 BLOCK = KEY_BLOCK // PAGE_SIZE
@@ -148,8 +148,9 @@ def test_chunks_in_order_give_the_logits_of_one_call():
     logits, calls = [], []
     for row_budget in (256, 64):
         programs = Programs(model, tiny.tiny_shapes(row_budget))
-        policy = make_policy("prefix", PagePool(64), PAGE_SIZE, "")
-        lanes = [policy.open(prompt, 0) for prompt in prompts]
+        pool = PagePool(64)
+        policy = Prefix(pool, PrefixCache(pool, PAGE_SIZE, ""), PAGE_SIZE)
+        lanes = [policy.open_lane(prompt, 0) for prompt in prompts]
         _, hidden = tiny.prefill(model, programs, lanes)
         logits.append(np.asarray(programs.logits(hidden))[: len(lanes)])
         calls.append(len(pack(lanes, programs.shapes)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import shared_data
-from tokendance_jax.collector.policies import Prefix
+from tokendance_jax.collector.exact import Prefix
 from tokendance_jax.models.loading.gguf_file import read_gguf_header
 from tokendance_jax.models.loading.gguf_tokenizer import tokenizer_from_gguf
 from tokendance_jax.paged import PagePool, PrefixCache
@@ -39,10 +39,10 @@ def test_the_prefix_policy_reuses_what_there_is(file, name):
     prompt_tokens = reused = 0
     for moment in trace.rounds:
         prompts = tokenize_round(moment, tokenizer(), chat=False)
-        lanes = [policy.open(prompt.token_ids, 0) for prompt in prompts]
+        lanes = [policy.open_lane(prompt.token_ids, 0) for prompt in prompts]
         prompt_tokens += sum(len(lane.token_ids) for lane in lanes)
         reused += sum(len(lane.token_ids) - len(lane.computed) for lane in lanes)
         for lane in lanes:
-            policy.close(lane, np.asarray(lane.token_ids))
+            policy.close_lane(lane, np.asarray(lane.token_ids))
     assert prompt_tokens == stats[name]["tokens"]
     assert 100 * reused / prompt_tokens == pytest.approx(100 * stats[name]["prefix_round"], abs=1)

@@ -116,7 +116,7 @@ def test_ledger_adds_up(engine):
     assert sum(ledger.tokens.values()) == ledger.prompt_tokens
     assert ledger.computed_tokens + ledger.reused_tokens == ledger.prompt_tokens
     shared = ledger.tokens["shared"]
-    assert ledger.unique_tokens == ledger.prompt_tokens - shared + shared // 3
+    assert ledger.distinct_tokens == ledger.prompt_tokens - shared + shared // 3
     held = sum(a.ledger.kv_bytes_held for a in result.agents)
     assert held == pytest.approx(ledger.kv_bytes_held)
     for a in result.agents:

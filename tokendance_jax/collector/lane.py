@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,3 +83,8 @@ class LanePlan:
             empty[1] = run[1, 0] if run.shape[1] else 0
             padded.append(np.concatenate([run, empty], axis=1))
         return np.concatenate(padded, axis=1)
+
+
+def with_rows(lane: LanePlan, positions: Int[np.ndarray, " computed"]) -> LanePlan:
+    """The same lane, with other positions to compute."""
+    return dataclasses.replace(lane, computed=positions.astype(np.int32))

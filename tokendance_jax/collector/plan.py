@@ -66,51 +66,66 @@ class RoundPlan:
       lane: lane of each row; the number of lanes for padding.
       tables: block tables of all lanes.
       tiles: the rows grouped by lane.
-      out_row: for each lane whose last token is computed here, its row; else the number of rows.
+      out_row: for each seat whose lane computes its last token here, its row; else the number of
+        rows.
     """
 
     rows: Rows
     lane: Int32[Array, " rows"]
     tables: LaneTables
     tiles: RowTiles
-    out_row: Int32[Array, " lanes"]
+    out_row: Int32[Array, " seats"]
 
 
-def lane_tables(lanes: Sequence[LanePlan], shapes: Shapes) -> LaneTables:
-    """Stacks the lanes' block tables into bucket shapes."""
+def lane_tables(lanes: Sequence[LanePlan], shapes: Shapes, *, least: int = 1) -> LaneTables:
+    """Stacks the lanes' block tables into bucket shapes, of at least so many lanes."""
     block = block_pages(shapes.page_size)
     tables = [lane.table(block) for lane in lanes]
     entries = shapes.entries.fit(max(table.shape[1] for table in tables))
-    stacked = np.zeros((5, shapes.lanes.fit(len(lanes)), entries), np.int32)
+    stacked = np.zeros((5, shapes.lanes.fit(max(least, len(lanes))), entries), np.int32)
     for index, table in enumerate(tables):
         stacked[:, index, : table.shape[1]] = table
     page, frame, first, slots, start = stacked
     return LaneTables(page=page, frame=frame, first=first, slots=slots, start=start)
 
 
-def pack(lanes: Sequence[LanePlan], shapes: Shapes) -> list[RoundPlan]:
+def pack(
+    lanes: Sequence[LanePlan],
+    shapes: Shapes,
+    *,
+    seats: Sequence[int] | None = None,
+    seated: int | None = None,
+) -> list[RoundPlan]:
     """Lays the computed rows of all lanes end to end and cuts them into calls.
 
     Rows keep the order of the lanes, so a page that one lane writes for a later one is written in
     the same call or an earlier one.
 
     Args:
-      lanes: the round's lanes; at least one, each with at least its last token to compute.
+      lanes: at least one and at most a bucket of lanes, each with at least one row.
       shapes: the static shapes.
+      seats: the agent of each lane; negative where it belongs to none; None: one after the other.
+      seated: number of agents (a bucket of lanes); None: as many as lanes.
 
     Returns:
       One plan per call, to be run in order.
     """
-    tables = lane_tables(lanes, shapes)
+    seats = range(len(lanes)) if seats is None else seats
+    tables = lane_tables(lanes, shapes, least=seated or 1)
     lane_count = tables.page.shape[0]
+    seat_count = lane_count if seated is None else seated
     lane = np.repeat(np.arange(len(lanes), dtype=np.int32), [len(p.computed) for p in lanes])
     position = np.concatenate([p.computed for p in lanes])
     token = np.concatenate([p.token_ids[p.computed] for p in lanes])
     located = [p.locate(p.computed, shapes.page_size) for p in lanes]
     slot = np.concatenate([slot for slot, _ in located])
     canonical = np.concatenate([canonical for _, canonical in located])
-    last = np.cumsum([len(p.computed) for p in lanes]) - 1
-
+    row = np.cumsum([len(p.computed) for p in lanes]) - 1
+    last = {
+        seat: int(end)
+        for p, seat, end in zip(lanes, seats, row, strict=True)
+        if seat >= 0 and p.computed[-1] == len(p.token_ids) - 1
+    }
     plans, start = [], 0
     for size in shapes.rows.cover(len(token)):
         stop = min(start + size, len(token))
@@ -120,9 +135,10 @@ def pack(lanes: Sequence[LanePlan], shapes: Shapes) -> list[RoundPlan]:
             out[: stop - start] = values[start:stop]
             return out
 
-        out_row = np.full(lane_count, size, np.int32)
-        ends_here = (last >= start) & (last < stop)
-        out_row[: len(lanes)][ends_here] = last[ends_here] - start
+        out_row = np.full(seat_count, size, np.int32)
+        for seat, end in last.items():
+            if start <= end < stop:
+                out_row[seat] = end - start
         rows = Rows(
             token=padded(token, 0),
             position=padded(position, 0),
@@ -135,7 +151,7 @@ def pack(lanes: Sequence[LanePlan], shapes: Shapes) -> list[RoundPlan]:
     return plans
 
 
-def blank_plan(*, rows: int, lanes: int, entries: int, shapes: Shapes) -> RoundPlan:
+def blank_plan(*, rows: int, lanes: int, seats: int, entries: int, shapes: Shapes) -> RoundPlan:
     """A plan of padding alone, in the given bucket shapes: to compile for."""
 
     def zeros(*shape: int) -> np.ndarray:
@@ -148,7 +164,7 @@ def blank_plan(*, rows: int, lanes: int, entries: int, shapes: Shapes) -> RoundP
         lane=np.full(rows, lanes, np.int32),
         tables=LaneTables(page=table, frame=table, first=table, slots=table, start=table),
         tiles=row_tiles(zeros(0), rows=rows, lanes=lanes),
-        out_row=np.full(lanes, rows, np.int32),
+        out_row=np.full(seats, rows, np.int32),
     )
 
 

@@ -1,98 +1,52 @@
-"""The exact policies: which pages a lane takes, and which tokens it computes."""
+"""The policies by their names."""
 
-import abc
+import dataclasses
 
 import numpy as np
 from jaxtyping import Int32
 
-from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.collective import BASES as BASES
+from tokendance_jax.collector.collective import Collective
+from tokendance_jax.collector.exact import Dense, Prefix
+from tokendance_jax.collector.policy import Policy
+from tokendance_jax.collector.rivals import Blend, Epic
+from tokendance_jax.collector.selection import SELECTIONS as SELECTIONS
+from tokendance_jax.collector.selection import make_selection
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.paged.prefix_cache import PrefixCache
 
-
-class Policy(abc.ABC):
-    """Opens the lanes of a round and closes them; between the two, a lane holds its pages."""
-
-    @abc.abstractmethod
-    def open(self, token_ids: Int32[np.ndarray, " tokens"], room: int) -> LanePlan:
-        """Takes pages for a prompt and `room` more tokens.
-
-        Raises:
-          OutOfPages: if the pool cannot give them; nothing is held then.
-        """
-
-    @abc.abstractmethod
-    def close(self, lane: LanePlan, written: Int32[np.ndarray, " written"] | None) -> None:
-        """Gives a lane's pages back.
-
-        Args:
-          lane: an open lane.
-          written: the tokens whose K and V were written, in logical order; None if the round failed
-            and the pages may hold anything.
-        """
+POLICIES = ("dense", "prefix", "blend", "blend-batched", "epic", "tokendance")
 
 
-class Dense(Policy):
-    """Every agent computes its whole prompt into pages of its own."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class PolicyOptions:
+    """What can be chosen within policies.
 
-    def __init__(self, pool: PagePool, page_size: int):
-        self._pool = pool
-        self._page_size = page_size
-
-    def open(self, token_ids: Int32[np.ndarray, " tokens"], room: int) -> LanePlan:
-        """Takes fresh pages; see `Policy.open`."""
-        pages = self._pool.allocate(_pages(len(token_ids) + room, self._page_size))
-        return LanePlan.contiguous(token_ids, pages, computed_from=0, page_size=self._page_size)
-
-    def close(self, lane: LanePlan, written: Int32[np.ndarray, " written"] | None) -> None:
-        """Frees the pages; see `Policy.close`."""
-        del written
-        self._pool.release(lane.page)
-
-
-class Prefix(Policy):
-    """Exact reuse of full pages by their whole prefix, across agents and rounds.
-
-    As in vLLM's automatic prefix caching. Blocks are registered when a lane opens, before they are
-    computed: an agent of the same round may point its table at a page that an earlier agent's rows
-    write in the same call, for at each layer all rows write before any row attends.
+    Attributes:
+      base: how `tokendance` conditions its bases: one of `BASES`.
+      selection: which shared pages its agents compute themselves: one of `SELECTIONS`.
+      head_pages: how many pages that are, where the selection is limited.
+      blend_ratio: share of the shared tokens that `blend` recomputes.
+      epic_tokens: tokens of each segment that `epic` recomputes.
     """
 
-    def __init__(self, pool: PagePool, cache: PrefixCache, page_size: int):
-        self._pool = pool
-        self._cache = cache
-        self._page_size = page_size
-
-    def open(self, token_ids: Int32[np.ndarray, " tokens"], room: int) -> LanePlan:
-        """Takes the longest cached prefix and fresh pages after it; see `Policy.open`."""
-        hit = self._cache.match(token_ids)
-        try:
-            fresh = self._pool.allocate(_pages(len(token_ids) + room, self._page_size) - len(hit))
-        except BaseException:
-            self._pool.release(hit)
-            raise
-        pages = np.concatenate([hit, fresh])
-        self._cache.insert(token_ids, pages)
-        return LanePlan.contiguous(
-            token_ids,
-            pages,
-            computed_from=len(hit) * self._page_size,
-            page_size=self._page_size,
-        )
-
-    def close(self, lane: LanePlan, written: Int32[np.ndarray, " written"] | None) -> None:
-        """Keeps full written pages for later rounds; see `Policy.close`."""
-        if written is None:
-            self._cache.forget(lane.page[lane.computed[0] // self._page_size :])
-        else:
-            self._cache.insert(written, lane.page)
-        self._pool.release(lane.page)
+    base: str = "joint"
+    selection: str = "head"
+    head_pages: int = 4
+    blend_ratio: float = 0.15
+    epic_tokens: int = 16
 
 
-POLICIES = ("dense", "prefix")
-
-
-def make_policy(name: str, pool: PagePool, page_size: int, namespace: str) -> Policy:
+def make_policy(
+    name: str,
+    pool: PagePool,
+    page_size: int,
+    namespace: str,
+    *,
+    options: PolicyOptions | None = None,
+    preamble: Int32[np.ndarray, " preamble"] | None = None,
+    salt: bytes = b"",
+) -> Policy:
     """Builds a policy by its name.
 
     Args:
@@ -100,16 +54,30 @@ def make_policy(name: str, pool: PagePool, page_size: int, namespace: str) -> Po
       pool: the page pool.
       page_size: token slots in a page.
       namespace: what K and V depend on beside the tokens (model, precision, rotary embedding).
+      options: choices within the policies.
+      preamble: tokens in front of bases where agents have no leading text in common.
+      salt: secret of a tenant, whose pages no other tenant finds.
 
     Raises:
-      ValueError: if there is no such policy.
+      ValueError: if there is no such policy, or an option is out of its range.
     """
+    options = options or PolicyOptions()
+    where = (pool, page_size, namespace)
     if name == "dense":
         return Dense(pool, page_size)
     if name == "prefix":
-        return Prefix(pool, PrefixCache(pool, page_size, namespace), page_size)
+        return Prefix(pool, PrefixCache(*where, salt), page_size)
+    if name == "epic":
+        return Epic(*where, tokens=options.epic_tokens, salt=salt)
+    if name in ("blend", "blend-batched"):
+        batched = name == "blend-batched"
+        return Blend(*where, ratio=options.blend_ratio, batched=batched, salt=salt)
+    if name == "tokendance":
+        return Collective(
+            *where,
+            base=options.base,
+            selection=make_selection(options.selection, options.head_pages),
+            preamble=np.zeros(0, np.int32) if preamble is None else preamble,
+            salt=salt,
+        )
     raise ValueError(f"policy: {name!r} is unknown; choose one of {', '.join(POLICIES)}")
-
-
-def _pages(tokens: int, page_size: int) -> int:
-    return -(-tokens // page_size)

@@ -4,15 +4,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32
 
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes, pack
-from tokendance_jax.collector.policies import make_policy
+from tokendance_jax.collector.plan import Shapes
+from tokendance_jax.collector.policies import PolicyOptions, make_policy
+from tokendance_jax.collector.policy import OpenRound
 from tokendance_jax.engine.decode import Answer, OnToken, generate
+from tokendance_jax.engine.prefill import Cost, Prefill
 from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.engine.result import (
     AgentLedger,
@@ -32,6 +32,7 @@ from tokendance_jax.prompt.tokenized import TokenizedPrompt, tokenize_round
 from tokendance_jax.prompt.trace import Trace
 
 DEFAULT_KV_MEMORY = 1 << 30
+DEFAULT_PREAMBLE = "You are a helpful assistant. Read the following text carefully.\n"
 
 
 class RoundEngine:
@@ -47,6 +48,9 @@ class RoundEngine:
         model: Model,
         *,
         policy: str = "prefix",
+        options: PolicyOptions | None = None,
+        preamble: str = DEFAULT_PREAMBLE,
+        salt: bytes = b"",
         page_size: int = 16,
         kv_memory: int = DEFAULT_KV_MEMORY,
         kv_dtype: DTypeLike | None = None,
@@ -60,7 +64,11 @@ class RoundEngine:
 
         Args:
           model: the model to serve.
-          policy: which KV is reused: "dense" (none) or "prefix" (exact prefixes).
+          policy: which KV is reused, and how: one of `POLICIES`.
+          options: choices within the policies.
+          preamble: neutral text in front of shared text that is computed for all agents, where
+            their prompts begin with nothing in common.
+          salt: secret of a tenant; pages are found again only under the same salt.
           page_size: token slots in a page: a power of two, at most 256.
           kv_memory: bytes of the page pool.
           kv_dtype: precision of the pool; the model's if None.
@@ -93,6 +101,9 @@ class RoundEngine:
         self.model = model
         self.policy = policy
         self.page_bytes = page_bytes
+        self._options = options
+        self._preamble = np.array(model.tokenizer.encode_text(preamble), np.int32)
+        self._salt = salt
         self._kv_spec = model.kv_spec(pages=pages, page_size=page_size, dtype=kv_dtype)
         shapes = Shapes.of(
             row_budget=row_budget,
@@ -138,19 +149,13 @@ class RoundEngine:
         limits = self._admit(moment, prompts)
         stop_ids = (*self.model.tokenizer.stop_ids, *moment.sampling.stop_token_ids)
         sampling_of = self._sampling_of(moment, limits, stop_ids)
-        lanes: list[LanePlan] = []
+        # The last token of an answer is never computed, so it needs no slot.
+        opened = self._policy.open(prompts, [limit - 1 for limit in limits])
         written: list[np.ndarray] | None = None
         try:
-            for prompt, limit in zip(prompts, limits, strict=True):
-                # The last token of an answer is never computed, so it needs no slot.
-                lanes.append(self._policy.open(prompt.token_ids, limit - 1))
-            plans = pack(lanes, self.shapes)
             plan_s = clock.lap()
-
-            hidden = self.programs.new_hidden(plans[0].out_row.shape[0])
-            for plan in plans:
-                self._kv, hidden = self.programs.prefill(self._kv, hidden, plan)
-            jax.block_until_ready(hidden)
+            prefill = self._prefill(opened)
+            lanes, hidden = opened.lanes, prefill.hidden
             prefill_s = clock.lap()
 
             first = np.asarray(self.programs.first_token(hidden, sampling_of(range(len(lanes)))))
@@ -178,12 +183,20 @@ class RoundEngine:
                 np.concatenate([prompt.token_ids, np.asarray(answer.chosen[:-1], np.int32)])
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
-            agents, kv_bytes_held = self._account(prompts, lanes, answers, written)
+            agents, kv_bytes_held = self._account(prompts, opened, prefill.cost, answers, written)
+            ledger = round_ledger(
+                prompts,
+                agents,
+                exact_hits=opened.exact_hits,
+                preamble_tokens=opened.preamble_tokens,
+                base_tokens=prefill.cost.base_tokens,
+                token_layers=prefill.cost.token_layers / self.programs.layers,
+                kv_bytes_held=kv_bytes_held,
+            )
             timings = Timings(plan_s, prefill_s, first_token_s, decode_s, clock.compile_s)
-            ledger = round_ledger(prompts, agents, kv_bytes_held)
             return RoundResult(moment.index, agents, timings, ledger)
         finally:
-            self._close(lanes, written)
+            self._close(opened, written)
 
     def warm_up(self, *, agents: int, tokens: int) -> float:
         """Compiles all programs that rounds within these bounds may need.
@@ -241,38 +254,43 @@ class RoundEngine:
             yield result
 
     def score(
-        self, sequences: Sequence[np.ndarray], first: Sequence[int]
-    ) -> list[Float32[np.ndarray, "_ vocab"]]:
-        """Computes next-token logits within given texts (teacher forcing).
+        self, prompts: Sequence[TokenizedPrompt], answers: Sequence[np.ndarray]
+    ) -> tuple[list[Float32[np.ndarray, "_ vocab"]], Cost]:
+        """Computes next-token logits along given answers (teacher forcing).
 
-        The policy reuses what it would reuse in a round; nothing is kept for later rounds.
+        The policy reads and computes what it would in a round of these prompts, and the answers
+        behind them; it keeps what it would keep of the prompts.
 
         Args:
-          sequences: token ids i32 [tokens] of each lane.
-          first: the first position of each lane whose logits are wanted; the policy must not take
-            that position from the cache.
+          prompts: the agents' prompts.
+          answers: token ids i32 [tokens] of each answer; may be empty.
 
         Returns:
-          For each lane, logits f32 [tokens - first, vocab] after the tokens from `first` on.
+          For each agent, logits f32 [1 + tokens, vocab]: after the prompt and after every token of
+          the answer; and what was computed, answers included.
 
         Raises:
           OutOfPages: if the pool cannot hold the sequences.
         """
-        lanes: list[LanePlan] = []
-        wanted: list[np.ndarray] = []
+        sequences = [p.followed_by(ids) for p, ids in zip(prompts, answers, strict=True)]
+        opened = self._policy.open(sequences, [0] * len(sequences))
+        written = None
         try:
-            lanes += [self._policy.open(ids, 0) for ids in sequences]
-            for plan in pack(lanes, self.shapes):
-                self._kv, x = self.programs.rows(self._kv, plan)
-                lane = np.minimum(plan.lane, len(lanes) - 1)
-                used = plan.lane < len(lanes)
-                rows = np.flatnonzero(used & (plan.rows.position >= np.asarray(first)[lane]))
-                wanted.append(self._logits_of(np.asarray(x)[rows]))
+            wanted = [len(prompt.token_ids) - 1 for prompt in prompts]
+            prefill = self._prefill(opened, wanted)
+            written = [prompt.token_ids for prompt in sequences]
         finally:
-            self._close(lanes, None)
-        logits = np.concatenate(wanted)
-        counts = [len(ids) - start for ids, start in zip(sequences, first, strict=True)]
-        return np.split(logits, np.cumsum(counts)[:-1])
+            self._close(opened, written)
+        return [self._logits_of(x) for x in prefill.streams()], prefill.cost
+
+    def _prefill(self, opened: OpenRound, wanted: Sequence[int] | None = None) -> Prefill:
+        """Carries out a round's steps."""
+        prefill = Prefill(self.programs, self._kv, agents=len(opened.lanes))
+        try:
+            prefill.run(opened.steps, wanted)
+        finally:
+            self._kv = prefill.kv
+        return prefill
 
     def _logits_of(self, hidden: np.ndarray) -> np.ndarray:
         """Logits of residual-stream rows, a bucket of rows at a time."""
@@ -290,7 +308,15 @@ class RoundEngine:
         self.pool = PagePool(self.shapes.pages)
         config = self.model.config
         namespace = f"{self.model.name}/{config}/{self._kv_spec.storage}/{self.model.dtype}"
-        self._policy = make_policy(self.policy, self.pool, self.shapes.page_size, namespace)
+        self._policy = make_policy(
+            self.policy,
+            self.pool,
+            self.shapes.page_size,
+            namespace,
+            options=self._options,
+            preamble=self._preamble,
+            salt=self._salt,
+        )
 
     def _admit(self, moment: Round, prompts: Sequence[TokenizedPrompt]) -> list[int]:
         """Checks prompts against the model's and the engine's limits; returns answer limits."""
@@ -345,27 +371,29 @@ class RoundEngine:
     def _account(
         self,
         prompts: Sequence[TokenizedPrompt],
-        lanes: Sequence[LanePlan],
+        opened: OpenRound,
+        cost: Cost,
         answers: Sequence[Answer],
         written: Sequence[np.ndarray],
     ) -> tuple[tuple[AgentResult, ...], int]:
         """Makes the agents' results, and counts the bytes of all pages that the round filled."""
-        page_size = self.shapes.page_size
         filled = [
-            lane.page[: -(-len(ids) // page_size)] for lane, ids in zip(lanes, written, strict=True)
+            lane.page[np.cumsum(lane.slots) - lane.slots < len(ids)]
+            for lane, ids in zip(opened.lanes, written, strict=True)
         ]
-        holders = Counter(int(page) for pages in filled for page in pages)
+        holders = Counter(int(page) for pages in filled for page in np.unique(pages))
+        bases = {int(page) for lane in opened.bases for page in lane.page}
         results = []
-        for prompt, lane, answer, pages in zip(prompts, lanes, answers, filled, strict=True):
-            computed = len(lane.computed)
+        for seat, (prompt, answer, pages) in enumerate(zip(prompts, answers, filled, strict=True)):
+            computed, tokens = int(cost.tokens[seat]), len(written[seat])
             ledger = AgentLedger(
                 tokens=tokens_by_kind(prompt),
                 prompt_tokens=len(prompt.token_ids),
                 computed_tokens=computed,
                 reused_tokens=len(prompt.token_ids) - computed,
                 decoded_tokens=len(answer.chosen),
-                kv_bytes_dense=len(pages) * self.page_bytes,
-                kv_bytes_held=sum(self.page_bytes / holders[int(page)] for page in pages),
+                kv_bytes_dense=-(-tokens // self.shapes.page_size) * self.page_bytes,
+                kv_bytes_held=sum(self.page_bytes / holders[p] for p in np.unique(pages).tolist()),
             )
             assert answer.finish_reason is not None
             results.append(
@@ -373,12 +401,11 @@ class RoundEngine:
                     answer.agent, answer.text, answer.token_ids, answer.finish_reason, ledger
                 )
             )
-        return tuple(results), len(holders) * self.page_bytes
+        return tuple(results), len(holders.keys() | bases) * self.page_bytes
 
-    def _close(self, lanes: Sequence[LanePlan], written: Sequence[np.ndarray] | None) -> None:
-        """Gives the lanes' pages back; after a failure, keeps nothing that may be half written."""
-        for index, lane in enumerate(lanes):
-            self._policy.close(lane, None if written is None else written[index])
+    def _close(self, opened: OpenRound, written: Sequence[np.ndarray] | None) -> None:
+        """Gives a round's pages back; after a failure, keeps nothing that may be half written."""
+        self._policy.close(opened, written)
         if self._kv.k.is_deleted() or self._kv.v.is_deleted():
             # A call that took the pool did not hand it back: an interrupt or a device error.
             self._reset()

@@ -13,12 +13,14 @@ from jaxtyping import Bool, Float, Int32
 
 from tokendance_jax.collector.plan import RoundPlan, Shapes, blank_plan
 from tokendance_jax.engine.sampling import SamplingArrays, is_stop, sample, sampling_arrays
+from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.kv_link import kv_link
 from tokendance_jax.kernels.lanes import Array, LaneTables
-from tokendance_jax.kernels.round_attention import round_attention
+from tokendance_jax.kernels.round_attention import attention_mass, round_attention
 from tokendance_jax.model import Model
-from tokendance_jax.models.qwen2.model import Rows
+from tokendance_jax.models.qwen2.model import Attend, Rows
 from tokendance_jax.paged.kv import PagedKV
 
 
@@ -53,34 +55,96 @@ class Programs:
         self.compile_s = 0.0
         self._graph = model.graph
         self._state = model.state
-        self._width = model.config.hidden_size
+        self._config = model.config
         self._jitted = {
             "prefill": jax.jit(self._prefill, donate_argnames=("kv", "hidden")),
-            "rows": jax.jit(self._rows, donate_argnames=("kv",)),
+            "link": jax.jit(self._link, donate_argnames=("kv",)),
+            "deviation": jax.jit(self._deviation, donate_argnames=("kv",)),
+            "attention": jax.jit(self._attention, donate_argnames=("kv",)),
+            "rest": jax.jit(self._rest, donate_argnames=("kv", "hidden")),
             "first_token": jax.jit(self._first_token),
             "logits": jax.jit(self._logits),
             "decode": jax.jit(self._decode, donate_argnames=("kv",)),
         }
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return self._config.num_hidden_layers
+
+    def look_layers(self, what: str) -> float:
+        """Layers that a look runs rows through, and of the one it looks at, its weights' share."""
+        c = self._config
+        kv, q = (heads * c.head_dim for heads in (c.num_key_value_heads, c.num_attention_heads))
+        layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+        if what == "deviation":
+            return 1 + c.hidden_size * 2 * kv / layer
+        return self.layers // 2 + c.hidden_size * q / layer
+
     def prefill(
-        self, kv: PagedKV, hidden: Float[jax.Array, "lanes width"], plan: RoundPlan
-    ) -> tuple[PagedKV, Float[jax.Array, "lanes width"]]:
+        self, kv: PagedKV, hidden: Float[jax.Array, "seats width"], plan: RoundPlan
+    ) -> tuple[PagedKV, Float[jax.Array, "seats width"], Float[jax.Array, "rows width"]]:
         """Computes a plan's rows. Takes `kv` and `hidden` donated.
 
         Args:
           kv: the pool.
-          hidden: residual stream at the lanes' last tokens, as far as earlier calls computed it.
+          hidden: residual stream at the agents' last tokens, as far as earlier calls computed it.
           plan: the rows.
 
         Returns:
-          The pool with the rows written, and `hidden` with this call's lanes filled in.
+          The pool with the rows written, `hidden` with this call's agents filled in, and the
+          residual stream of all rows.
         """
         return self._call("prefill", kv, hidden, plan)
 
-    def rows(self, kv: PagedKV, plan: RoundPlan) -> tuple[PagedKV, Float[jax.Array, "rows width"]]:
-        """Computes a plan's rows and returns the residual stream of all. Takes `kv` donated."""
-        return self._call("rows", kv, plan)
+    def rest(
+        self,
+        kv: PagedKV,
+        hidden: Float[jax.Array, "seats width"],
+        x: Float[Array, "rows width"],
+        plan: RoundPlan,
+    ) -> tuple[PagedKV, Float[jax.Array, "seats width"], Float[jax.Array, "rows width"]]:
+        """As `prefill`, for rows that have their residual stream `x` behind layer 0 already."""
+        return self._call("rest", kv, hidden, x, plan)
+
+    def link(
+        self,
+        kv: PagedKV,
+        source: Int32[np.ndarray, " slots"],
+        target: Int32[np.ndarray, " slots"],
+        shift: Int32[np.ndarray, " slots"],
+    ) -> PagedKV:
+        """Copies slots with rotated keys (see `kernels.kv_link`). Takes `kv` donated."""
+        return self._call("link", kv, source, target, shift)
+
+    def deviation(
+        self, kv: PagedKV, plan: RoundPlan, shown: Int32[np.ndarray, " rows"]
+    ) -> tuple[PagedKV, Float[jax.Array, "rows width"], Float[jax.Array, "2 rows"]]:
+        """Takes rows through layer 0 and compares their K and V at layer 1 with what slots hold.
+
+        The measure of CacheBlend (arXiv 2405.16444, section 4.3). Takes `kv` donated.
+
+        Args:
+          kv: the pool.
+          plan: the rows; where they have slots to write, layer 0 is written.
+          shown: the slots to compare with.
+
+        Returns:
+          The pool, the residual stream behind layer 0, and the squared differences of each row's K
+          and V.
+        """
+        return self._call("deviation", kv, plan, shown)
+
+    def attention(
+        self, kv: PagedKV, plan: RoundPlan
+    ) -> tuple[PagedKV, Float[jax.Array, "lanes entries"]]:
+        """How much a plan's rows attend to each entry of their lanes' tables, in the middle layer.
+
+        The rows run through the layers before it, and write their K and V there. Takes `kv`
+        donated.
+        """
+        return self._call("attention", kv, plan)
 
     def first_token(
         self, hidden: Float[jax.Array, "lanes width"], sampling: SamplingArrays
@@ -118,7 +182,7 @@ class Programs:
 
     def new_hidden(self, lanes: int) -> Float[jax.Array, "lanes width"]:
         """An empty residual stream for `lanes` lanes (a bucket)."""
-        return jax.device_put(np.zeros((lanes, self._width), np.float32))
+        return jax.device_put(np.zeros((lanes, self._config.hidden_size), np.float32))
 
     def warm_up(self, kv: PagedKV, *, agents: int, tokens: int, steps: int) -> None:
         """Compiles what rounds of up to `agents` lanes and `tokens` positions may need.
@@ -143,7 +207,9 @@ class Programs:
             slot = np.full((lanes, steps), shapes.no_slot, np.int32)
             for entries in shapes.entries.upto(most):
                 for rows in shapes.rows.sizes:
-                    plan = blank_plan(rows=rows, lanes=lanes, entries=entries, shapes=shapes)
+                    plan = blank_plan(
+                        rows=rows, lanes=lanes, seats=lanes, entries=entries, shapes=shapes
+                    )
                     self._program("prefill", kv, hidden, plan)
                 self._program("decode", kv, state, plan.tables, slot, sampling)
 
@@ -164,9 +230,9 @@ class Programs:
             self.compile_s += time.perf_counter() - started
         return program
 
-    def _rows(self, state: nnx.State, kv: PagedKV, plan: RoundPlan) -> tuple[PagedKV, jax.Array]:
-        model = nnx.merge(self._graph, state)
-        theta = model.config.rope_theta
+    def _attend(self, plan: RoundPlan) -> Attend:
+        """How rows of a plan meet the pages of their lanes."""
+        theta = self._config.rope_theta
         position = jnp.asarray(plan.rows.position)
 
         def attend(q: jax.Array, kv: PagedKV, layer: int) -> jax.Array:
@@ -174,15 +240,60 @@ class Programs:
                 q, kv.k, kv.v, layer, position, plan.tables, plan.tiles, theta=theta
             )
 
-        x, kv = model.hidden(plan.rows, kv, attend)
-        return kv, x
+        return attend
 
     def _prefill(
         self, state: nnx.State, kv: PagedKV, hidden: jax.Array, plan: RoundPlan
+    ) -> tuple[PagedKV, jax.Array, jax.Array]:
+        model = nnx.merge(self._graph, state)
+        x, kv = model.hidden(plan.rows, kv, self._attend(plan))
+        return kv, _keep(hidden, x, plan), x
+
+    def _rest(
+        self, state: nnx.State, kv: PagedKV, hidden: jax.Array, x: jax.Array, plan: RoundPlan
+    ) -> tuple[PagedKV, jax.Array, jax.Array]:
+        model = nnx.merge(self._graph, state)
+        layers = range(1, len(model.layers))
+        x, kv = model.hidden(plan.rows, kv, self._attend(plan), x=x, layers=layers)
+        return kv, _keep(hidden, x, plan), x
+
+    def _link(
+        self,
+        state: nnx.State,
+        kv: PagedKV,
+        source: jax.Array,
+        target: jax.Array,
+        shift: jax.Array,
+    ) -> PagedKV:
+        del state
+        theta = self._config.rope_theta
+        return PagedKV(*kv_link(kv.k, kv.v, source, target, shift, theta=theta))
+
+    def _deviation(
+        self, state: nnx.State, kv: PagedKV, plan: RoundPlan, shown: jax.Array
+    ) -> tuple[PagedKV, jax.Array, jax.Array]:
+        model = nnx.merge(self._graph, state)
+        x, kv = model.hidden(plan.rows, kv, self._attend(plan), layers=range(1))
+        page_size = self.shapes.page_size
+        index = jnp.ones_like(shown), shown // page_size, shown % page_size
+        squares = [
+            jnp.sum(
+                (fresh - storage.load(pool.at[index].get(mode="clip")).astype(jnp.float32)) ** 2,
+                axis=(1, 2),
+            )
+            for fresh, pool in zip(model.keys_values(1, x, plan.rows), (kv.k, kv.v), strict=True)
+        ]
+        return kv, x, jnp.stack(squares)
+
+    def _attention(
+        self, state: nnx.State, kv: PagedKV, plan: RoundPlan
     ) -> tuple[PagedKV, jax.Array]:
-        kv, x = self._rows(state, kv, plan)
-        ends_here = (plan.out_row < x.shape[0])[:, None]
-        return kv, jnp.where(ends_here, x.at[plan.out_row].get(mode="clip"), hidden)
+        model = nnx.merge(self._graph, state)
+        middle = self.layers // 2
+        x, kv = model.hidden(plan.rows, kv, self._attend(plan), layers=range(middle))
+        q = model.queries(middle, x, plan.rows)
+        position, theta = jnp.asarray(plan.rows.position), self._config.rope_theta
+        return kv, attention_mass(q, kv.k, middle, position, plan.tables, plan.tiles, theta=theta)
 
     def _first_token(
         self, state: nnx.State, hidden: jax.Array, sampling: SamplingArrays
@@ -239,3 +350,9 @@ class Programs:
         carry = (jnp.int32(0), kv, start, jnp.full((lanes, steps), -1, jnp.int32))
         _, kv, _, tokens = jax.lax.while_loop(go_on, step, carry)
         return kv, tokens
+
+
+def _keep(hidden: jax.Array, x: jax.Array, plan: RoundPlan) -> jax.Array:
+    """Fills in the residual stream of the agents whose last tokens are among the rows."""
+    ends_here = (plan.out_row < x.shape[0])[:, None]
+    return jnp.where(ends_here, x.at[plan.out_row].get(mode="clip"), hidden)

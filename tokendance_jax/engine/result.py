@@ -37,8 +37,8 @@ class AgentLedger:
     Attributes:
       tokens: prompt tokens by kind: system, history, shared, task, markup.
       prompt_tokens: their sum.
-      computed_tokens: prompt tokens computed for this agent in this round.
-      reused_tokens: prompt tokens read from pages that held them already.
+      computed_tokens: prompt tokens that this agent computed in this round.
+      reused_tokens: prompt tokens that it read from pages of others or of earlier rounds.
       decoded_tokens: tokens of the answer, the one that ended it included.
       kv_bytes_dense: bytes of the pages that the prompt and the written answer fill.
       kv_bytes_held: the same, each page divided among the agents of the round that hold it.
@@ -77,13 +77,22 @@ class RoundLedger:
     """The round's sums; the fields are those of `AgentLedger`.
 
     Attributes:
-      unique_tokens: private and task tokens of every agent, and every distinct shared block once.
+      distinct_tokens: private and task tokens of every agent, and every distinct shared block once:
+        what a round needs that pays for a block once and knows nothing from before.
+      unique_tokens: the same without exact prefix hits, and with the preamble of the bases: what
+        this round cannot do without.
+      computed_tokens: those of the agents, and of the bases.
+      token_layers: tokens computed times the layers that each ran through, looks included, over the
+        model's layers: the work of so many tokens.
+      kv_bytes_held: bytes of all pages that the round filled, each once.
     """
 
     tokens: dict[str, int]
     prompt_tokens: int
+    distinct_tokens: int
     unique_tokens: int
     computed_tokens: int
+    token_layers: float
     reused_tokens: int
     decoded_tokens: int
     kv_bytes_dense: int
@@ -120,23 +129,47 @@ def tokens_by_kind(prompt: TokenizedPrompt) -> dict[str, int]:
     return counts
 
 
-def unique_tokens(prompts: Sequence[TokenizedPrompt]) -> int:
-    """Private and task tokens of all prompts, and the tokens of every distinct shared block."""
+def distinct_tokens(
+    prompts: Sequence[TokenizedPrompt], exact_hits: Sequence[int] | None = None
+) -> int:
+    """Private and task tokens of all prompts, and the tokens of every distinct shared block.
+
+    Args:
+      prompts: the prompts.
+      exact_hits: leading tokens of each prompt that are not counted.
+    """
     private, shared = 0, {}
-    for prompt in prompts:
+    for prompt, hit in zip(prompts, exact_hits or [0] * len(prompts), strict=True):
         for span in prompt.spans:
             if span.kind == "shared":
                 block = np.ascontiguousarray(prompt.token_ids[span.start : span.stop])
                 shared[block.tobytes()] = span.stop - span.start
             else:
-                private += span.stop - span.start
+                private += max(0, span.stop - max(span.start, hit))
     return private + sum(shared.values())
 
 
 def round_ledger(
-    prompts: Sequence[TokenizedPrompt], agents: Sequence[AgentResult], kv_bytes_held: int
+    prompts: Sequence[TokenizedPrompt],
+    agents: Sequence[AgentResult],
+    *,
+    exact_hits: Sequence[int],
+    preamble_tokens: int,
+    base_tokens: int,
+    token_layers: float,
+    kv_bytes_held: int,
 ) -> RoundLedger:
-    """Adds up the agents' ledgers."""
+    """Adds up the agents' ledgers.
+
+    Args:
+      prompts: the prompts.
+      agents: the results.
+      exact_hits: leading tokens of each prompt that were read from exact pages.
+      preamble_tokens: tokens in front of the bases.
+      base_tokens: tokens computed for bases.
+      token_layers: see `RoundLedger`.
+      kv_bytes_held: see `RoundLedger`.
+    """
     ledgers = [result.ledger for result in agents]
 
     def total(field: str) -> int:
@@ -145,8 +178,10 @@ def round_ledger(
     return RoundLedger(
         tokens={kind: sum(ledger.tokens[kind] for ledger in ledgers) for kind in ledgers[0].tokens},
         prompt_tokens=total("prompt_tokens"),
-        unique_tokens=unique_tokens(prompts),
-        computed_tokens=total("computed_tokens"),
+        distinct_tokens=distinct_tokens(prompts),
+        unique_tokens=preamble_tokens + distinct_tokens(prompts, exact_hits),
+        computed_tokens=base_tokens + total("computed_tokens"),
+        token_layers=token_layers,
         reused_tokens=total("reused_tokens"),
         decoded_tokens=total("decoded_tokens"),
         kv_bytes_dense=total("kv_bytes_dense"),

@@ -111,6 +111,25 @@ class PagePool:
             self._on_evict.pop(page)(page)
         return np.array(pages, np.int32)
 
+    def extend(self, held: Int32[np.ndarray, " n"], count: int) -> Int32[np.ndarray, " total"]:
+        """Allocates pages behind pages that the caller holds already, or gives those back.
+
+        Args:
+          held: page ids, one reference each.
+          count: number of further pages.
+
+        Returns:
+          `held` and the new pages, one reference each.
+
+        Raises:
+          OutOfPages: as `allocate`; the references to `held` are released then.
+        """
+        try:
+            return np.concatenate([held, self.allocate(count)])
+        except BaseException:
+            self.release(held)
+            raise
+
     def retain(self, pages: Int[np.ndarray, " n"]) -> None:
         """Adds one reference per entry; an evictable page becomes live again.
 

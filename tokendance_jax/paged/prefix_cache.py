@@ -1,13 +1,13 @@
-"""Exact prefix reuse: full pages of token ids found again by a chain of hashes.
+"""Prefix reuse: pages of token ids found again by a chain of hashes.
 
 The idea is vLLM's automatic prefix caching: the key of a page is a hash of its token ids and of
-the key of the page before it, so one dictionary finds the longest cached prefix. Only pages that
-were computed in their own full context belong here ("exact"); the bases of shared segments live
-under other keys.
+the key of the page before it, so one dictionary finds the longest cached prefix. A cache has a
+kind: pages that agents computed in their own full context are "exact", the bases of shared segments
+live under kinds of their own, and no kind ever finds a page of another.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,12 +43,16 @@ def _same_content(a: _Block | None, b: _Block | None) -> bool:
 
 
 class PrefixCache:
-    """Maps prefixes of token ids to the pages that hold their exact keys and values.
+    """Maps prefixes of token ids to the pages that hold their keys and values.
 
-    The key of a block (one full page) is the digest of its parent's key and its token ids; the
-    first parent is the digest of the namespace, the kind "exact" and the salt. A hit counts only
+    The key of a block (one page) is the digest of its parent's key and its token ids; the
+    first parent is the digest of the namespace, the kind and the salt. A hit counts only
     when the token ids of the whole chain are equal too, so colliding digests cost reuse, never
     correctness.
+
+    `match` and `insert` cut token ids into full pages. Where pages are cut elsewhere, their holder
+    names the blocks itself, as bytes that say all that their content depends on beside the blocks
+    before them (`match_blocks`, `insert_blocks`).
 
     Eviction may take a block and leave its children. They cannot be matched then, as the chain
     is broken, and age out of the pool like other pages. When the same parent is inserted again,
@@ -72,6 +76,7 @@ class PrefixCache:
         page_size: int,
         namespace: str,
         salt: bytes = b"",
+        kind: str = "exact",
         digest: Callable[[bytes], bytes] = _blake2b,
     ):
         """Starts empty.
@@ -82,6 +87,7 @@ class PrefixCache:
           namespace: everything besides token ids that the content depends on: model and revision,
             dtype, RoPE settings.
           salt: secret of a tenant, whose prefixes no other tenant can then hit or probe.
+          kind: how the pages were computed; part of every key.
           digest: maps a message to its key; tests force collisions with it.
 
         Raises:
@@ -95,7 +101,7 @@ class PrefixCache:
         self._page_size = page_size
         self._digest = digest
         # Each part with its length: ("ab", "c") and ("a", "bc") are different roots.
-        parts = (namespace.encode(), b"exact", salt)
+        parts = (namespace.encode(), kind.encode(), salt)
         self._root = digest(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
         self._by_key: dict[bytes, _Block] = {}
         self._by_page: dict[int, _Block] = {}
@@ -114,9 +120,16 @@ class PrefixCache:
         Returns:
           Pages of the first `len(pages) * page_size` tokens. The caller owns one reference each.
         """
+        matched = self.match_blocks(self.split(token_ids[:-1]))
+        self.lookup_tokens += len(token_ids)
+        self.hit_tokens += len(matched) * self._page_size
+        return matched
+
+    def match_blocks(self, blocks: Sequence[bytes]) -> Int32[np.ndarray, " pages"]:
+        """Finds the longest cached prefix of blocks and takes a reference to each of its pages."""
         pages = []
         parent = None
-        for tokens in self._split(token_ids[:-1]):
+        for tokens in blocks:
             key = self._key(parent, tokens)
             block = self._by_key.get(key)
             if block is None or not self._holds(block, parent, tokens):
@@ -125,8 +138,6 @@ class PrefixCache:
             parent = block
         matched = np.array(pages, np.int32)
         self._pool.retain(matched)
-        self.lookup_tokens += len(token_ids)
-        self.hit_tokens += len(pages) * self._page_size
         return matched
 
     def insert(
@@ -146,7 +157,18 @@ class PrefixCache:
           ValueError: too few pages, or a page to be registered is not live, holds another block,
             or occurs twice. The cache is unchanged.
         """
-        blocks = self._split(token_ids)
+        self.insert_blocks(self.split(token_ids), pages)
+
+    def insert_blocks(self, blocks: Sequence[bytes], pages: Int[np.ndarray, " pages"]) -> None:
+        """Registers blocks by their content; see `insert`.
+
+        Args:
+          blocks: what the pages hold, in order.
+          pages: at least one page for each block.
+
+        Raises:
+          ValueError: as `insert`.
+        """
         if len(pages) < len(blocks):
             raise ValueError(f"{len(blocks)} full pages of tokens, but {len(pages)} pages")
         fresh: dict[bytes, _Block] = {}
@@ -181,10 +203,15 @@ class PrefixCache:
         """Withdraws every block; the statistics go on."""
         self.forget(np.array(list(self._by_page), np.int32))
 
+    def held(self, page: int) -> bytes | None:
+        """The key of the block that a page holds; None if it holds none."""
+        block = self._by_page.get(page)
+        return None if block is None else block.key
+
     def _drop(self, page: int) -> None:
         del self._by_key[self._by_page.pop(page).key]
 
-    def _split(self, token_ids: Int32[np.ndarray, " tokens"]) -> list[bytes]:
+    def split(self, token_ids: Int32[np.ndarray, " tokens"]) -> list[bytes]:
         """The token ids of each full page, as bytes."""
         size = self._page_size * token_ids.itemsize
         full = len(token_ids) // self._page_size

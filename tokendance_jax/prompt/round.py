@@ -9,6 +9,7 @@ import math
 from typing import Literal, get_args
 
 Kind = Literal["system", "history", "shared", "task"]
+Fidelity = Literal["collective", "exact"]
 
 # Token ids travel as int32, seeds as uint32.
 _MAX_TOKEN_ID = 2**31 - 1
@@ -135,19 +136,27 @@ class AgentPrompt:
       segments: the prompt; one or more non-empty task segments stand at its end and nowhere else.
       max_new_tokens: limit for this agent's answer; None: the round's.
       recorded_output: what the agent answered in a recording, for replays.
+      fidelity: "collective": as the policy has it; "exact": nothing that the agent reads was
+        computed in another context than its own, as judges and callers of tools need it.
 
     Raises:
-      PromptError: empty name, a prompt that does not end with its task, a limit below 1.
+      PromptError: empty name, a prompt that does not end with its task, a limit below 1, another
+        fidelity.
     """
 
     agent: str
     segments: tuple[Segment, ...]
     max_new_tokens: int | None = None
     recorded_output: str | None = None
+    fidelity: Fidelity = "collective"
 
     def __post_init__(self) -> None:
         check_name(self.agent, "the name of an agent")
         where = f"agent {self.agent!r}"
+        if self.fidelity not in get_args(Fidelity):
+            raise PromptError(
+                f"{where}: fidelity {self.fidelity!r} is none of {', '.join(get_args(Fidelity))}"
+            )
         _check_tuple(self.segments, Segment, f"{where}: segments")
         if not self.segments or self.segments[-1].kind != "task":
             raise PromptError(f"{where}: the last segment must be a task; add one at the end")

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from tokendance_jax.prompt.chat import chat_markup
-from tokendance_jax.prompt.round import AgentPrompt, PromptError, Round, Segment
+from tokendance_jax.prompt.round import AgentPrompt, Fidelity, PromptError, Round, Segment
 from tokendance_jax.prompt.tokenizer import Tokenizer
 
 SpanKind = Literal["system", "history", "shared", "task", "markup"]
@@ -38,11 +38,21 @@ class TokenizedPrompt:
       agent: name of the agent.
       token_ids: int32 [tokens], not writable.
       spans: cover the tokens in order and without gaps; none is empty.
+      fidelity: what the agent may read; see `AgentPrompt`.
     """
 
     agent: str
     token_ids: Int32[np.ndarray, " tokens"]
     spans: tuple[TokenSpan, ...]
+    fidelity: Fidelity = "collective"
+
+    def followed_by(self, token_ids: Int32[np.ndarray, " more"]) -> "TokenizedPrompt":
+        """The prompt with an answer, or the beginning of one, behind it as markup is."""
+        start = len(self.token_ids)
+        more = TokenSpan("markup", "answer", start, start + len(token_ids))
+        spans = (*self.spans, more) if len(token_ids) else self.spans
+        ids = np.concatenate([self.token_ids, token_ids])
+        return dataclasses.replace(self, token_ids=ids, spans=spans)
 
 
 def tokenize_round(moment: Round, tokenizer: Tokenizer, *, chat: bool) -> list[TokenizedPrompt]:
@@ -112,7 +122,7 @@ class _Encoder:
             raise PromptError(f"agent {prompt.agent!r}: the tokenizer leaves nothing of the task")
         token_ids = np.array(ids, np.int32)
         token_ids.flags.writeable = False
-        return TokenizedPrompt(prompt.agent, token_ids, tuple(spans))
+        return TokenizedPrompt(prompt.agent, token_ids, tuple(spans), prompt.fidelity)
 
     def _around(self, prompt: AgentPrompt) -> tuple[str, ...]:
         """The markup before, between and after the segments."""

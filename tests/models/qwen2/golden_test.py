@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from tests import shared_data
+from tokendance_jax.collector.exact import Dense
 from tokendance_jax.collector.plan import pack
-from tokendance_jax.collector.policies import make_policy
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.model import Model
@@ -43,9 +43,7 @@ def golden(name):
 def test_activations_agree(model, programs, name):
     z = golden(name)
     shapes = programs.shapes
-    lane = make_policy("dense", PagePool(shapes.pages), shapes.page_size, "").open(
-        z["input_ids"], 0
-    )
+    lane = Dense(PagePool(shapes.pages), shapes.page_size).open_lane(z["input_ids"], 0)
     (plan,) = pack([lane], shapes)
     theta = model.config.rope_theta
 

@@ -51,5 +51,5 @@ def prefill(
     kv = model.kv_spec(pages=shapes.pages, page_size=shapes.page_size).zeros()
     hidden = programs.new_hidden(shapes.lanes.fit(len(lanes)))
     for plan in pack(lanes, shapes):
-        kv, hidden = programs.prefill(kv, hidden, plan)
+        kv, hidden, _ = programs.prefill(kv, hidden, plan)
     return kv, hidden

@@ -1,0 +1,88 @@
+"""How much rows attend to each entry of their lanes' tables."""
+
+import jax
+import jax.numpy as jnp
+
+from tokendance_jax.kernels import flash
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+
+
+def attention_mass(
+    q: jax.Array,
+    k_pool: jax.Array,
+    layer: int,
+    position: jax.Array,
+    tables: LaneTables,
+    tiles: RowTiles,
+    *,
+    theta: float,
+) -> jax.Array:
+    """Sums the attention weights of a lane's rows and heads over the slots of each entry.
+
+    Two passes over the keys: the first finds each row's normaliser, the second the weights.
+
+    Args:
+      q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
+      k_pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype.
+      layer: index of the layer.
+      position: i32 [rows]; logical positions.
+      tables: block tables of all lanes.
+      tiles: the rows, grouped by lane.
+      theta: base of the rotary frequencies.
+
+    Returns:
+      f32 [lanes, entries]; a lane's entries sum to its rows times heads.
+    """
+    rows, heads, head_dim = q.shape
+    page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
+    group = heads // kv_heads
+    pages = flash.block_pages(page_size)
+    lanes, entries = tables.page.shape
+    slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
+    first_position = jnp.min(slot_position, axis=2)  # [lanes, blocks]
+
+    def tile(index: jax.Array, mass: jax.Array) -> jax.Array:
+        row, lane = tiles.row[index], tiles.lane[index]
+        used = row < rows
+        row_position = jnp.where(used, jnp.take(position, row, mode="clip"), -1)
+        q_tile = jnp.take(q, row, axis=0, mode="clip") * head_dim**-0.5
+        q_tile = q_tile.reshape(-1, kv_heads, group, head_dim)
+        blocks = jnp.sum((first_position[lane] <= jnp.max(row_position)).astype(jnp.int32))
+
+        def scores(block: jax.Array) -> jax.Array:
+            """f32 [tile_rows, kv_heads, group, slots]; MASKED where a row does not see a slot."""
+            keys, _, frame = flash.read_block(k_pool, k_pool, layer, tables, lane, block)
+            turned = flash.rotate_back(q_tile, frame, theta=theta).astype(keys.dtype)
+            product = jnp.einsum(
+                "rkgh,skh->rkgs",
+                turned,
+                keys,
+                preferred_element_type=jnp.float32,
+                precision=flash.precision(keys.dtype),
+            )
+            seen = slot_position[lane, block][None, :] <= row_position[:, None]
+            return jnp.where(seen[:, None, None, :], product, flash.MASKED)
+
+        def normalise(
+            block: jax.Array, carry: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            maximum, total = carry
+            score = scores(block)
+            higher = jnp.maximum(maximum, score.max(axis=-1))
+            weights = jnp.exp(score - higher[..., None]).sum(axis=-1)
+            return higher, total * jnp.exp(maximum - higher) + weights
+
+        start = jnp.full(q_tile.shape[:3], flash.MASKED), jnp.zeros(q_tile.shape[:3], jnp.float32)
+        maximum, total = jax.lax.fori_loop(0, blocks, normalise, start)
+
+        def add(block: jax.Array, mass: jax.Array) -> jax.Array:
+            weights = jnp.exp(scores(block) - maximum[..., None]) / total[..., None]
+            weights = jnp.where(used[:, None, None, None], weights, jnp.zeros_like(weights))
+            of_entry = weights.sum(axis=(0, 1, 2)).reshape(1, pages, page_size).sum(axis=2)
+            at = (lane, block * pages)
+            held = jax.lax.dynamic_slice(mass, at, (1, pages))
+            return jax.lax.dynamic_update_slice(mass, held + of_entry, at)
+
+        return jax.lax.fori_loop(0, blocks, add, mass)
+
+    return jax.lax.fori_loop(0, tiles.count, tile, jnp.zeros((lanes, entries), jnp.float32))

@@ -1,0 +1,138 @@
+"""Bases: the canonical pages of shared segments, found again by content across rounds."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.paged.page_pool import PagePool
+from tokendance_jax.paged.prefix_cache import PrefixCache
+
+
+def content_key(token_ids: Int32[np.ndarray, " tokens"]) -> bytes:
+    """The digest by which equal segments are found: 128 bits over the token ids."""
+    return hashlib.blake2b(np.ascontiguousarray(token_ids).tobytes(), digest_size=16).digest()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """Where a segment lies in its base.
+
+    Attributes:
+      token_ids: the segment.
+      page: pages that hold it, in order; the first and the last may hold other segments too.
+      first: its first slot in each page.
+      slots: its slots in each page.
+      canonical: canonical position of its first token.
+    """
+
+    token_ids: Int32[np.ndarray, " tokens"]
+    page: Int32[np.ndarray, " entries"]
+    first: Int32[np.ndarray, " entries"]
+    slots: Int32[np.ndarray, " entries"]
+    canonical: int
+
+    def slot(self, page_size: int) -> Int32[np.ndarray, " tokens"]:
+        """Slot (page * page_size + offset) of each token."""
+        start = np.cumsum(self.slots) - self.slots
+        entry = np.repeat(np.arange(len(self.page)), self.slots)
+        offset = np.arange(len(self.token_ids)) - start[entry] + self.first[entry]
+        return (self.page[entry] * page_size + offset).astype(np.int32)
+
+
+class BaseStore:
+    """Lays segments into base pages, and remembers them for as long as their pages live.
+
+    A base is a function of its key alone: the namespace, the kind, the salt, the context and the
+    token ids before. So the pages of equal bases are found again by the chain of their blocks, and
+    no private text of an agent is ever part of one.
+    """
+
+    def __init__(
+        self, pool: PagePool, page_size: int, namespace: str, *, kind: str, salt: bytes = b""
+    ):
+        """Starts empty.
+
+        Args:
+          pool: the pool of the pages; it evicts bases when it runs short.
+          page_size: token slots in a page.
+          namespace: what K and V depend on beside the tokens.
+          kind: how bases are conditioned; bases of other kinds are never found.
+          salt: secret of a tenant.
+        """
+        self._pool = pool
+        self._page_size = page_size
+        self._cache = PrefixCache(pool, page_size, namespace, salt, kind=f"base/{kind}")
+        self._placed: dict[bytes, tuple[Placed, list[bytes | None]]] = {}
+
+    def open(
+        self, context: Int32[np.ndarray, " context"], segments: Sequence[Int32[np.ndarray, " _"]]
+    ) -> tuple[LanePlan, list[Placed]]:
+        """Takes pages for segments that are computed together, one after the other.
+
+        The first segment begins a page, so that no segment shares a page with the context.
+
+        Args:
+          context: tokens before the segments, at positions from 0.
+          segments: the segments in order; none is empty.
+
+        Returns:
+          The base's lane, which computes what no earlier base holds, and each segment's place. The
+          lane holds a reference to every page until `close`.
+
+        Raises:
+          OutOfPages: if the pool cannot give the pages; nothing is held then.
+        """
+        size, whole = self._page_size, np.concatenate(segments)
+        runs = [part[i : i + size] for part in (context, whole) for i in range(0, len(part), size)]
+        blocks = [run.tobytes() for run in runs]
+        slots = np.array([len(run) for run in runs], np.int32)
+        hit = self._cache.match_blocks(blocks)
+        page = self._pool.extend(hit, len(blocks) - len(hit))
+        self._cache.insert_blocks(blocks, page)
+
+        zeros = np.zeros_like(page)
+        token_ids = np.concatenate([context, whole])
+        computed = np.arange(slots[: len(hit)].sum(), len(token_ids), dtype=np.int32)
+        lane = LanePlan(token_ids, computed, page, zeros, zeros, slots, base=zeros)
+        skip = -(-len(context) // size)
+        placed, start = [], 0
+        for segment in segments:
+            stop = start + len(segment)
+            entry = np.arange(start // size, -(-stop // size))
+            first = np.maximum(start - entry * size, 0).astype(np.int32)
+            last = np.minimum(stop - entry * size, size).astype(np.int32)
+            place = Placed(segment, page[skip + entry], first, last - first, len(context) + start)
+            placed.append(place)
+            keys = [self._cache.held(int(p)) for p in place.page]
+            self._placed[content_key(segment)] = (place, keys)
+            start = stop
+        return lane, placed
+
+    def find(self, token_ids: Int32[np.ndarray, " tokens"]) -> Placed | None:
+        """The newest place of a segment whose pages are all still held; no reference is taken."""
+        place, keys = self._placed.get(content_key(token_ids), (None, []))
+        if place is None or not self._alive(place, keys):
+            return None
+        return place if np.array_equal(place.token_ids, token_ids) else None
+
+    def close(self, lane: LanePlan, *, failed: bool) -> None:
+        """Gives a base lane's references back; its pages stay findable until they are evicted.
+
+        Args:
+          lane: a lane of `open`.
+          failed: whether its computed pages may hold anything, so that none may be found again.
+        """
+        if failed:
+            computed, _ = lane.locate(lane.computed, self._page_size)
+            self._cache.forget(np.unique(computed // self._page_size))
+        self._pool.release(lane.page)
+        alive = {key: held for key, held in self._placed.items() if self._alive(*held)}
+        self._placed = alive
+
+    def _alive(self, place: Placed, keys: Sequence[bytes | None]) -> bool:
+        held = [self._cache.held(int(page)) for page in place.page]
+        return None not in held and held == list(keys)

@@ -1,0 +1,45 @@
+"""The canonical order of a round's shared segments."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+
+
+def canonical_order(sequences: Sequence[Sequence[bytes]]) -> list[bytes]:
+    """Merges the orders in which agents see shared segments into one order for all.
+
+    Segments that most agents see one after the other stand one after the other: then their pages
+    have one frame in the prompts of these agents, and each was computed behind the text that most
+    of them see before it. Pairs of neighbours are joined greedily, the most frequent first, unless
+    one of the two has that neighbour already or a circle would close; the chains then stand by
+    their mean place. The result depends on what the sequences are, not on their order.
+
+    Args:
+      sequences: keys of the segments that each agent sees, in its order; repeats are allowed.
+
+    Returns:
+      Every key once.
+    """
+    places = defaultdict(list)
+    pairs: Counter[tuple[bytes, bytes]] = Counter()
+    for sequence in sequences:
+        for place, key in enumerate(sequence):
+            places[key].append(place)
+        for left, right in pairwise(sequence):
+            if left != right:
+                pairs[left, right] += 1
+    # Sums of integers: a mean of floats would depend on the order of the agents.
+    mean = {key: sum(found) / len(found) for key, found in places.items()}
+
+    chain_of = {key: [key] for key in places}
+    for left, right in sorted(pairs, key=lambda pair: (-pairs[pair], mean[pair[0]], pair)):
+        head, tail = chain_of[left], chain_of[right]
+        if head is not tail and head[-1] == left and tail[0] == right:
+            head += tail
+            for key in tail:
+                chain_of[key] = head
+    chains = {id(chain): chain for chain in chain_of.values()}.values()
+    ordered = sorted(
+        chains, key=lambda chain: (sum(mean[k] for k in sorted(chain)) / len(chain), chain)
+    )
+    return [key for chain in ordered for key in chain]

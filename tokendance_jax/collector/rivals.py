@@ -1,0 +1,256 @@
+"""Per-request position-independent caching, as published: CacheBlend and EPIC.
+
+Both cache the KV of every shared segment computed alone at position 0, found again by content. For
+each request they copy it to where the prompt needs it, keys rotated by the offset, recompute some
+of it, and keep a dense cache per agent.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from tokendance_jax.collector.bases import BaseStore, Placed, content_key
+from tokendance_jax.collector.exact import Prefix, pages_for
+from tokendance_jax.collector.lane import LanePlan, with_rows
+from tokendance_jax.collector.policy import (
+    NOBODY,
+    Compute,
+    Link,
+    Look,
+    OpenRound,
+    Policy,
+    Rest,
+    Steps,
+    no_steps,
+)
+from tokendance_jax.paged.page_pool import PagePool
+from tokendance_jax.paged.prefix_cache import PrefixCache
+from tokendance_jax.prompt.tokenized import TokenizedPrompt
+
+_NO_TOKENS = np.zeros(0, np.int32)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _OpenRequests(OpenRound):
+    """An open round, and what each agent's lane copies; None: the lane is exact."""
+
+    links: list[Link | None] = dataclasses.field(default_factory=list)
+
+
+class PerRequest(Policy):
+    """What both have in common: isolated bases, dense lanes, links from the one to the other."""
+
+    def __init__(self, pool: PagePool, page_size: int, namespace: str, *, salt: bytes = b""):
+        """Makes the policy with empty caches.
+
+        Args:
+          pool: the page pool.
+          page_size: token slots in a page.
+          namespace: what K and V depend on beside the tokens.
+          salt: secret of a tenant.
+        """
+        self._pool = pool
+        self._page_size = page_size
+        self._cache = PrefixCache(pool, page_size, namespace, salt)
+        self._exact = Prefix(pool, self._cache, page_size)
+        self._store = BaseStore(pool, page_size, namespace, kind="isolated", salt=salt)
+
+    def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
+        """Takes the bases' pages, then a dense lane for every agent; see `Policy.open`."""
+        opened = _OpenRequests([], [], [], 0, no_steps())
+        try:
+            placed: dict[bytes, Placed] = {}
+            for prompt in prompts:
+                for key, ids in _shared(prompt):
+                    if key not in placed:
+                        lane, (placed[key],) = self._store.open(_NO_TOKENS, [ids])
+                        opened.bases.append(lane)
+            for prompt, room in zip(prompts, rooms, strict=True):
+                if any(True for _ in _shared(prompt)):
+                    lane, hits, link = self._open_lane(prompt, room, placed)
+                else:
+                    lane, link = self._exact.open_lane(prompt.token_ids, room), None
+                    hits = int(lane.computed[0])
+                opened.lanes.append(lane)
+                opened.exact_hits.append(hits)
+                opened.links.append(link)
+            opened.steps = self._steps(opened)
+            return opened
+        except BaseException:
+            self.close(opened, None)
+            raise
+
+    def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
+        """Keeps bases and exact pages findable, and gives every reference back."""
+        assert isinstance(opened, _OpenRequests)
+        for seat, (lane, link) in enumerate(zip(opened.lanes, opened.links, strict=False)):
+            if link is None:
+                self._exact.close_lane(lane, None if written is None else written[seat])
+                continue
+            if written is None:
+                self._cache.forget(lane.page[opened.exact_hits[seat] // self._page_size :])
+            self._pool.release(lane.page)
+        for lane in opened.bases:
+            self._store.close(lane, failed=written is None)
+
+    def _open_lane(
+        self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
+    ) -> tuple[LanePlan, int, Link]:
+        """A dense lane that computes its own text, and the copies of its shared text."""
+        ids = prompt.token_ids
+        spans = [span for span in prompt.spans if span.kind == "shared"]
+        blocks = self._cache.split(ids[: spans[0].start])
+        hit = self._cache.match_blocks(blocks)
+        wanted = pages_for(len(ids) + room, self._page_size)
+        page = self._pool.extend(hit, wanted - len(hit))
+        self._cache.insert_blocks(blocks, page)
+
+        hits = len(hit) * self._page_size
+        lane = LanePlan.contiguous(ids, page, computed_from=hits, page_size=self._page_size)
+        own = np.ones(len(ids), np.bool_)
+        own[:hits] = False
+        own[-1:] = True
+        source, shift = np.zeros((2, len(ids)), np.int32)
+        for span in spans:
+            place = placed[content_key(ids[span.start : span.stop])]
+            source[span.start : span.stop] = place.slot(self._page_size)
+            shift[span.start : span.stop] = span.start - place.canonical
+            own[span.start : span.stop] = False
+        copied = np.concatenate([np.arange(s.start, s.stop, dtype=np.int32) for s in spans])
+        target, _ = lane.locate(copied, self._page_size)
+        link = Link(source[copied], target, shift[copied])
+        return with_rows(lane, np.flatnonzero(own)), hits, link
+
+    @abc.abstractmethod
+    def _steps(self, opened: _OpenRequests) -> Steps: ...
+
+
+class Epic(PerRequest):
+    """EPIC's LegoLink-k (arXiv 2410.15332): the first k tokens of every segment are recomputed.
+
+    All requests of the round are linked and computed together.
+    """
+
+    def __init__(
+        self, pool: PagePool, page_size: int, namespace: str, *, tokens: int = 16, salt: bytes = b""
+    ):
+        """Makes the policy; see `PerRequest`.
+
+        Args:
+          pool: the page pool.
+          page_size: token slots in a page.
+          namespace: what K and V depend on beside the tokens.
+          tokens: how many tokens of each segment are recomputed.
+          salt: secret of a tenant.
+
+        Raises:
+          ValueError: the number of tokens is negative.
+        """
+        if tokens < 0:
+            raise ValueError(f"epic_tokens: {tokens} is negative; give 0 or more")
+        super().__init__(pool, page_size, namespace, salt=salt)
+        self._tokens = tokens
+
+    def _open_lane(
+        self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
+    ) -> tuple[LanePlan, int, Link]:
+        lane, hits, link = super()._open_lane(prompt, room, placed)
+        heads = [
+            np.arange(span.start, min(span.start + self._tokens, span.stop), dtype=np.int32)
+            for span in prompt.spans
+            if span.kind == "shared"
+        ]
+        rows = np.sort(np.concatenate([lane.computed, *heads]))
+        return with_rows(lane, rows), hits, link
+
+    def _steps(self, opened: _OpenRequests) -> Steps:
+        yield Compute(opened.bases, [NOBODY] * len(opened.bases))
+        links = [link for link in opened.links if link is not None]
+        if links:
+            yield join_links(links)
+        yield Compute(opened.lanes, range(len(opened.lanes)))
+
+
+class Blend(PerRequest):
+    """CacheBlend (arXiv 2405.16444): tokens whose K and V deviate at layer 1 are recomputed.
+
+    Layer 0 is computed for all tokens of a request, and their K and V at layer 1. The shared tokens
+    that deviate most from the cached ones go on through the layers with the request's own text.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        namespace: str,
+        *,
+        ratio: float = 0.15,
+        batched: bool = False,
+        salt: bytes = b"",
+    ):
+        """Makes the policy; see `PerRequest`.
+
+        Args:
+          pool: the page pool.
+          page_size: token slots in a page.
+          namespace: what K and V depend on beside the tokens.
+          ratio: share of a request's shared tokens that are recomputed.
+          batched: whether the round's requests are computed together, not one after another.
+          salt: secret of a tenant.
+
+        Raises:
+          ValueError: the ratio is not from 0 to 1.
+        """
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"blend_ratio: {ratio} is no share; give a number from 0 to 1")
+        super().__init__(pool, page_size, namespace, salt=salt)
+        self._ratio = ratio
+        self._batched = batched
+
+    def _steps(self, opened: _OpenRequests) -> Steps:
+        yield Compute(opened.bases, [NOBODY] * len(opened.bases))
+        exact = [seat for seat, link in enumerate(opened.links) if link is None]
+        yield Compute([opened.lanes[seat] for seat in exact], exact)
+        linked = [seat for seat, link in enumerate(opened.links) if link is not None]
+        for seats in [linked] if self._batched else [[seat] for seat in linked]:
+            if seats:
+                yield from self._blend(opened, seats)
+
+    def _blend(self, opened: _OpenRequests, seats: Sequence[int]) -> Steps:
+        """Links some requests, and recomputes what deviates."""
+        links = [link for seat in seats for link in [opened.links[seat]] if link is not None]
+        yield join_links(links)
+        lanes = [opened.lanes[seat] for seat in seats]
+        starts = [opened.exact_hits[seat] for seat in seats]
+        everything = [
+            with_rows(lane, np.arange(start, len(lane.token_ids)))
+            for lane, start in zip(lanes, starts, strict=True)
+        ]
+        scores = yield Look("deviation", everything, seats, resume=True)
+        assert scores is not None
+        for seat, lane, start, score in zip(seats, lanes, starts, scores, strict=True):
+            score = score.copy()
+            score[lane.computed - start] = np.inf
+            shared = len(score) - len(lane.computed)
+            keep = len(lane.computed) + int(self._ratio * shared)
+            # Stable: of equal scores the token that stands first.
+            rows = np.sort(np.argsort(-score, kind="stable")[:keep]) + start
+            opened.lanes[seat] = with_rows(lane, rows)
+        yield Rest([opened.lanes[seat] for seat in seats], seats)
+
+
+def join_links(links: Sequence[Link]) -> Link:
+    """All copies as one step."""
+    columns = zip(*((link.source, link.target, link.shift) for link in links), strict=True)
+    return Link(*(np.concatenate(column) for column in columns))
+
+
+def _shared(prompt: TokenizedPrompt) -> Iterator[tuple[bytes, Int32[np.ndarray, " _"]]]:
+    """The shared segments that a prompt links; none of an agent that asks to be exact."""
+    for span in prompt.spans:
+        if span.kind == "shared" and prompt.fidelity == "collective":
+            ids = prompt.token_ids[span.start : span.stop]
+            yield content_key(ids), ids

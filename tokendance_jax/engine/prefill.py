@@ -1,0 +1,183 @@
+"""Carrying out the steps of a round's prefill on the device."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.plan import RoundPlan, pack
+from tokendance_jax.collector.policy import NOBODY, Compute, Link, Look, Rest, Scores, Steps
+from tokendance_jax.engine.programs import Programs
+from tokendance_jax.paged.kv import PagedKV
+
+
+@dataclasses.dataclass(slots=True)
+class Cost:
+    """What a prefill computed.
+
+    Attributes:
+      tokens: prompt tokens that each agent computed, through all layers but the first.
+      base_tokens: tokens computed for bases.
+      token_layers: tokens times the layers that each ran through, looks included; a look at the K
+        and V of one layer counts as their share of the layer's weights.
+      padded_rows: rows computed, those that fill up buckets included.
+    """
+
+    tokens: np.ndarray
+    base_tokens: int = 0
+    token_layers: float = 0.0
+    padded_rows: int = 0
+
+
+class Prefill:
+    """One round's prefill: takes the pool, runs the policy's steps, hands the pool back.
+
+    Attributes:
+      kv: the pool; what a call took donated is replaced by what it returned.
+      hidden: residual stream at the agents' last tokens, f32 [seats, width].
+      cost: what was computed so far.
+    """
+
+    def __init__(self, programs: Programs, kv: PagedKV, *, agents: int):
+        self.kv = kv
+        self._programs = programs
+        self._seated = programs.shapes.lanes.fit(agents)
+        self.hidden = programs.new_hidden(self._seated)
+        self.cost = Cost(np.zeros(agents, np.int64))
+        self._wanted: Sequence[int] | None = None
+        self._streams: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._resumed: tuple[Sequence[LanePlan], np.ndarray] = ((), np.zeros((0, 0)))
+
+    def run(self, steps: Steps, wanted: Sequence[int] | None = None) -> None:
+        """Runs steps to their end.
+
+        Args:
+          steps: what to do.
+          wanted: for each agent, the first position whose residual stream is kept for `streams`.
+        """
+        self._wanted = wanted
+        scores: Scores | None = None
+        while True:
+            try:
+                step = steps.send(scores)
+            except StopIteration:
+                jax.block_until_ready(self.hidden)
+                return
+            scores = None
+            match step:
+                case Compute():
+                    self._compute(step)
+                case Link():
+                    self._link(step)
+                case Look():
+                    scores = self._look(step)
+                case Rest():
+                    self._rest(step)
+
+    def streams(self) -> list[Float32[np.ndarray, "_ width"]]:
+        """The residual stream at each agent's wanted positions, in order."""
+        seat, position, x = (np.concatenate(column) for column in zip(*self._streams, strict=True))
+        order = np.lexsort((position, seat))
+        counts = np.bincount(seat, minlength=len(self.cost.tokens))
+        return np.split(x[order], np.cumsum(counts)[:-1])
+
+    def _compute(self, step: Compute) -> None:
+        for plan, seats in self._calls(step.lanes, step.seats):
+            self.kv, self.hidden, x = self._programs.prefill(self.kv, self.hidden, plan)
+            self._keep(plan, seats, x)
+        self._count(step.lanes, step.seats, float(self._programs.layers))
+
+    def _link(self, step: Link) -> None:
+        shapes, start = self._programs.shapes, 0
+        for size in shapes.rows.cover(len(step.source)):
+            stop = min(start + size, len(step.source))
+            columns = np.zeros((3, size), np.int32)
+            columns[1] = shapes.no_slot
+            for column, values in zip(columns, (step.source, step.target, step.shift), strict=True):
+                column[: stop - start] = values[start:stop]
+            self.kv = self._programs.link(self.kv, *columns)
+            start = stop
+
+    def _look(self, step: Look) -> Scores:
+        self._count(step.lanes, [], self._programs.look_layers(step.what))
+        return self._mass(step) if step.what == "attention" else self._deviation(step)
+
+    def _mass(self, step: Look) -> Scores:
+        """Attention mass of each lane's table entries."""
+        mass = np.zeros(())
+        for plan, _ in self._calls(step.lanes, step.seats):
+            self.kv, found = self._programs.attention(self.kv, plan)
+            mass = mass + np.asarray(found)
+        # The tables of calls have empty entries between the lanes' own.
+        used = np.asarray(plan.tables.slots) > 0
+        return [mass[index][used[index]] for index in range(len(step.lanes))]
+
+    def _deviation(self, step: Look) -> Scores:
+        """Deviation of each lane's rows: of K and of V, each over its mean."""
+        squares, streams = [], []
+        for plan, _ in self._calls(step.lanes, step.seats):
+            shown = np.asarray(plan.rows.slot)
+            if not step.resume:  # the slots are a base's: rows must not write there
+                nowhere = np.full_like(shown, self._programs.shapes.no_slot)
+                plan = dataclasses.replace(plan, rows=dataclasses.replace(plan.rows, slot=nowhere))
+            self.kv, x, square = self._programs.deviation(self.kv, plan, shown)
+            used = plan.lane < plan.tables.page.shape[0]
+            squares.append(np.asarray(square)[:, used])
+            if step.resume:
+                streams.append(np.asarray(x)[used])
+        if step.resume:
+            self._resumed = step.lanes, np.concatenate(streams)
+        square = np.concatenate(squares, axis=1)
+        mean = np.maximum(square.mean(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        stops = np.cumsum([len(lane.computed) for lane in step.lanes])
+        return np.split((square / mean).sum(axis=0), stops[:-1])
+
+    def _rest(self, step: Rest) -> None:
+        looked, streams = self._resumed
+        starts = np.cumsum([0, *(len(lane.computed) for lane in looked)])[:-1]
+        rows = [
+            start + np.searchsorted(before.computed, lane.computed)
+            for start, before, lane in zip(starts, looked, step.lanes, strict=True)
+        ]
+        chosen = streams[np.concatenate(rows)]
+        for plan, seats in self._calls(step.lanes, step.seats):
+            used = int((plan.lane < plan.tables.page.shape[0]).sum())
+            x = np.zeros((len(plan.lane), chosen.shape[1]), np.float32)
+            x[:used], chosen = chosen[:used], chosen[used:]
+            self.kv, self.hidden, x = self._programs.rest(self.kv, self.hidden, x, plan)
+            self._keep(plan, seats, x)
+        self._count(step.lanes, step.seats, self._programs.layers - 1.0)
+
+    def _calls(
+        self, lanes: Sequence[LanePlan], seats: Sequence[int]
+    ) -> Iterator[tuple[RoundPlan, np.ndarray]]:
+        """Plans of the lanes that compute something, each with the seats of its lanes."""
+        shapes = self._programs.shapes
+        busy = [pair for pair in zip(lanes, seats, strict=True) if len(pair[0].computed)]
+        for start in range(0, len(busy), shapes.lanes.budget):
+            some, their_seats = zip(*busy[start : start + shapes.lanes.budget], strict=True)
+            for plan in pack(some, shapes, seats=their_seats, seated=len(self.hidden)):
+                self.cost.padded_rows += len(plan.lane)
+                yield plan, np.array(their_seats)
+
+    def _keep(self, plan: RoundPlan, seats: np.ndarray, x: jax.Array) -> None:
+        """Keeps the residual stream of wanted rows."""
+        if self._wanted is None:
+            return
+        used = np.flatnonzero(plan.lane < plan.tables.page.shape[0])
+        seat, position = seats[plan.lane[used]], np.asarray(plan.rows.position)[used]
+        first = np.array([*self._wanted, np.iinfo(np.int32).max])  # the last one is nobody's
+        kept = position >= first[seat]
+        self._streams.append((seat[kept], position[kept], np.asarray(x)[used[kept]]))
+
+    def _count(self, lanes: Sequence[LanePlan], seats: Sequence[int], layers: float) -> None:
+        """Adds rows to the cost; a look has no seats, as it computes no token to its end."""
+        self.cost.token_layers += layers * sum(len(lane.computed) for lane in lanes)
+        for lane, seat in zip(lanes, seats, strict=False):
+            if seat == NOBODY:
+                self.cost.base_tokens += len(lane.computed)
+            else:
+                self.cost.tokens[seat] += len(lane.computed)
