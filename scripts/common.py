@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
+from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.demo import demo_trace
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.model import Model, load_model
@@ -25,6 +26,8 @@ from tokendance_jax.prompt import (
 )
 
 DEMO = "demo"
+# What `head` computes unless told otherwise.
+HEAD_PAGES = PolicyOptions().head_pages
 
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 

@@ -133,6 +133,11 @@ class BaseStore:
         alive = {key: held for key, held in self._placed.items() if self._alive(*held)}
         self._placed = alive
 
+    def pages(self) -> Int32[np.ndarray, " pages"]:
+        """Pages of all segments that can be found."""
+        held = [place.page for place, keys in self._placed.values() if self._alive(place, keys)]
+        return np.unique(np.concatenate([np.zeros(0, np.int32), *held]))
+
     def _alive(self, place: Placed, keys: Sequence[bytes | None]) -> bool:
         held = [self._cache.held(int(page)) for page in place.page]
         return None not in held and held == list(keys)

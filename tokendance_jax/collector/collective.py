@@ -154,6 +154,10 @@ class Collective(Policy):
         for lane in opened.bases:
             self._store.close(lane, failed=written is None)
 
+    def base_pages(self) -> Int32[np.ndarray, " pages"]:
+        """Pages of the bases that later rounds may read; see `Policy.base_pages`."""
+        return self._store.pages()
+
     def _open_bases(
         self, opened: _OpenCollective, prompts: Sequence[TokenizedPrompt]
     ) -> dict[bytes, Placed]:

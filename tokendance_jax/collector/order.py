@@ -32,7 +32,12 @@ def canonical_order(sequences: Sequence[Sequence[bytes]]) -> list[bytes]:
     mean = {key: sum(found) / len(found) for key, found in places.items()}
 
     chain_of = {key: [key] for key in places}
-    for left, right in sorted(pairs, key=lambda pair: (-pairs[pair], mean[pair[0]], pair)):
+
+    def rank(pair: tuple[bytes, bytes]) -> tuple[int, float, float, tuple[bytes, bytes]]:
+        left, right = pair
+        return -pairs[pair], abs(mean[right] - mean[left]), mean[left], pair
+
+    for left, right in sorted(pairs, key=rank):
         head, tail = chain_of[left], chain_of[right]
         if head is not tail and head[-1] == left and tail[0] == right:
             head += tail

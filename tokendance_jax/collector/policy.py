@@ -132,3 +132,7 @@ class Policy(abc.ABC):
           written: for each agent, the tokens whose K and V were written, in logical order; None if
             the round failed and its pages may hold anything.
         """
+
+    def base_pages(self) -> Int32[np.ndarray, " pages"]:
+        """Pages of the bases that later rounds may read."""
+        return np.zeros(0, np.int32)

@@ -96,6 +96,10 @@ class PerRequest(Policy):
         for lane in opened.bases:
             self._store.close(lane, failed=written is None)
 
+    def base_pages(self) -> Int32[np.ndarray, " pages"]:
+        """Pages of the bases that later rounds may read; see `Policy.base_pages`."""
+        return self._store.pages()
+
     def _open_lane(
         self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
     ) -> tuple[LanePlan, int, Link]:

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32
@@ -282,6 +283,24 @@ class RoundEngine:
         finally:
             self._close(opened, written)
         return [self._logits_of(x) for x in prefill.streams()], prefill.cost
+
+    def shuffle_bases(self, seed: int) -> int:
+        """Puts the content of cached base pages into a wrong order.
+
+        For audits only: what agents read from bases afterwards is wrong, and a measure of quality
+        that does not see that does not see the cache.
+
+        Args:
+          seed: of the order.
+
+        Returns:
+          Number of pages.
+        """
+        pages = self._policy.base_pages()
+        order = np.arange(self.shapes.pages)
+        order[pages] = np.random.default_rng(seed).permutation(pages)
+        self._kv = jax.tree.map(lambda pool: pool[:, order], self._kv)
+        return len(pages)
 
     def _prefill(self, opened: OpenRound, wanted: Sequence[int] | None = None) -> Prefill:
         """Carries out a round's steps."""

@@ -1,0 +1,360 @@
+"""Measures what reuse costs in quality, and what it saves in work.
+
+  python -m scripts.eval_quality --model=model.gguf --trace=rounds.jsonl.gz --rounds=1
+  python -m scripts.eval_quality --policy=tokendance --selection=head --head_pages=2 --head_pages=8
+
+For every round of a trace the dense policy continues each prompt greedily. Along these texts every
+other policy's next-token distributions are compared with the dense policy's (teacher forcing). Two
+checks of the measurement itself stand beside them: the noise floor (dense against itself with its
+rows in other buckets) and the audit (bases whose pages are in a wrong order must score far worse).
+"""
+
+import dataclasses
+import gc
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scripts import common
+from tokendance_jax import host
+from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.programs import Programs
+from tokendance_jax.model import Model
+from tokendance_jax.models.loading import CheckpointError
+from tokendance_jax.paged import OutOfPages
+from tokendance_jax.prompt import (
+    PromptError,
+    Round,
+    Sampling,
+    TokenizedPrompt,
+    Trace,
+    tokenize_round,
+)
+from tokendance_jax.quality import Comparison, compare, summarise
+
+_MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
+_TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
+_TRACE_NAME = flags.DEFINE_string("trace_name", None, "Which trace of a file with several.")
+_FIRST_ROUND = flags.DEFINE_integer("first_round", 1, "The first round to measure.", lower_bound=0)
+_ROUNDS = flags.DEFINE_integer("rounds", 0, "How many rounds; 0: all that follow.", lower_bound=0)
+_AGENTS = flags.DEFINE_integer("agents", 4, "The first so many agents; 0: all.", lower_bound=0)
+_TOKENS = flags.DEFINE_integer("tokens", 32, "Tokens of each continuation.", lower_bound=1)
+_CONTINUATION = flags.DEFINE_enum(
+    "continuation",
+    "sampled",
+    ["sampled", "greedy", "recorded"],
+    "The texts to compare along: drawn by the dense policy at temperature 1, its greedy ones, or "
+    "the trace's recorded answers.",
+)
+_POLICY = flags.DEFINE_multi_enum(
+    "policy", ["blend", "epic", "tokendance"], POLICIES, "Policies to measure; repeat the flag."
+)
+_BASE = flags.DEFINE_multi_enum("base", ["joint"], BASES, "Bases of tokendance; repeat the flag.")
+_SELECTION = flags.DEFINE_multi_enum(
+    "selection", ["none", "head"], list(SELECTIONS), "Selections of tokendance; repeat the flag."
+)
+_HEAD_PAGES = flags.DEFINE_multi_integer(
+    "head_pages", [common.HEAD_PAGES], "Pages that limited selections compute; repeat the flag."
+)
+_BLEND_RATIO = flags.DEFINE_float("blend_ratio", 0.15, "Share of tokens that blend recomputes.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
+_ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
+_AUDIT = flags.DEFINE_bool("audit", True, "Whether to measure shuffled bases too.")
+_PLOT = flags.DEFINE_string("plot", None, "PNG file for a plot; needs matplotlib.")
+_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A policy and its choices."""
+
+    policy: str
+    options: PolicyOptions
+
+    @property
+    def name(self) -> str:
+        """For tables: the policy, and what distinguishes this variant of it."""
+        if self.policy != "tokendance":
+            return self.policy
+        pages = "" if self.options.selection in _UNLIMITED else f" {self.options.head_pages}"
+        base = "" if self.options.base == "joint" else f", {self.options.base}"
+        return f"tokendance {self.options.selection}{pages}{base}"
+
+
+@dataclasses.dataclass
+class Measured:
+    """What a variant gave: (round, agent) to its comparison; token-layers of prompts per round."""
+
+    lanes: dict[tuple[int, str], Comparison] = dataclasses.field(default_factory=dict)
+    token_layers: list[float] = dataclasses.field(default_factory=list)
+
+
+_UNLIMITED = ("none", "all")
+_NOISE, _SHUFFLED = "dense, other buckets", "shuffled bases"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures and prints; returns the exit status: 0, or 1 after an error."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
+    host.tune_allocator()
+    host.cache_compilations(None)
+    console = Console(highlight=False)
+    try:
+        common.check_json_path(_JSON.value)
+        trace = common.trace_of(_TRACE.value, _TRACE_NAME.value)
+        stop = _FIRST_ROUND.value + _ROUNDS.value if _ROUNDS.value else 0
+        trace = common.cut_trace(trace, rounds=stop, agents=_AGENTS.value, max_new_tokens=0)
+        rounds = trace.rounds[_FIRST_ROUND.value :]
+        if not rounds:
+            raise PromptError(f"first_round: the trace ends before round {_FIRST_ROUND.value}")
+        model = common.model_of(_MODEL.value, _DTYPE.value)
+        measured = measure(model, trace, rounds, _variants(), console)
+    except (CheckpointError, PromptError, OutOfPages, OSError, ValueError) as error:
+        print(f"eval_quality: {error}", file=sys.stderr)
+        return 1
+    rows = _rows(trace.name, measured)
+    console.print(_table(rows))
+    console.print(_detail(rows))
+    if _JSON.value:
+        common.write_json(_JSON.value, {"policies": rows})
+        console.print(f"Written: {escape(_JSON.value)}")
+    if _PLOT.value:
+        plot({trace.name: rows}, _PLOT.value)
+        console.print(f"Written: {escape(_PLOT.value)}")
+    return 0
+
+
+def _variants() -> list[Variant]:
+    variants = []
+    for policy in dict.fromkeys(_POLICY.value):
+        if policy != "tokendance":
+            variants.append(Variant(policy, PolicyOptions(blend_ratio=_BLEND_RATIO.value)))
+            continue
+        for base, selection in itertools.product(_BASE.value, _SELECTION.value):
+            for pages in _HEAD_PAGES.value[: 1 if selection in _UNLIMITED else None]:
+                options = PolicyOptions(base=base, selection=selection, head_pages=pages)
+                variants.append(Variant(policy, options))
+    return variants
+
+
+def measure(
+    model: Model,
+    trace: Trace,
+    rounds: Sequence[Round],
+    variants: Sequence[Variant],
+    console: Console,
+) -> dict[Variant | str, Measured]:
+    """Measures variants over rounds of a trace, one engine each, so that its caches live on.
+
+    Args:
+      model: the model.
+      trace: the trace.
+      rounds: those of its rounds that are measured.
+      variants: what to measure.
+      console: where progress is printed.
+
+    Returns:
+      What each variant gave, and under names of their own the noise floor and the audit.
+    """
+    prompts = [tokenize_round(moment, model.tokenizer, chat=False) for moment in rounds]
+    most = max(len(p.token_ids) + _TOKENS.value for round_ in prompts for p in round_)
+    memory = common.needed_kv_memory(model, trace, page_size=16, chat=False)
+    memory += max(map(len, prompts)) * -(-(_TOKENS.value + most) // 16) * _page_bytes(model)
+    programs: Programs | None = None
+
+    def engine(variant: Variant, row_budget: int = _ROW_BUDGET.value) -> RoundEngine:
+        nonlocal programs
+        made = RoundEngine(
+            model,
+            policy=variant.policy,
+            options=variant.options,
+            kv_memory=memory,
+            row_budget=row_budget,
+            programs=programs if row_budget == _ROW_BUDGET.value else None,
+        )
+        if row_budget == _ROW_BUDGET.value:
+            programs = made.programs
+        return made
+
+    dense = Variant("dense", PolicyOptions())
+    reference = engine(dense)
+    console.print(f"{trace.name}: dense")
+    answers = [_continuations(reference, moment) for moment in rounds]
+    results: dict[Variant | str, Measured] = {dense: Measured()}
+    logits = []
+    for moment, prompt, answer in zip(rounds, prompts, answers, strict=True):
+        logits.append(_score(reference, results[dense], moment, prompt, answer, None))
+    del reference
+    everything = list(zip(rounds, prompts, answers, logits, strict=True))
+
+    todo: list[tuple[Variant | str, Variant]] = [(variant, variant) for variant in variants]
+    if all(variant.policy != "dense" for variant in variants):
+        todo.append((_NOISE, dense))
+    collective = next((v for v in variants if v.policy == "tokendance"), None)
+    if _AUDIT.value and collective is not None:
+        todo.append((_SHUFFLED, collective))
+    for key, variant in todo:
+        console.print(f"{trace.name}: {key if isinstance(key, str) else key.name}")
+        results[key] = Measured()
+        budget = _ROW_BUDGET.value // 4 if key == _NOISE else _ROW_BUDGET.value
+        made = engine(variant, budget)
+        for moment, prompt, answer, expected in everything:
+            if key == _SHUFFLED:
+                made.score(prompt, answer)
+                made.shuffle_bases(seed=0)
+            _score(made, results[key], moment, prompt, answer, expected)
+        del made
+        gc.collect()
+    return results
+
+
+def _page_bytes(model: Model) -> int:
+    return model.kv_spec(pages=1, page_size=16).page_bytes
+
+
+def _continuations(engine: RoundEngine, moment: Round) -> list[np.ndarray]:
+    """The texts along which a round is compared."""
+    if _CONTINUATION.value == "recorded":
+        return common.recorded_answers(moment, engine.model.tokenizer, most=_TOKENS.value)
+    agents = tuple(
+        dataclasses.replace(agent, max_new_tokens=_TOKENS.value) for agent in moment.agents
+    )
+    sampling = Sampling(temperature=float(_CONTINUATION.value == "sampled"))
+    moment = dataclasses.replace(moment, agents=agents, sampling=sampling)
+    result = engine.serve(moment, chat=False)
+    return [np.array(agent.token_ids, np.int32) for agent in result.agents]
+
+
+def _score(
+    engine: RoundEngine,
+    measured: Measured,
+    moment: Round,
+    prompts: Sequence[TokenizedPrompt],
+    answers: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray] | None,
+) -> list[np.ndarray]:
+    """Scores a round and adds what was found; the cost is that of the prompts alone."""
+    logits, cost = engine.score(prompts, answers)
+    layers = engine.model.config.num_hidden_layers
+    answered = sum(map(len, answers))
+    measured.token_layers.append(cost.token_layers - answered * layers)
+    for index, (agent, found) in enumerate(zip(moment.agents, logits, strict=True)):
+        against = found if expected is None else expected[index]
+        measured.lanes[moment.index, agent.agent] = compare(against, found)
+    return logits
+
+
+def _rows(trace: str, measured: dict[Variant | str, Measured]) -> list[dict[str, Any]]:
+    noise = measured.get(_NOISE)
+    floor = summarise(list(noise.lanes.values())).kl_mean if noise else 0.0
+    rows = []
+    for key, result in measured.items():
+        variant = key if isinstance(key, Variant) else None
+        collective = variant is not None and variant.policy == "tokendance"
+        limited = collective and variant.options.selection not in _UNLIMITED
+        rounds = sorted({index for index, _ in result.lanes})
+        agents = sorted({agent for _, agent in result.lanes})
+
+        def mean(kept: Sequence[tuple[int, str]], result: Measured = result) -> float:
+            return summarise([result.lanes[at] for at in kept]).kl_mean
+
+        rows.append(
+            {
+                "policy": variant.policy if variant else str(key),
+                "base": variant.options.base if collective else None,
+                "selection": variant.options.selection if collective else None,
+                "head_pages": variant.options.head_pages if limited else None,
+                "trace": trace,
+                **dataclasses.asdict(summarise(list(result.lanes.values()))),
+                "token_layers": sum(result.token_layers),
+                "noise_floor": floor,
+                "kl_by_round": {i: mean([at for at in result.lanes if at[0] == i]) for i in rounds},
+                "kl_by_agent": {a: mean([at for at in result.lanes if at[1] == a]) for a in agents},
+                "name": variant.name if variant else str(key),
+            }
+        )
+    return rows
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    dense = rows[0]["token_layers"]
+    title = f"{rows[0]['trace']}: {rows[0]['positions']} positions against dense"
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for column in ("mean\nKL", "p95\nKL", "top-1", "first\ndivergence", "token-layers\nof dense"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(
+            row["name"],
+            f"{row['kl_mean']:.2g}",
+            f"{row['kl_p95']:.2g}",
+            f"{row['top1']:.3f}",
+            f"{row['first_divergence']:.1f}",
+            f"{row['token_layers'] / dense:.1%}",
+        )
+    return table
+
+
+def _detail(rows: Sequence[dict[str, Any]]) -> Table:
+    """Mean KL by round and by agent: whether errors grow, and whom they hit."""
+    by_round, by_agent = rows[0]["kl_by_round"], rows[0]["kl_by_agent"]
+    table = Table(title="mean KL", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for name in [*(f"round {index}" for index in by_round), *by_agent]:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    for row in rows[1:]:
+        values = [*row["kl_by_round"].values(), *row["kl_by_agent"].values()]
+        table.add_row(row["name"], *(f"{value:.2g}" for value in values))
+    return table
+
+
+def plot(traces: dict[str, Sequence[dict[str, Any]]], path: str) -> None:
+    """Draws quality against work: mean KL over token-layers, one line per policy and base.
+
+    Args:
+      traces: the rows of each trace, the dense policy's first.
+      path: the PNG file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(traces), figsize=(6 * len(traces), 4.5), squeeze=False)
+    for axis, (trace, rows) in zip(axes[0], traces.items(), strict=True):
+        lines: dict[str, list[tuple[float, float, str]]] = {}
+        for row in rows[1:]:
+            if row["policy"] in (_NOISE, _SHUFFLED):
+                continue
+            label = row["policy"] if row["base"] is None else f"{row['policy']}, {row['base']}"
+            work = row["token_layers"] / rows[0]["token_layers"]
+            note = row["name"].removeprefix("tokendance ").split(",")[0]
+            lines.setdefault(label, []).append((100 * work, row["kl_mean"], note))
+        for label, points in lines.items():
+            points.sort()
+            axis.plot(*zip(*[(x, y) for x, y, _ in points], strict=True), "o-", label=label)
+            for x, y, note in points:
+                axis.annotate(note, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axis.set_yscale("log")
+        axis.set_title(trace)
+        axis.set_xlabel("token-layers, % of dense")
+        axis.set_ylabel("mean KL against dense (nats)")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,213 @@
+"""The structure of a round at rest: which pages are stored once, and which belong to one mirror.
+
+All of it follows from the block tables of the round's lanes; no K or V is looked at.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import no_type_check
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int, Int32
+
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.mirror.compression import Compression
+from tokendance_jax.mirror.errors import MirrorError
+
+# On the host after encoding; a caller may move them to a device.
+Array = jax.Array | np.ndarray
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MirrorTable:
+    """The block table of one agent at rest: the entries of its lane, with pages renumbered.
+
+    Attributes:
+      token_ids: i32 [prompt]; the tokens of the agent's prompt.
+      source: i32 [entries]; the page that an entry reads: a base page, or, from the number of base
+        pages on, one of the mirror's private pages. -1 where the entry reads a patch page.
+      base: i32 [entries]; the base page that an entry shows or replaces; -1 where it is private.
+        Base pages that are not stored, since nobody reads them, are numbered -2, -3, and so on.
+      patch_index: i32 [entries]; the mirror's patch page that an entry reads, or -1.
+      frame: i32 [entries]; logical minus canonical positions.
+      first: i32 [entries]; first valid slot.
+      slots: i32 [entries]; valid slots, at least one.
+    """
+
+    token_ids: Array
+    source: Array
+    base: Array
+    patch_index: Array
+    frame: Array
+    first: Array
+    slots: Array
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose K and V the mirror holds."""
+        return int(np.asarray(self.slots).sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the columns and the token ids."""
+        return sum(column.nbytes for column in jax.tree.leaves(self))
+
+    def base_reads(self, base_pages: int) -> np.ndarray:
+        """The base pages that entries read, in their order, of `base_pages` that are stored."""
+        source = np.asarray(self.source)
+        return source[(source >= 0) & (source < base_pages)]
+
+    def pages(self, base: np.ndarray, private: np.ndarray, patch: np.ndarray) -> np.ndarray:
+        """The page of each entry, by the ids of base, private and patch pages. i32 [entries]."""
+        behind = len(base) + len(private)
+        number = np.where(self.patch_index >= 0, behind + self.patch_index, self.source)
+        return np.concatenate([base, private, patch])[number]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MirrorLayout:
+    """What a round's mirrors hold.
+
+    Base pages are those that are the `base` of some entry or that several entries read, of one lane
+    or of several. A base page that is replaced wherever it occurs is not stored: no lane reads it.
+    Base pages are numbered by their first use in the lanes, private and patch pages by their use in
+    their own lane, so that nothing depends on the ids of pages.
+
+    Attributes:
+      base_pages: page id of every base page.
+      tables: one for each lane.
+      private_pages: page ids of the private pages of each lane.
+      patch_pages: page ids of the patch pages of each lane.
+    """
+
+    base_pages: Int32[np.ndarray, " base_pages"]
+    tables: tuple[MirrorTable, ...]
+    private_pages: tuple[Int32[np.ndarray, " _"], ...]
+    patch_pages: tuple[Int32[np.ndarray, " _"], ...]
+
+    @classmethod
+    def of_lanes(cls, lanes: Sequence[LanePlan], lengths: Sequence[int]) -> "MirrorLayout":
+        """Finds the structure of lanes.
+
+        Args:
+          lanes: the lanes of a round.
+          lengths: tokens of each lane whose K and V are written; the room behind them is cut off.
+
+        Raises:
+          MirrorError: there is not one length for each lane, or a length is negative or more than
+            the lane's slots, or all are 0, or an entry in use has no page.
+        """
+        if len(lanes) != len(lengths) or not any(lengths):
+            problem = f"{len(lengths)} lengths for {len(lanes)} lanes, {sum(lengths)} tokens in all"
+            raise MirrorError("lengths", "number", problem, "name the written tokens of each lane")
+        lanes = [cut(lane, length) for lane, length in zip(lanes, lengths, strict=True)]
+        if any((lane.page <= 0).any() for lane in lanes):
+            problem = "an entry in use has none"
+            raise MirrorError("lanes", "page", problem, "encode a round while it holds its pages")
+
+        # Ranks of the pages among all that occur: dense numbers to count and to look up by.
+        occurring = [lane.page for lane in lanes] + [lane.base for lane in lanes]
+        ids, rank = np.unique(np.concatenate(occurring), return_inverse=True)
+        of_page, of_base = np.split(rank, 2)
+        reads = np.bincount(of_page, minlength=len(ids))
+        named = np.bincount(of_base, minlength=len(ids)) > 0
+        named[ids == 0] = False
+        shared = _by_first_use(of_page, (reads > 1) | (named & (reads > 0)))
+        absent = _by_first_use(of_base, named & (reads == 0))
+        number = np.full(len(ids), -1, np.int32)
+        number[shared] = np.arange(len(shared))
+        number[absent] = -2 - np.arange(len(absent))
+
+        source, base = number[of_page], number[of_base]
+        patch = (source < 0) & (base != -1)
+        private = (source < 0) & (base == -1)
+        stops = np.cumsum([len(lane.page) for lane in lanes])[:-1]
+        columns = zip(*(np.split(x, stops) for x in (source, base, patch, private)), strict=True)
+        tables, private_pages, patch_pages = [], [], []
+        for lane, (source, base, patch, private) in zip(lanes, columns, strict=True):
+            behind = len(shared) + np.cumsum(private) - 1
+            tables.append(
+                MirrorTable(
+                    token_ids=lane.token_ids,
+                    source=np.where(private, behind, source).astype(np.int32),
+                    base=base,
+                    patch_index=np.where(patch, np.cumsum(patch) - 1, -1).astype(np.int32),
+                    frame=lane.frame,
+                    first=lane.first,
+                    slots=lane.slots,
+                )
+            )
+            private_pages.append(lane.page[private])
+            patch_pages.append(lane.page[patch])
+        return cls(ids[shared], tuple(tables), tuple(private_pages), tuple(patch_pages))
+
+    def pages(self, index: int) -> Int32[np.ndarray, " entries"]:
+        """The page ids of one lane's entries."""
+        return self.tables[index].pages(
+            self.base_pages, self.private_pages[index], self.patch_pages[index]
+        )
+
+    def mirror_compression(self, *, page_size: int, page_bytes: int) -> tuple[Compression, ...]:
+        """What each mirror costs by itself.
+
+        Args:
+          page_size: slots of a page.
+          page_bytes: bytes of a page, K and V of all layers (`KVSpec.page_bytes`).
+        """
+        stored = len(self.base_pages)
+        return tuple(
+            Compression(
+                dense_bytes=-(-table.tokens // page_size) * page_bytes,
+                base_bytes=len(np.unique(table.base_reads(stored))) * page_bytes,
+                patch_bytes=len(patch) * page_bytes,
+                private_bytes=len(private) * page_bytes,
+                index_bytes=table.nbytes,
+            )
+            for table, private, patch in zip(
+                self.tables, self.private_pages, self.patch_pages, strict=True
+            )
+        )
+
+    def compression(self, *, page_size: int, page_bytes: int) -> Compression:
+        """What the whole round costs. `stored_bytes` are those of the encoded mirrors.
+
+        Args:
+          page_size: slots of a page.
+          page_bytes: bytes of a page, K and V of all layers (`KVSpec.page_bytes`).
+        """
+        mirrors = self.mirror_compression(page_size=page_size, page_bytes=page_bytes)
+        return Compression(
+            dense_bytes=sum(mirror.dense_bytes for mirror in mirrors),
+            base_bytes=len(self.base_pages) * page_bytes,
+            patch_bytes=sum(mirror.patch_bytes for mirror in mirrors),
+            private_bytes=sum(mirror.private_bytes for mirror in mirrors),
+            index_bytes=sum(mirror.index_bytes for mirror in mirrors),
+        )
+
+
+def cut(lane: LanePlan, length: int) -> LanePlan:
+    """A lane whose table ends after its first `length` tokens.
+
+    Raises:
+      MirrorError: the length is negative, or the table has fewer slots.
+    """
+    if not 0 <= length <= lane.slots.sum():
+        problem = f"{length} tokens in a lane of {lane.slots.sum()} slots"
+        raise MirrorError("lengths", "tokens", problem, "count the tokens with written K and V")
+    start = np.cumsum(lane.slots) - lane.slots
+    slots = np.minimum(lane.slots, length - start).astype(np.int32)
+    used = slots > 0
+    columns = {name: getattr(lane, name)[used] for name in ("page", "frame", "first", "base")}
+    return dataclasses.replace(lane, slots=slots[used], **columns)
+
+
+def _by_first_use(
+    use: Int[np.ndarray, " entries"], chosen: Bool[np.ndarray, " ids"]
+) -> Int[np.ndarray, " some"]:
+    """The chosen numbers, in the order in which `use` names them first."""
+    found, first = np.unique(use, return_index=True)
+    found = found[np.argsort(first)]
+    return found[chosen[found]]
