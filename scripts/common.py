@@ -91,13 +91,25 @@ def parse_bytes(text: str) -> int:
 
 
 def needed_kv_memory(model: Model, trace: Trace, *, page_size: int, chat: bool) -> int:
-    """Bytes that hold the largest round of a trace twice: once in use, once kept for reuse."""
+    """Bytes that hold the largest round of a trace twice: once in use, once kept for reuse.
+
+    Bases count as one more agent, whose segments begin pages of their own.
+    """
     pages = 1
     for moment in trace.rounds:
         prompts = tokenize_round(moment, model.tokenizer, chat=chat)
         limits = [agent.max_new_tokens or moment.max_new_tokens for agent in moment.agents]
         tokens = [len(p.token_ids) + limit for p, limit in zip(prompts, limits, strict=True)]
-        pages = max(pages, 1 + sum(2 * math.ceil(count / page_size) for count in tokens))
+        shared = {
+            prompt.token_ids[span.start : span.stop].tobytes(): span.stop - span.start
+            for prompt in prompts
+            for span in prompt.spans
+            if span.kind == "shared"
+        }
+        preamble = 2 + 512 // page_size
+        filled = [math.ceil(count / page_size) for count in tokens]
+        bases = [math.ceil(count / page_size) + 1 for count in shared.values()]
+        pages = max(pages, 1 + 2 * (sum(filled) + sum(bases) + preamble))
     return pages * model.kv_spec(pages=1, page_size=page_size).page_bytes
 
 

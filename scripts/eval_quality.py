@@ -192,11 +192,11 @@ def measure(
     console.print(f"{trace.name}: dense")
     answers = [_continuations(reference, moment) for moment in rounds]
     results: dict[Variant | str, Measured] = {dense: Measured()}
-    logits = []
+    streams = []
     for moment, prompt, answer in zip(rounds, prompts, answers, strict=True):
-        logits.append(_score(reference, results[dense], moment, prompt, answer, None))
+        streams.append(_score(reference, results[dense], moment, prompt, answer, None))
     del reference
-    everything = list(zip(rounds, prompts, answers, logits, strict=True))
+    everything = list(zip(rounds, prompts, answers, streams, strict=True))
 
     todo: list[tuple[Variant | str, Variant]] = [(variant, variant) for variant in variants]
     if all(variant.policy != "dense" for variant in variants):
@@ -244,15 +244,17 @@ def _score(
     answers: Sequence[np.ndarray],
     expected: Sequence[np.ndarray] | None,
 ) -> list[np.ndarray]:
-    """Scores a round and adds what was found; the cost is that of the prompts alone."""
-    logits, cost = engine.score(prompts, answers)
+    """Follows a round and adds what was found; the cost is that of the prompts alone."""
+    streams, cost = engine.follow(prompts, answers)
     layers = engine.model.config.num_hidden_layers
     answered = sum(map(len, answers))
     measured.token_layers.append(cost.token_layers - answered * layers)
-    for index, (agent, found) in enumerate(zip(moment.agents, logits, strict=True)):
+    for index, (agent, found) in enumerate(zip(moment.agents, streams, strict=True)):
         against = found if expected is None else expected[index]
-        measured.lanes[moment.index, agent.agent] = compare(against, found)
-    return logits
+        measured.lanes[moment.index, agent.agent] = compare(
+            engine.logits(against), engine.logits(found)
+        )
+    return streams
 
 
 def _rows(trace: str, measured: dict[Variant | str, Measured]) -> list[dict[str, Any]]:
@@ -260,9 +262,9 @@ def _rows(trace: str, measured: dict[Variant | str, Measured]) -> list[dict[str,
     floor = summarise(list(noise.lanes.values())).kl_mean if noise else 0.0
     rows = []
     for key, result in measured.items():
-        variant = key if isinstance(key, Variant) else None
-        collective = variant is not None and variant.policy == "tokendance"
-        limited = collective and variant.options.selection not in _UNLIMITED
+        variant = key if isinstance(key, Variant) else Variant(key, PolicyOptions())
+        options = variant.options if variant.policy == "tokendance" else None
+        limited = options is not None and options.selection not in _UNLIMITED
         rounds = sorted({index for index, _ in result.lanes})
         agents = sorted({agent for _, agent in result.lanes})
 
@@ -271,17 +273,17 @@ def _rows(trace: str, measured: dict[Variant | str, Measured]) -> list[dict[str,
 
         rows.append(
             {
-                "policy": variant.policy if variant else str(key),
-                "base": variant.options.base if collective else None,
-                "selection": variant.options.selection if collective else None,
-                "head_pages": variant.options.head_pages if limited else None,
+                "policy": variant.policy,
+                "base": options and options.base,
+                "selection": options and options.selection,
+                "head_pages": options.head_pages if options is not None and limited else None,
                 "trace": trace,
                 **dataclasses.asdict(summarise(list(result.lanes.values()))),
                 "token_layers": sum(result.token_layers),
                 "noise_floor": floor,
                 "kl_by_round": {i: mean([at for at in result.lanes if at[0] == i]) for i in rounds},
                 "kl_by_agent": {a: mean([at for at in result.lanes if at[1] == a]) for a in agents},
-                "name": variant.name if variant else str(key),
+                "name": variant.name,
             }
         )
     return rows

@@ -2,7 +2,7 @@
 
   python -m scripts.serve_round
   python -m scripts.serve_round --model=model.gguf --trace=rounds.jsonl.gz
-  python -m scripts.serve_round --policy=dense --policy=prefix --json=result.json
+  python -m scripts.serve_round --policy=dense --policy=prefix --policy=tokendance
 
 Without flags it serves an embedded trace of four agents with a small embedded model of random
 weights: it shows that everything runs, not that the model makes sense.
@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from absl import app, flags
 from rich import box
 from rich.console import Console
@@ -25,13 +26,14 @@ from rich.table import Table
 
 from scripts import common
 from tokendance_jax import host
-from tokendance_jax.collector.policies import POLICIES
+from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.result import RoundResult
 from tokendance_jax.model import Model
 from tokendance_jax.models.loading import CheckpointError
 from tokendance_jax.paged import OutOfPages
-from tokendance_jax.prompt import PromptError, Sampling, Trace
+from tokendance_jax.prompt import PromptError, Round, Sampling, Trace, tokenize_round
+from tokendance_jax.quality import Comparison, compare, summarise
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -55,6 +57,29 @@ _CHAT = flags.DEFINE_enum(
 )
 _POLICY = flags.DEFINE_multi_enum(
     "policy", ["prefix"], POLICIES, "Which KV is reused. Repeat the flag to compare policies."
+)
+_BASE = flags.DEFINE_enum(
+    "base", PolicyOptions().base, BASES, "How tokendance conditions the KV of shared text."
+)
+_SELECTION = flags.DEFINE_enum(
+    "selection",
+    PolicyOptions().selection,
+    list(SELECTIONS),
+    "Which pages of shared text the agents of tokendance compute themselves.",
+)
+_HEAD_PAGES = flags.DEFINE_integer(
+    "head_pages",
+    common.HEAD_PAGES,
+    "How many pages these are, but for none and all.",
+    lower_bound=0,
+)
+_BLEND_RATIO = flags.DEFINE_float(
+    "blend_ratio", PolicyOptions().blend_ratio, "Share of shared tokens that blend recomputes."
+)
+_QUALITY = flags.DEFINE_bool(
+    "quality",
+    True,
+    "Whether policies are compared by quality too, in replays: 16 tokens of 8 agents a round.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 0, "Serve this many rounds; 0: all.", lower_bound=0)
 _AGENTS = flags.DEFINE_integer(
@@ -83,14 +108,22 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 )
 _JSON = flags.DEFINE_string("json", None, "File to write configuration and results to.")
 
+_QUALITY_TOKENS, _QUALITY_AGENTS = 16, 8
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 @dataclasses.dataclass
 class _Run:
-    """What was served so far: policy to results, and whether something is left to serve."""
+    """What was served so far, and whether something is left to serve.
+
+    Attributes:
+      results: policy to the results of its rounds.
+      compared: policy to comparisons with the first policy, of all rounds.
+      interrupted: whether something is left.
+    """
 
     results: dict[str, list[RoundResult]]
+    compared: dict[str, list[Comparison]]
     interrupted: bool = True
 
 
@@ -116,8 +149,9 @@ def main(argv: Sequence[str]) -> int:
         return _INTERRUPTED
     if any(run.results.values()):
         console.print(_table(run.results))
+        console.print(_summary(run))
     if _JSON.value:
-        common.write_json(_JSON.value, _json(run.results))
+        common.write_json(_JSON.value, _json(run))
         console.print(f"Written: {escape(_JSON.value)}")
     if run.interrupted:
         console.print("Interrupted: what is shown is what was done.")
@@ -155,8 +189,15 @@ def _serve(model: Model, trace: Trace, console: Console) -> _Run:
         f"KV pool {kv_memory / 2**20:,.0f} MiB"
     )
     policies = list(dict.fromkeys(_POLICY.value))
-    run = _Run({policy: [] for policy in policies})
+    run = _Run({policy: [] for policy in policies}, {policy: [] for policy in policies[1:]})
+    options = PolicyOptions(
+        base=_BASE.value,
+        selection=_SELECTION.value,
+        head_pages=_HEAD_PAGES.value,
+        blend_ratio=_BLEND_RATIO.value,
+    )
     programs = None
+    streams: list[list[np.ndarray]] = []  # what the first policy computed along its own answers
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -177,6 +218,7 @@ def _serve(model: Model, trace: Trace, console: Console) -> _Run:
                 engine = RoundEngine(
                     model,
                     policy=policy,
+                    options=options,
                     page_size=_PAGE_SIZE.value,
                     kv_memory=kv_memory,
                     row_budget=_ROW_BUDGET.value,
@@ -198,9 +240,27 @@ def _serve(model: Model, trace: Trace, console: Console) -> _Run:
                     result = next(served)
                     run.results[policy].append(result)
                     _tell(console, policy, result, run.results[policies[0]])
+                    if _QUALITY.value and _REPLAY.value and len(policies) > 1:
+                        check()
+                        found = _follow(engine, moment, run.results[policies[0]])
+                        if policy == policies[0]:
+                            streams.append(found)
+                        else:
+                            pairs = zip(streams[moment.index], found, strict=True)
+                            run.compared[policy] += [
+                                compare(engine.logits(a), engine.logits(b)) for a, b in pairs
+                            ]
                 del engine, served  # its pool, before the next one is made
             run.interrupted = False
     return run
+
+
+def _follow(engine: RoundEngine, moment: Round, first: Sequence[RoundResult]) -> list[np.ndarray]:
+    """The engine's residual streams along the beginnings of the first policy's answers."""
+    answers = {r.index: r for r in first}[moment.index].agents
+    prompts = tokenize_round(moment, engine.model.tokenizer, chat=_CHAT.value == "yes")
+    ids = [np.array(answer.token_ids[:_QUALITY_TOKENS], np.int32) for answer in answers]
+    return engine.follow(prompts, ids)[0][:_QUALITY_AGENTS]
 
 
 @contextlib.contextmanager
@@ -269,7 +329,56 @@ def _table(results: dict[str, list[RoundResult]]) -> Table:
     return table
 
 
-def _json(results: dict[str, list[RoundResult]]) -> dict[str, Any]:
+def _summary(run: _Run) -> Table:
+    """One line per policy: work, time, bytes and quality, over all its rounds."""
+    title = "All rounds" + (f"; quality against {next(iter(run.results))}" if run.compared else "")
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("policy", no_wrap=True)
+    work = ("computed", "unique", "prompt /\ncomputed", "ceiling", "token-\nlayers")
+    cost = ("prefill\ns", "KV MiB\nheld", "at\nrest", "dense")
+    for column in (*work, *cost, "mean\nKL", "top-1", "first\ndiv."):
+        table.add_column(column, justify="right", no_wrap=True)
+    for policy, values in _summaries(run).items():
+        agreed = values["agreement"]
+        quality = ("-", "-", "-")
+        if agreed is not None:
+            kl, top1, first = agreed["kl_mean"], agreed["top1"], agreed["first_divergence"]
+            quality = (f"{kl:.2g}", f"{top1:.3f}", f"{first:.1f}")
+        table.add_row(
+            policy,
+            f"{values['computed_tokens']:,}",
+            f"{values['unique_tokens']:,}",
+            f"{values['prompt_tokens'] / values['computed_tokens']:.2f}",
+            f"{values['prompt_tokens'] / values['distinct_tokens']:.2f}",
+            f"{values['token_layers']:,.0f}",
+            f"{values['prefill_s']:.2f}",
+            *(f"{values[f'kv_bytes_{what}'] / 2**20:,.0f}" for what in ("held", "rest", "dense")),
+            *quality,
+        )
+    return table
+
+
+def _summaries(run: _Run) -> dict[str, dict[str, Any]]:
+    """Sums over the rounds of each policy, and how it agrees with the first."""
+    fields = ("prompt", "distinct", "unique", "computed")
+    kinds = ("held", "rest", "dense")
+    summaries = {}
+    for policy, results in run.results.items():
+        ledgers = [result.ledger for result in results]
+        names = [*(f"{field}_tokens" for field in fields), *(f"kv_bytes_{kind}" for kind in kinds)]
+        if not ledgers:
+            continue
+        compared = run.compared.get(policy)
+        summaries[policy] = {
+            **{name: sum(getattr(ledger, name) for ledger in ledgers) for name in names},
+            "token_layers": sum(ledger.token_layers for ledger in ledgers),
+            "prefill_s": sum(result.timings.prefill_s for result in results),
+            "agreement": dataclasses.asdict(summarise(compared)) if compared else None,
+        }
+    return summaries
+
+
+def _json(run: _Run) -> dict[str, Any]:
     own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])
     config = {flag.name: flag.value for flag in own}
     rows = [
@@ -283,10 +392,10 @@ def _json(results: dict[str, list[RoundResult]]) -> dict[str, Any]:
             "output_ids": {agent.agent: list(agent.token_ids) for agent in result.agents},
             "finish_reasons": {agent.agent: agent.finish_reason for agent in result.agents},
         }
-        for policy, rounds in results.items()
+        for policy, rounds in run.results.items()
         for result in rounds
     ]
-    return {"config": config, "rounds": rows}
+    return {"config": config, "rounds": rows, "policies": _summaries(run)}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tokendance_jax.collector.policy import (
     Steps,
     no_steps,
 )
-from tokendance_jax.collector.selection import Scored, Selection
+from tokendance_jax.collector.selection import Scored, Selection, deviations
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.paged.prefix_cache import PrefixCache
 from tokendance_jax.prompt.tokenized import TokenizedPrompt, TokenSpan
@@ -128,7 +128,9 @@ class Collective(Policy):
                 if any(part.placed is not None for part in parts):
                     opened.lanes.append(self._open_lane(opened, seat, prompt, room, parts))
                 else:
-                    opened.lanes.append(self._exact.open_lane(prompt.token_ids, room))
+                    opened.lanes.append(
+                        self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
+                    )
                     opened.exact_hits.append(int(opened.lanes[-1].computed[0]))
             opened.steps = self._steps(opened)
             return opened
@@ -226,7 +228,9 @@ class Collective(Policy):
         run = run_of(parts)
         chosen = self._selection.pick(run, size)
         # Patches that go on where the private text ends are exact, and may be found again.
-        head = _leading(chosen) if len(run.start) and run.start[0] == private else 0
+        # Behind more of the agent's own text, or where a Master moves them, they are not found.
+        first = np.cumsum(run.offset == 0) == 1
+        head = 0 if self._base == "joint-agent" else _leading(chosen[first])
         full, rest = divmod(private, size)
         blocks = self._cache.split(ids[:private])
         if head:
@@ -239,16 +243,21 @@ class Collective(Policy):
         gap = size - rest if rest and len(hit) > full else 0
         own_hits = min(len(hit), full + (gap > 0))
         own_pages = pages_for(own + gap, size)
-        spare = 0 if self._selection.look is None else min(self._selection.pages, len(run.page))
+        spare = 0
+        if self._selection.look is not None:  # a page may be shown several times
+            times = np.sort(np.unique(run.page, return_counts=True)[1])[::-1]
+            spare = int(times[: self._selection.pages].sum())
         patches = int(chosen.sum())
         fresh = own_pages - own_hits + patches - (len(hit) - own_hits) + spare
-        # Quoted bases may be evictable: hold them before new pages are taken.
-        self._pool.retain(run.page[~chosen])
+        # Quoted bases may be evictable: hold them before new pages are taken, those that patches
+        # replace as well, as no patch is the page that it replaces.
+        self._pool.retain(run.page)
         try:
             page = self._pool.extend(hit, fresh)
         except BaseException:
-            self._pool.release(run.page[~chosen])
+            self._pool.release(run.page)
             raise
+        self._pool.release(run.page[chosen])
         own_page = np.concatenate([page[:own_hits], page[len(hit) :][: own_pages - own_hits]])
         page = np.concatenate([page[own_hits : len(hit)], page[len(hit) + own_pages - own_hits :]])
         patch_page, spare_page = page[:patches], page[patches:]
@@ -281,7 +290,9 @@ class Collective(Policy):
     def _steps(self, opened: _OpenCollective) -> Steps:
         lanes, collective = opened.lanes, opened.collective
         nobody = [NOBODY] * len(opened.bases)
-        look = "deviation" if self._base == "joint-agent" else self._selection.look
+        look = self._selection.look
+        if self._base == "joint-agent" and opened.bases:
+            look = "deviation"
         if look is None or not collective:
             yield Compute([*opened.bases, *lanes], [*nobody, *range(len(lanes))])
             return
@@ -292,8 +303,12 @@ class Collective(Policy):
             first[lane.seat] = with_rows(plan, plan.computed[plan.computed < lane.private])
         yield Compute([*opened.bases, *first], [*nobody, *range(len(lanes))])
         seats = [lane.seat for lane in collective]
-        if look == "deviation":
-            looked = [with_rows(lanes[lane.seat], _positions(lane.run)) for lane in collective]
+        if look == "deviation":  # everything up to the end of the shared text, over bases alone
+            looked = [
+                with_rows(plan, np.arange(lane.private, _stop(lane.run)))
+                for lane in collective
+                for plan in [_without_patches(lanes[lane.seat])]
+            ]
         else:  # the agent's own text behind the first shared text
             looked = [
                 with_rows(plan, rows[(rows >= lane.private) & (rows < lane.asked)])
@@ -303,6 +318,13 @@ class Collective(Policy):
             ]
         scores = yield Look(look, looked, seats)
         assert scores is not None
+        if look == "deviation":
+            scores = deviations(
+                [
+                    square[:, _positions(lane.run) - lane.private]
+                    for lane, square in zip(collective, scores, strict=True)
+                ]
+            )
         if self._base == "joint-agent":
             before = [self._rebase(opened, scores)]
         else:
@@ -321,7 +343,8 @@ class Collective(Policy):
         runs = [lane.run for lane in opened.collective]
         if self._selection.look == "deviation":
             of_entries = [
-                np.add.reduceat(score, np.cumsum(run.slots) - run.slots) / run.slots
+                np.add.reduceat(score, np.cumsum(run.slots) - run.slots)
+                / run.slots.astype(np.float32)
                 for run, score in zip(runs, scores, strict=True)
             ]
         else:
@@ -391,6 +414,16 @@ def _leading_system(prompt: TokenizedPrompt) -> Int32[np.ndarray, " leading"]:
 def _leading(chosen: Bool[np.ndarray, " entries"]) -> int:
     """How many entries at the beginning are chosen."""
     return len(chosen) if chosen.all() else int(np.argmin(chosen))
+
+
+def _stop(run: Run) -> int:
+    """Logical position after a run."""
+    return int(run.start[-1] + run.slots[-1])
+
+
+def _without_patches(plan: LanePlan) -> LanePlan:
+    """The same lane as it reads bases alone."""
+    return dataclasses.replace(plan, page=np.where(plan.base > 0, plan.base, plan.page))
 
 
 def _patch_block(ids: Int32[np.ndarray, " tokens"], run: Run, entry: int) -> bytes:

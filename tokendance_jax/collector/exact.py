@@ -15,8 +15,15 @@ from tokendance_jax.prompt.tokenized import TokenizedPrompt
 class Exact(Policy):
     """Exact lanes, one by one: the round is all of them."""
 
-    def open_lane(self, token_ids: Int32[np.ndarray, " tokens"], room: int) -> LanePlan:
+    def open_lane(
+        self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
+    ) -> LanePlan:
         """Takes pages for a prompt and `room` more tokens.
+
+        Args:
+          token_ids: the prompt.
+          room: how many more tokens the lane must have room for.
+          answer_tokens: tokens at the end that are computed, whatever could be read.
 
         Raises:
           OutOfPages: if the pool cannot give them; nothing is held then.
@@ -38,7 +45,7 @@ class Exact(Policy):
         lanes: list[LanePlan] = []
         try:
             for prompt, room in zip(prompts, rooms, strict=True):
-                lanes.append(self.open_lane(prompt.token_ids, room))
+                lanes.append(self.open_lane(prompt.token_ids, room, prompt.answer_tokens))
         except BaseException:
             for lane in lanes:
                 self.close_lane(lane, None)
@@ -63,8 +70,11 @@ class Dense(Exact):
         self._pool = pool
         self._page_size = page_size
 
-    def open_lane(self, token_ids: Int32[np.ndarray, " tokens"], room: int) -> LanePlan:
+    def open_lane(
+        self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
+    ) -> LanePlan:
         """Takes fresh pages; see `Exact.open_lane`."""
+        del answer_tokens
         pages = self._pool.allocate(pages_for(len(token_ids) + room, self._page_size))
         return LanePlan.contiguous(token_ids, pages, computed_from=0, page_size=self._page_size)
 
@@ -87,9 +97,11 @@ class Prefix(Exact):
         self._cache = cache
         self._page_size = page_size
 
-    def open_lane(self, token_ids: Int32[np.ndarray, " tokens"], room: int) -> LanePlan:
+    def open_lane(
+        self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
+    ) -> LanePlan:
         """Takes the longest cached prefix and fresh pages after it; see `Exact.open_lane`."""
-        hit = self._cache.match(token_ids)
+        hit = self._cache.match(token_ids[: len(token_ids) - answer_tokens])
         wanted = pages_for(len(token_ids) + room, self._page_size)
         pages = self._pool.extend(hit, wanted - len(hit))
         self._cache.insert(token_ids, pages)

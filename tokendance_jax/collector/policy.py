@@ -49,14 +49,17 @@ class Look:
     """Scores rows before it is decided which of them are computed.
 
     The rows run through the first layers and are then compared with the pages that their lanes
-    show. The scores are sent back into the policy's steps: one array for each lane.
+    show. Those that stand in pages of the lane's own write their K and V of these layers, those that
+    stand in base pages do not. The scores are sent back into the policy's steps: one array for each
+    lane.
 
     Attributes:
-      what: "deviation": the change of K and V at layer 1, one score for each row; "attention": how
-        much the rows attend to each table entry, in a layer in the middle.
+      what: "deviation": the squared changes of each row's K and V at layer 1, f32 [2, rows];
+        "attention": how much the rows attend to each table entry, in a layer in the middle, f32
+        [entries].
       lanes: the lanes; `computed` names the rows.
       seats: the agent of each lane.
-      resume: whether `Rest` takes the rows up after layer 0. Then they write their K and V of it.
+      resume: whether `Rest` takes the rows up after layer 0.
     """
 
     what: Literal["deviation", "attention"]
@@ -79,7 +82,7 @@ class Rest:
 
 
 Step = Compute | Link | Look | Rest
-Scores = list[Float32[np.ndarray, " _"]]
+Scores = list[Float32[np.ndarray, "..."]]
 Steps = Generator[Step, Scores | None, None]
 
 

@@ -26,6 +26,7 @@ from tokendance_jax.collector.policy import (
     Steps,
     no_steps,
 )
+from tokendance_jax.collector.selection import deviations
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.paged.prefix_cache import PrefixCache
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
@@ -72,7 +73,10 @@ class PerRequest(Policy):
                 if any(True for _ in _shared(prompt)):
                     lane, hits, link = self._open_lane(prompt, room, placed)
                 else:
-                    lane, link = self._exact.open_lane(prompt.token_ids, room), None
+                    lane, link = (
+                        self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens),
+                        None,
+                    )
                     hits = int(lane.computed[0])
                 opened.lanes.append(lane)
                 opened.exact_hits.append(hits)
@@ -235,14 +239,12 @@ class Blend(PerRequest):
         ]
         scores = yield Look("deviation", everything, seats, resume=True)
         assert scores is not None
-        for seat, lane, start, score in zip(seats, lanes, starts, scores, strict=True):
-            score = score.copy()
-            score[lane.computed - start] = np.inf
-            shared = len(score) - len(lane.computed)
-            keep = len(lane.computed) + int(self._ratio * shared)
+        for seat, lane, start, square in zip(seats, lanes, starts, scores, strict=True):
+            shared = np.setdiff1d(np.arange(start, len(lane.token_ids)), lane.computed)
+            (score,) = deviations([square[:, shared - start]])
             # Stable: of equal scores the token that stands first.
-            rows = np.sort(np.argsort(-score, kind="stable")[:keep]) + start
-            opened.lanes[seat] = with_rows(lane, rows)
+            most = np.argsort(-score, kind="stable")[: int(self._ratio * len(shared))]
+            opened.lanes[seat] = with_rows(lane, np.union1d(lane.computed, shared[most]))
         yield Rest([opened.lanes[seat] for seat in seats], seats)
 
 

@@ -102,6 +102,15 @@ class Scored(Selection):
         return [np.isin(run.page, chosen) for run in runs]
 
 
+def deviations(squares: Sequence[Float32[np.ndarray, "2 _"]]) -> list[Float32[np.ndarray, " _"]]:
+    """One score for each row out of the squared changes of its K and V, each over its mean."""
+    whole = np.concatenate(squares, axis=1)
+    # Sums without rounding do not depend on the order of the agents.
+    mean = np.array([[math.fsum(part.tolist()) / max(1, len(part))] for part in whole], np.float32)
+    mean = np.maximum(mean, np.finfo(np.float32).tiny)
+    return [(square / mean).sum(axis=0) for square in squares]
+
+
 class Deviation(Scored):
     """The pages whose K and V differ most from the agents' own at layer 1, as in CacheBlend."""
 

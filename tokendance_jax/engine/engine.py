@@ -18,6 +18,7 @@ from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.engine.result import (
     AgentLedger,
     AgentResult,
+    RoundLedger,
     RoundResult,
     Timings,
     round_ledger,
@@ -25,6 +26,7 @@ from tokendance_jax.engine.result import (
 )
 from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_arrays
 from tokendance_jax.kernels.lanes import LaneTables
+from tokendance_jax.mirror import MirrorLayout, encode
 from tokendance_jax.model import Model
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.prompt.live import relive
@@ -126,7 +128,12 @@ class RoundEngine:
         return self.programs.shapes
 
     def serve(
-        self, moment: Round, *, chat: bool | None = None, on_token: OnToken | None = None
+        self,
+        moment: Round,
+        *,
+        chat: bool | None = None,
+        on_token: OnToken | None = None,
+        mirrors: bool = False,
     ) -> RoundResult:
         """Serves one round.
 
@@ -135,9 +142,10 @@ class RoundEngine:
           chat: whether to set the segments into the model's chat markup; None: if the model has a
             template.
           on_token: called for every token of an answer, in order, between decode calls.
+          mirrors: whether to copy the KV of the round out of the pool, as a `MasterMirror`.
 
         Returns:
-          Answers, timings and ledger.
+          Answers, timings and ledger, and the mirrors where they are asked for.
 
         Raises:
           PromptError: if a prompt cannot be served; nothing has been computed then.
@@ -184,18 +192,10 @@ class RoundEngine:
                 np.concatenate([prompt.token_ids, np.asarray(answer.chosen[:-1], np.int32)])
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
-            agents, kv_bytes_held = self._account(prompts, opened, prefill.cost, answers, written)
-            ledger = round_ledger(
-                prompts,
-                agents,
-                exact_hits=opened.exact_hits,
-                preamble_tokens=opened.preamble_tokens,
-                base_tokens=prefill.cost.base_tokens,
-                token_layers=prefill.cost.token_layers / self.programs.layers,
-                kv_bytes_held=kv_bytes_held,
-            )
+            agents, ledger = self._account(prompts, opened, prefill.cost, answers, written)
             timings = Timings(plan_s, prefill_s, first_token_s, decode_s, clock.compile_s)
-            return RoundResult(moment.index, agents, timings, ledger)
+            kept = encode(lanes, list(map(len, written)), self._kv) if mirrors else None
+            return RoundResult(moment.index, agents, timings, ledger, kept)
         finally:
             self._close(opened, written)
 
@@ -254,10 +254,10 @@ class RoundEngine:
             recorded = {p.agent: p.recorded_output or "" for p in moment.agents}
             yield result
 
-    def score(
+    def follow(
         self, prompts: Sequence[TokenizedPrompt], answers: Sequence[np.ndarray]
-    ) -> tuple[list[Float32[np.ndarray, "_ vocab"]], Cost]:
-        """Computes next-token logits along given answers (teacher forcing).
+    ) -> tuple[list[Float32[np.ndarray, "_ width"]], Cost]:
+        """Computes the residual stream along given answers (teacher forcing).
 
         The policy reads and computes what it would in a round of these prompts, and the answers
         behind them; it keeps what it would keep of the prompts.
@@ -267,8 +267,8 @@ class RoundEngine:
           answers: token ids i32 [tokens] of each answer; may be empty.
 
         Returns:
-          For each agent, logits f32 [1 + tokens, vocab]: after the prompt and after every token of
-          the answer; and what was computed, answers included.
+          For each agent, the residual stream f32 [1 + tokens, width] at the end of the prompt and
+          at every token of the answer; and what was computed, answers included.
 
         Raises:
           OutOfPages: if the pool cannot hold the sequences.
@@ -282,7 +282,26 @@ class RoundEngine:
             written = [prompt.token_ids for prompt in sequences]
         finally:
             self._close(opened, written)
-        return [self._logits_of(x) for x in prefill.streams()], prefill.cost
+        return prefill.streams(), prefill.cost
+
+    def logits(
+        self, hidden: Float32[np.ndarray, "rows width"]
+    ) -> Float32[np.ndarray, "rows vocab"]:
+        """Next-token logits of residual-stream rows."""
+        size = self.shapes.rows.minimum
+        logits = [np.zeros((0, self.model.config.vocab_size), np.float32)]
+        for start in range(0, len(hidden), size):
+            part = hidden[start : start + size]
+            padded = np.pad(part, ((0, size - len(part)), (0, 0)))
+            logits.append(np.asarray(self.programs.logits(padded))[: len(part)])
+        return np.concatenate(logits)
+
+    def score(
+        self, prompts: Sequence[TokenizedPrompt], answers: Sequence[np.ndarray]
+    ) -> tuple[list[Float32[np.ndarray, "_ vocab"]], Cost]:
+        """As `follow`, with next-token logits f32 [1 + tokens, vocab] for each agent."""
+        streams, cost = self.follow(prompts, answers)
+        return [self.logits(x) for x in streams], cost
 
     def shuffle_bases(self, seed: int) -> int:
         """Puts the content of cached base pages into a wrong order.
@@ -310,16 +329,6 @@ class RoundEngine:
         finally:
             self._kv = prefill.kv
         return prefill
-
-    def _logits_of(self, hidden: np.ndarray) -> np.ndarray:
-        """Logits of residual-stream rows, a bucket of rows at a time."""
-        size = self.shapes.rows.minimum
-        logits = [np.zeros((0, self.model.config.vocab_size), np.float32)]
-        for start in range(0, len(hidden), size):
-            part = hidden[start : start + size]
-            padded = np.pad(part, ((0, size - len(part)), (0, 0)))
-            logits.append(np.asarray(self.programs.logits(padded))[: len(part)])
-        return np.concatenate(logits)
 
     def _reset(self) -> None:
         """Starts over with an empty pool."""
@@ -394,25 +403,30 @@ class RoundEngine:
         cost: Cost,
         answers: Sequence[Answer],
         written: Sequence[np.ndarray],
-    ) -> tuple[tuple[AgentResult, ...], int]:
-        """Makes the agents' results, and counts the bytes of all pages that the round filled."""
+    ) -> tuple[tuple[AgentResult, ...], RoundLedger]:
+        """Makes the agents' results and the round's ledger, while the round holds its pages."""
+        lengths = [len(ids) for ids in written]
         filled = [
-            lane.page[np.cumsum(lane.slots) - lane.slots < len(ids)]
-            for lane, ids in zip(opened.lanes, written, strict=True)
+            np.unique(lane.page[np.cumsum(lane.slots) - lane.slots < length])
+            for lane, length in zip(opened.lanes, lengths, strict=True)
         ]
-        holders = Counter(int(page) for pages in filled for page in np.unique(pages))
-        bases = {int(page) for lane in opened.bases for page in lane.page}
+        holders = Counter(page for pages in filled for page in pages.tolist())
+        bases = {page for lane in opened.bases for page in lane.page.tolist()}
+        rest = MirrorLayout.of_lanes(opened.lanes, lengths)
+        sizes = {"page_size": self.shapes.page_size, "page_bytes": self.page_bytes}
+        at_rest = rest.mirror_compression(**sizes)
         results = []
-        for seat, (prompt, answer, pages) in enumerate(zip(prompts, answers, filled, strict=True)):
-            computed, tokens = int(cost.tokens[seat]), len(written[seat])
+        for seat, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            computed = int(cost.tokens[seat])
             ledger = AgentLedger(
                 tokens=tokens_by_kind(prompt),
                 prompt_tokens=len(prompt.token_ids),
                 computed_tokens=computed,
                 reused_tokens=len(prompt.token_ids) - computed,
                 decoded_tokens=len(answer.chosen),
-                kv_bytes_dense=-(-tokens // self.shapes.page_size) * self.page_bytes,
-                kv_bytes_held=sum(self.page_bytes / holders[p] for p in np.unique(pages).tolist()),
+                kv_bytes_dense=at_rest[seat].dense_bytes,
+                kv_bytes_held=sum(self.page_bytes / holders[p] for p in filled[seat].tolist()),
+                kv_bytes_mirror=at_rest[seat].own_bytes,
             )
             assert answer.finish_reason is not None
             results.append(
@@ -420,7 +434,17 @@ class RoundEngine:
                     answer.agent, answer.text, answer.token_ids, answer.finish_reason, ledger
                 )
             )
-        return tuple(results), len(holders.keys() | bases) * self.page_bytes
+        agents = tuple(results)
+        return agents, round_ledger(
+            prompts,
+            agents,
+            exact_hits=opened.exact_hits,
+            preamble_tokens=opened.preamble_tokens,
+            base_tokens=cost.base_tokens,
+            token_layers=cost.token_layers / self.programs.layers,
+            kv_bytes_held=len(holders.keys() | bases) * self.page_bytes,
+            kv_bytes_rest=rest.compression(**sizes).stored_bytes,
+        )
 
     def _close(self, opened: OpenRound, written: Sequence[np.ndarray] | None) -> None:
         """Gives a round's pages back; after a failure, keeps nothing that may be half written."""

@@ -116,24 +116,24 @@ class Prefill:
         return [mass[index][used[index]] for index in range(len(step.lanes))]
 
     def _deviation(self, step: Look) -> Scores:
-        """Deviation of each lane's rows: of K and of V, each over its mean."""
+        """Squared changes of K and V of each lane's rows."""
         squares, streams = [], []
+        bases = np.concatenate([np.repeat(p.base, p.slots)[p.computed] for p in step.lanes])
         for plan, _ in self._calls(step.lanes, step.seats):
             shown = np.asarray(plan.rows.slot)
-            if not step.resume:  # the slots are a base's: rows must not write there
-                nowhere = np.full_like(shown, self._programs.shapes.no_slot)
-                plan = dataclasses.replace(plan, rows=dataclasses.replace(plan.rows, slot=nowhere))
+            used = int((plan.lane < plan.tables.page.shape[0]).sum())
+            slot = shown.copy()
+            slot[:used][bases[:used] > 0] = self._programs.shapes.no_slot
+            bases = bases[used:]
+            plan = dataclasses.replace(plan, rows=dataclasses.replace(plan.rows, slot=slot))
             self.kv, x, square = self._programs.deviation(self.kv, plan, shown)
-            used = plan.lane < plan.tables.page.shape[0]
-            squares.append(np.asarray(square)[:, used])
+            squares.append(np.asarray(square)[:, :used])
             if step.resume:
-                streams.append(np.asarray(x)[used])
+                streams.append(np.asarray(x)[:used])
         if step.resume:
             self._resumed = step.lanes, np.concatenate(streams)
-        square = np.concatenate(squares, axis=1)
-        mean = np.maximum(square.mean(axis=1, keepdims=True), np.finfo(np.float32).tiny)
         stops = np.cumsum([len(lane.computed) for lane in step.lanes])
-        return np.split((square / mean).sum(axis=0), stops[:-1])
+        return np.split(np.concatenate(squares, axis=1), stops[:-1], axis=1)
 
     def _rest(self, step: Rest) -> None:
         looked, streams = self._resumed

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from tokendance_jax.mirror import MasterMirror
 from tokendance_jax.prompt.tokenized import SpanKind, TokenizedPrompt
 
 FinishReason = Literal["stop", "length"]
@@ -42,6 +43,7 @@ class AgentLedger:
       decoded_tokens: tokens of the answer, the one that ended it included.
       kv_bytes_dense: bytes of the pages that the prompt and the written answer fill.
       kv_bytes_held: the same, each page divided among the agents of the round that hold it.
+      kv_bytes_mirror: bytes of its mirror at rest: private pages, patches, tables; not the base.
     """
 
     tokens: dict[str, int]
@@ -51,6 +53,7 @@ class AgentLedger:
     decoded_tokens: int
     kv_bytes_dense: int
     kv_bytes_held: float
+    kv_bytes_mirror: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class RoundLedger:
       token_layers: tokens computed times the layers that each ran through, looks included, over the
         model's layers: the work of so many tokens.
       kv_bytes_held: bytes of all pages that the round filled, each once.
+      kv_bytes_rest: bytes of the round at rest: the base once, and all mirrors.
     """
 
     tokens: dict[str, int]
@@ -97,6 +101,7 @@ class RoundLedger:
     decoded_tokens: int
     kv_bytes_dense: int
     kv_bytes_held: int
+    kv_bytes_rest: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,12 +113,14 @@ class RoundResult:
       agents: the answers, in the order of the prompts.
       timings: seconds.
       ledger: the round's sums.
+      mirrors: the round's KV at rest, where it was asked for.
     """
 
     index: int
     agents: tuple[AgentResult, ...]
     timings: Timings
     ledger: RoundLedger
+    mirrors: MasterMirror | None = None
 
     @property
     def texts(self) -> dict[str, str]:
@@ -158,6 +165,7 @@ def round_ledger(
     base_tokens: int,
     token_layers: float,
     kv_bytes_held: int,
+    kv_bytes_rest: int,
 ) -> RoundLedger:
     """Adds up the agents' ledgers.
 
@@ -169,6 +177,7 @@ def round_ledger(
       base_tokens: tokens computed for bases.
       token_layers: see `RoundLedger`.
       kv_bytes_held: see `RoundLedger`.
+      kv_bytes_rest: see `RoundLedger`.
     """
     ledgers = [result.ledger for result in agents]
 
@@ -186,4 +195,5 @@ def round_ledger(
         decoded_tokens=total("decoded_tokens"),
         kv_bytes_dense=total("kv_bytes_dense"),
         kv_bytes_held=kv_bytes_held,
+        kv_bytes_rest=kv_bytes_rest,
     )

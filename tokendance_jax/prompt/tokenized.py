@@ -39,12 +39,15 @@ class TokenizedPrompt:
       token_ids: int32 [tokens], not writable.
       spans: cover the tokens in order and without gaps; none is empty.
       fidelity: what the agent may read; see `AgentPrompt`.
+      answer_tokens: tokens at the end that are an answer to follow: they are computed, whatever
+        could be read.
     """
 
     agent: str
     token_ids: Int32[np.ndarray, " tokens"]
     spans: tuple[TokenSpan, ...]
     fidelity: Fidelity = "collective"
+    answer_tokens: int = 0
 
     def followed_by(self, token_ids: Int32[np.ndarray, " more"]) -> "TokenizedPrompt":
         """The prompt with an answer, or the beginning of one, behind it as markup is."""
@@ -52,7 +55,9 @@ class TokenizedPrompt:
         more = TokenSpan("markup", "answer", start, start + len(token_ids))
         spans = (*self.spans, more) if len(token_ids) else self.spans
         ids = np.concatenate([self.token_ids, token_ids])
-        return dataclasses.replace(self, token_ids=ids, spans=spans)
+        return dataclasses.replace(
+            self, token_ids=ids, spans=spans, answer_tokens=self.answer_tokens + len(token_ids)
+        )
 
 
 def tokenize_round(moment: Round, tokenizer: Tokenizer, *, chat: bool) -> list[TokenizedPrompt]:
