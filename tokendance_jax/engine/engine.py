@@ -35,7 +35,8 @@ from tokendance_jax.prompt.tokenized import TokenizedPrompt, tokenize_round
 from tokendance_jax.prompt.trace import Trace
 
 DEFAULT_KV_MEMORY = 1 << 30
-DEFAULT_PREAMBLE = "You are a helpful assistant. Read the following text carefully.\n"
+# Says what follows and nothing else. Of six texts it gave the lowest divergence on recorded rounds.
+DEFAULT_PREAMBLE = "Here is what everybody said and did in the last round, one after the other:\n"
 
 
 class RoundEngine:

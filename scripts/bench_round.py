@@ -1,0 +1,166 @@
+"""Times the prefill of one round under several policies, beside the work that each does.
+
+  python -m scripts.bench_round --model=model.gguf --trace=rounds.jsonl.gz --agents=5 --agents=25
+
+Every policy serves the rounds before the measured one first, so that its caches hold what they
+would. The ratio of two policies' times stands beside the ratio of their token-layers: tokens times
+the layers that they ran through. Compilation is left out.
+"""
+
+import dataclasses
+import gc
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scripts import common
+from tokendance_jax import host
+from tokendance_jax.collector.policies import POLICIES, PolicyOptions
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.programs import Programs
+from tokendance_jax.model import Model
+from tokendance_jax.models.loading import CheckpointError
+from tokendance_jax.paged import OutOfPages
+from tokendance_jax.prompt import PromptError, Trace
+
+_MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
+_TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
+_TRACE_NAME = flags.DEFINE_string("trace_name", None, "Which trace of a file with several.")
+_ROUND = flags.DEFINE_integer("round", 1, "The round to measure.", lower_bound=0)
+_AGENTS = flags.DEFINE_multi_integer("agents", [0], "The first so many agents; 0: all; repeat.")
+_POLICY = flags.DEFINE_multi_enum(
+    "policy",
+    ["tokendance", "epic", "blend", "blend-batched", "prefix", "dense"],
+    POLICIES,
+    "Policies to measure; repeat the flag.",
+)
+_HEAD_PAGES = flags.DEFINE_multi_integer(
+    "head_pages", [0, common.HEAD_PAGES], "Heads of tokendance; 0: none; repeat the flag."
+)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
+_ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
+_TURNS = flags.DEFINE_integer("turns", 1, "How often each is timed; in turns.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures and prints; returns the exit status: 0, or 1 after an error."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
+    host.tune_allocator()
+    host.cache_compilations(None)
+    console = Console(highlight=False)
+    rows: list[dict[str, Any]] = []
+    try:
+        common.check_json_path(_JSON.value)
+        whole = common.trace_of(_TRACE.value, _TRACE_NAME.value)
+        if _ROUND.value >= len(whole.rounds):
+            raise PromptError(f"round: the trace ends before round {_ROUND.value}")
+        model = common.model_of(_MODEL.value, _DTYPE.value)
+        for agents in _AGENTS.value:
+            trace = common.cut_trace(
+                whole, rounds=_ROUND.value + 1, agents=agents, max_new_tokens=1
+            )
+            measured = measure(model, trace)
+            console.print(_table(trace, measured))
+            rows += measured
+    except (CheckpointError, PromptError, OutOfPages, OSError, ValueError) as error:
+        print(f"bench_round: {error}", file=sys.stderr)
+        return 1
+    if _JSON.value:
+        common.write_json(_JSON.value, {"prefill": rows})
+        console.print(f"Written: {escape(_JSON.value)}")
+    return 0
+
+
+def measure(model: Model, trace: Trace) -> list[dict[str, Any]]:
+    """Times the last round of a trace under all policies, in turns.
+
+    Args:
+      model: the model.
+      trace: rounds up to the measured one, of one token each.
+
+    Returns:
+      For each policy its name, seconds of prefill, token-layers, and rows with padding.
+    """
+    memory = common.needed_kv_memory(model, trace, page_size=16, chat=False)
+    variants = [
+        (policy, pages)
+        for policy in dict.fromkeys(_POLICY.value)
+        for pages in (_HEAD_PAGES.value if policy == "tokendance" else [0])
+    ]
+    seconds: dict[tuple[str, int], list[float]] = {variant: [] for variant in variants}
+    rows = {}
+    programs: Programs | None = None
+    for _ in range(_TURNS.value):
+        for policy, pages in variants:
+            selection = "head" if pages else "none"
+            engine = RoundEngine(
+                model,
+                policy=policy,
+                options=PolicyOptions(selection=selection, head_pages=pages),
+                kv_memory=memory,
+                row_budget=_ROW_BUDGET.value,
+                programs=programs,
+            )
+            programs = engine.programs
+            *_, result = engine.run(trace)
+            seconds[policy, pages].append(result.timings.prefill_s)
+            rows[policy, pages] = {
+                "policy": policy,
+                "head_pages": pages if policy == "tokendance" else None,
+                "trace": trace.name,
+                "agents": len(trace.rounds[-1].agents),
+                "prefill_s": statistics.median(seconds[policy, pages]),
+                "plan_s": result.timings.plan_s,
+                **dataclasses.asdict(result.ledger),
+            }
+            del engine
+            gc.collect()
+    return list(rows.values())
+
+
+def _table(trace: Trace, rows: Sequence[dict[str, Any]]) -> Table:
+    title = f"{trace.name}, round {_ROUND.value}, {rows[0]['agents']} agents"
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("policy", no_wrap=True)
+    first = _name(rows[0])
+    for column in (
+        "token-\nlayers",
+        "prefill\ns",
+        "per second",
+        f"token-layers\nover {first}",
+        f"time over\n{first}",
+        "time /\nwork",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        work = row["token_layers"] / rows[0]["token_layers"]
+        time = row["prefill_s"] / rows[0]["prefill_s"]
+        table.add_row(
+            _name(row),
+            f"{row['token_layers']:,.0f}",
+            f"{row['prefill_s']:.2f}",
+            f"{row['token_layers'] / row['prefill_s']:,.0f}",
+            f"{work:.2f}",
+            f"{time:.2f}",
+            f"{time / work:.2f}",
+        )
+    return table
+
+
+def _name(row: dict[str, Any]) -> str:
+    pages = row["head_pages"]
+    return row["policy"] if pages is None else f"tokendance {f'head {pages}' if pages else 'none'}"
+
+
+if __name__ == "__main__":
+    app.run(main)
