@@ -22,9 +22,10 @@ def layout_of(*lanes):
 def test_pages_are_stored_once_and_where_they_belong(sample):
     layout = MirrorLayout.of_lanes(sample.lanes, sample.lengths)
     entries = list(sample.entries())
-    held = Counter(page for _, page, *_ in entries)
+    held = {page for _, page, *_ in entries}
+    lanes_of = Counter(page for _, page in {entry[:2] for entry in entries})
     bases = {base for *_, base in entries}
-    shared = {page for page in held if held[page] > 1 or page in bases}
+    shared = {page for page in held if lanes_of[page] > 1 or page in bases}
     first_use = list(dict.fromkeys(page for _, page, *_ in entries if page in shared))
     assert layout.base_pages.tolist() == first_use
     absent = list(dict.fromkeys(e[-1] for e in entries if e[-1] not in held and e[-1] != 0))
@@ -35,9 +36,9 @@ def test_pages_are_stored_once_and_where_they_belong(sample):
         assert table.first.tolist() == [first for _, _, first, *_ in mine]
         assert table.tokens == sample.lengths[index]
         np.testing.assert_array_equal(table.token_ids, sample.lanes[index].token_ids)
-        own = [(page, base) for page, _, _, _, base in mine if page not in shared]
-        assert layout.private_pages[index].tolist() == [page for page, base in own if base == 0]
-        assert layout.patch_pages[index].tolist() == [page for page, base in own if base != 0]
+        own = {page: base for page, _, _, _, base in mine if page not in shared}
+        assert layout.private_pages[index].tolist() == [page for page in own if own[page] == 0]
+        assert layout.patch_pages[index].tolist() == [page for page in own if own[page] != 0]
         for entry, (page, _, _, _, base) in enumerate(mine):
             # Base numbers name the same pages; -1 is private; the others are not stored.
             number = table.base[entry]
@@ -116,6 +117,30 @@ def test_another_agents_private_page_can_be_the_base():
     assert layout.base_pages.tolist() == [7]
     assert layout.tables[0].base.tolist() == [-1]
     assert layout.tables[1].base.tolist() == [0, -1]
+
+
+def test_a_page_that_one_lane_reads_in_several_entries_is_stored_once_as_its_own():
+    # The task goes on in the page where the private text ended, with the base in between.
+    private = [(PRIVATE, 0, 0, 16, 0), (PRIVATE + 1, 0, 0, 5, 0)]
+    task = [(PRIVATE + 1, 0, 5, 11, 0), (PRIVATE + 2, 0, 0, 3, 0)]
+    patches = [(PATCH, 9, 0, 7, BASE), (PATCH, 4, 7, 9, BASE + 1)]
+    layout = layout_of(
+        [*private, *patches, (BASE + 2, 9, 0, 16, BASE + 2), *task],
+        [(BASE + 2, 0, 0, 16, BASE + 2), (PATCH + 1, 0, 0, 8, BASE + 3), (PATCH + 1, 0, 8, 8, 0)],
+    )
+    assert layout.base_pages.tolist() == [BASE + 2]
+    table = layout.tables[0]
+    assert table.source.tolist() == [1, 2, -1, -1, 0, 2, 3]
+    assert table.base.tolist() == [-1, -1, -2, -3, 0, -1, -1]
+    assert table.patch_index.tolist() == [-1, -1, 0, 0, -1, -1, -1]
+    assert layout.private_pages[0].tolist() == [PRIVATE, PRIVATE + 1, PRIVATE + 2]
+    assert layout.patch_pages[0].tolist() == [PATCH]
+    # A page that is a patch in one entry is one in all.
+    assert layout.patch_pages[1].tolist() == [PATCH + 1]
+    assert layout.tables[1].base.tolist() == [0, -4, -1]
+    assert layout.tables[1].patch_index.tolist() == [-1, 0, 0]
+    whole = layout.compression(page_size=16, page_bytes=1000)
+    assert (whole.base_bytes, whole.private_bytes, whole.patch_bytes) == (1000, 3000, 2000)
 
 
 def test_large_rounds_are_quick():

@@ -141,6 +141,31 @@ def test_a_replaced_base_page_that_nobody_reads_is_neither_stored_nor_restored()
     assert lanes[0].base[2] == lanes[0].page[2] == lanes[1].page[2] == lanes[1].page[3]
 
 
+def test_own_pages_of_several_entries_come_back_once():
+    spec = SPECS["float32"]
+    sample = Sample(
+        lanes=[
+            lane_plan([(9, 0, 0, 3, 0), (20, 2, 0, 2, 5), (20, 3, 2, 2, 5), (9, 0, 3, 1, 0)], 6),
+            lane_plan([(8, 0, 0, 2, 0), (5, 2, 0, 4, 5), (8, 0, 2, 2, 0), (7, 0, 0, 2, 0)], 6),
+        ],
+        lengths=[8, 10],
+    )
+    kv = pool(sample, spec)
+    mirrors = encode(sample.lanes, sample.lengths, kv)
+    assert mirrors.base_k.shape[1] == 1
+    shapes = [(m.private_k.shape[1], m.patch_k.shape[1]) for m in mirrors.mirrors]
+    assert shapes == [(1, 1), (2, 0)]
+    pages = PagePool(spec.pages)
+    restored, lanes = decode_pages(mirrors, poisoned(spec), pages)
+    assert pages.live == 5
+    private, patch = lanes[0].page[[0, 1]].tolist()
+    assert lanes[0].page.tolist() == [private, patch, patch, private]
+    assert pages.refcount(private) == pages.refcount(patch) == 2
+    assert [pages.refcount(int(page)) for page in lanes[1].page] == [2, 1, 2, 1]
+    assert_same_bits(encode(lanes, sample.lengths, restored), mirrors)
+    release(pages, lanes)
+
+
 def test_some_mirrors_are_restored_without_the_others():
     spec = SPECS["float32"]
     sample = Sample(

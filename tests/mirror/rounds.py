@@ -1,6 +1,7 @@
 """Random rounds of lanes over a poisoned pool, and what they hold slot by slot."""
 
 import dataclasses
+from collections import defaultdict
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,9 @@ SPANS = st.integers(0, PAGE_SIZE - 1).flatmap(
     lambda first: st.tuples(st.just(first), st.integers(1, PAGE_SIZE - first))
 )
 # Which few pages are shared, and how: base pages, patches that several lanes hold, exact prefixes.
-KINDS = st.sampled_from(["base", "base", "patch", "patch", "private", "shared patch", "prefix"])
+# Pages of a lane's own are read in one entry, or "again" in others.
+OWN = ["private", "private again", "patch", "patch", "patch again"]
+KINDS = st.sampled_from([*OWN, "base", "base", "shared patch", "prefix"])
 ENTRIES = st.tuples(KINDS, st.integers(0, 3), FRAMES, SPANS)
 
 
@@ -79,10 +82,13 @@ def samples(draw):
     shared = {kind: [next(ids) for _ in range(4)] for kind in ("base", "shared patch", "prefix")}
     lanes = []
     for recipe in draw(st.lists(st.lists(ENTRIES, max_size=8), min_size=1, max_size=4)):
-        entries = []
+        entries, own = [], defaultdict(lambda: next(ids))
         for kind, number, frame, (first, slots) in recipe:
-            base = 0 if kind in ("private", "prefix") else shared["base"][number]
-            page = shared[kind][number] if kind in shared else next(ids)
+            base = 0 if kind in ("private", "prefix", "private again") else shared["base"][number]
+            if kind in shared:
+                page = shared[kind][number]
+            else:
+                page = own[kind, number % 2] if kind.endswith("again") else next(ids)
             entries.append((page, 0 if kind == "prefix" else frame, first, slots, base))
         lanes.append(lane_plan(entries, draw(st.integers(0, 5))))
     lengths = [draw(st.integers(0, int(lane.slots.sum()))) for lane in lanes]

@@ -71,10 +71,11 @@ class MirrorTable:
 class MirrorLayout:
     """What a round's mirrors hold.
 
-    Base pages are those that are the `base` of some entry or that several entries read, of one lane
-    or of several. A base page that is replaced wherever it occurs is not stored: no lane reads it.
-    Base pages are numbered by their first use in the lanes, private and patch pages by their use in
-    their own lane, so that nothing depends on the ids of pages.
+    Base pages are those that are the `base` of some entry or that several lanes read. A base page
+    that is replaced wherever it occurs is not stored: no lane reads it. What one lane alone reads,
+    in one entry or in several, is its own: a patch page if one of them names a base, else private.
+    Base pages are numbered by their first use in the lanes, private and patch pages by their first
+    use in their own lane, so that nothing depends on the ids of pages.
 
     Attributes:
       base_pages: page id of every base page.
@@ -108,40 +109,47 @@ class MirrorLayout:
             problem = "an entry in use has none"
             raise MirrorError("lanes", "page", problem, "encode a round while it holds its pages")
 
-        # Ranks of the pages among all that occur: dense numbers to count and to look up by.
+        # Ranks of the pages among all that occur: dense numbers to mark and to look up by.
         occurring = [lane.page for lane in lanes] + [lane.base for lane in lanes]
         ids, rank = np.unique(np.concatenate(occurring), return_inverse=True)
         of_page, of_base = np.split(rank, 2)
-        reads = np.bincount(of_page, minlength=len(ids))
-        named = np.bincount(of_base, minlength=len(ids)) > 0
-        named[ids == 0] = False
-        shared = _by_first_use(of_page, (reads > 1) | (named & (reads > 0)))
-        absent = _by_first_use(of_base, named & (reads == 0))
-        number = np.full(len(ids), -1, np.int32)
-        number[shared] = np.arange(len(shared))
-        number[absent] = -2 - np.arange(len(absent))
+        entries = [len(lane.page) for lane in lanes]
+        lane_of = np.repeat(np.arange(len(lanes)), entries)
+        reader = np.full(len(ids), -1)  # one of the lanes that read the page
+        reader[of_page] = lane_of
+        several = _marked(of_page[reader[of_page] != lane_of], len(ids))
+        named = _marked(of_base, len(ids)) & (ids != 0)
+        read = reader >= 0
+        own = read & ~several & ~named
+        patched = own & _marked(of_page[ids[of_base] != 0], len(ids))
+        shared = _by_first_use(of_page, read & ~own)
+        absent = _by_first_use(of_base, named & ~read)
 
-        source, base = number[of_page], number[of_base]
-        patch = (source < 0) & (base != -1)
-        private = (source < 0) & (base == -1)
-        stops = np.cumsum([len(lane.page) for lane in lanes])[:-1]
-        columns = zip(*(np.split(x, stops) for x in (source, base, patch, private)), strict=True)
+        base, patch_index = np.full((2, len(ids)), -1, np.int32)
+        base[shared] = np.arange(len(shared))
+        base[absent] = -2 - np.arange(len(absent))
+        source = base.copy()
+        stops = np.cumsum(entries)[:-1]
         tables, private_pages, patch_pages = [], [], []
-        for lane, (source, base, patch, private) in zip(lanes, columns, strict=True):
-            behind = len(shared) + np.cumsum(private) - 1
+        for lane, page, shown in zip(
+            lanes, np.split(of_page, stops), np.split(of_base, stops), strict=True
+        ):
+            private, patch = _by_first_use(page, own & ~patched), _by_first_use(page, patched)
+            source[private] = len(shared) + np.arange(len(private))
+            patch_index[patch] = np.arange(len(patch))
             tables.append(
                 MirrorTable(
                     token_ids=lane.token_ids,
-                    source=np.where(private, behind, source).astype(np.int32),
-                    base=base,
-                    patch_index=np.where(patch, np.cumsum(patch) - 1, -1).astype(np.int32),
+                    source=source[page],
+                    base=base[shown],
+                    patch_index=patch_index[page],
                     frame=lane.frame,
                     first=lane.first,
                     slots=lane.slots,
                 )
             )
-            private_pages.append(lane.page[private])
-            patch_pages.append(lane.page[patch])
+            private_pages.append(ids[private])
+            patch_pages.append(ids[patch])
         return cls(ids[shared], tuple(tables), tuple(private_pages), tuple(patch_pages))
 
     def pages(self, index: int) -> Int32[np.ndarray, " entries"]:
@@ -204,10 +212,16 @@ def cut(lane: LanePlan, length: int) -> LanePlan:
     return dataclasses.replace(lane, slots=slots[used], **columns)
 
 
+def _marked(numbers: Int[np.ndarray, " some"], count: int) -> Bool[np.ndarray, " count"]:
+    """Which of the numbers below `count` occur."""
+    marked = np.zeros(count, np.bool_)
+    marked[numbers] = True
+    return marked
+
+
 def _by_first_use(
     use: Int[np.ndarray, " entries"], chosen: Bool[np.ndarray, " ids"]
 ) -> Int[np.ndarray, " some"]:
     """The chosen numbers, in the order in which `use` names them first."""
-    found, first = np.unique(use, return_index=True)
-    found = found[np.argsort(first)]
-    return found[chosen[found]]
+    found, first = np.unique(use[chosen[use]], return_index=True)
+    return found[np.argsort(first)]

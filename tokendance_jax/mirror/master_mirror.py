@@ -122,8 +122,7 @@ def decode_pages(
     stored = mirrors.base_k.shape[1]
     tables = [jax.tree.map(np.asarray, mirror.table) for mirror in mirrors.mirrors]
     reads = [table.base_reads(stored) for table in tables]
-    reads = np.bincount(np.concatenate([np.zeros(0, np.int32), *reads]), minlength=stored)
-    read = np.flatnonzero(reads)
+    read = np.unique(np.concatenate([np.zeros(0, np.int32), *reads]))
 
     contents = [(mirrors.base_k[:, read], mirrors.base_v[:, read])]
     for mirror in mirrors.mirrors:
@@ -137,7 +136,6 @@ def decode_pages(
     except BaseException:
         pool.release(pages)
         raise
-    pool.retain(np.repeat(parts[0], reads[read] - 1))
 
     # Base pages outside the pool get labels that are no page: the mirrors number theirs -2, -3, ...
     base_ids = np.iinfo(np.int32).min + np.arange(stored, dtype=np.int32)
@@ -156,6 +154,9 @@ def decode_pages(
                 base=np.where(table.base < -1, table.base + 1, labels[np.maximum(table.base, -1)]),
             )
         )
+    # One reference for each entry in place of one for each page.
+    pool.retain(np.concatenate([pages[:0], *(lane.page for lane in lanes)]))
+    pool.release(pages)
     return kv, lanes
 
 
