@@ -149,7 +149,8 @@ def main(argv: Sequence[str]) -> int:
         return _INTERRUPTED
     if any(run.results.values()):
         console.print(_table(run.results))
-        console.print(_summary(run))
+        console.print(_work(run))
+        console.print(_comparison(run))
     if _JSON.value:
         common.write_json(_JSON.value, _json(run))
         console.print(f"Written: {escape(_JSON.value)}")
@@ -329,14 +330,34 @@ def _table(results: dict[str, list[RoundResult]]) -> Table:
     return table
 
 
-def _summary(run: _Run) -> Table:
-    """One line per policy: work, time, bytes and quality, over all its rounds."""
-    title = "All rounds" + (f"; quality against {next(iter(run.results))}" if run.compared else "")
+def _work(run: _Run) -> Table:
+    """What each policy computed over all its rounds, beside what it had to and what it could."""
+    table = Table(title="Work of all rounds", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("policy", no_wrap=True)
+    columns = ("prompt\ntokens", "computed", "unique", "prompt /\ncomputed", "collective\nceiling")
+    for column in (*columns, "token-\nlayers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for policy, values in _summaries(run).items():
+        prompt = values["prompt_tokens"]
+        table.add_row(
+            policy,
+            f"{prompt:,}",
+            f"{values['computed_tokens']:,}",
+            f"{values['unique_tokens']:,}",
+            f"{prompt / values['computed_tokens']:.2f}",
+            f"{prompt / values['distinct_tokens']:.2f}",
+            f"{values['token_layers']:,.0f}",
+        )
+    return table
+
+
+def _comparison(run: _Run) -> Table:
+    """What that took and held, and how near the answers are to the first policy's."""
+    title = "Time, bytes" + (f", quality against {next(iter(run.results))}" if run.compared else "")
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("policy", no_wrap=True)
-    work = ("computed", "unique", "prompt /\ncomputed", "ceiling", "token-\nlayers")
-    cost = ("prefill\ns", "KV MiB\nheld", "at\nrest", "dense")
-    for column in (*work, *cost, "mean\nKL", "top-1", "first\ndiv."):
+    columns = ("prefill\ns", "KV MiB\nheld", "at\nrest", "dense")
+    for column in (*columns, "mean\nKL", "top-1", "first\ndiverg."):
         table.add_column(column, justify="right", no_wrap=True)
     for policy, values in _summaries(run).items():
         agreed = values["agreement"]
@@ -346,11 +367,6 @@ def _summary(run: _Run) -> Table:
             quality = (f"{kl:.2g}", f"{top1:.3f}", f"{first:.1f}")
         table.add_row(
             policy,
-            f"{values['computed_tokens']:,}",
-            f"{values['unique_tokens']:,}",
-            f"{values['prompt_tokens'] / values['computed_tokens']:.2f}",
-            f"{values['prompt_tokens'] / values['distinct_tokens']:.2f}",
-            f"{values['token_layers']:,.0f}",
             f"{values['prefill_s']:.2f}",
             *(f"{values[f'kv_bytes_{what}'] / 2**20:,.0f}" for what in ("held", "rest", "dense")),
             *quality,

@@ -19,7 +19,9 @@ FIELDS = {
     "round": int,
     "agents": int,
     "prompt_tokens": int,
+    "distinct_tokens": int,
     "unique_tokens": int,
+    "token_layers": float,
     "computed_tokens": int,
     "reused_tokens": int,
     "plan_s": float,
@@ -29,6 +31,7 @@ FIELDS = {
     "decoded_tokens": int,
     "kv_bytes_dense": int,
     "kv_bytes_held": int,
+    "kv_bytes_rest": int,
     "outputs": dict,
     "output_ids": dict,
 }
@@ -63,10 +66,32 @@ def test_compares_policies_and_writes_every_field(serve, capsys):
         assert len(row["outputs"]) == 4
     for dense, prefix in zip(rows[:3], rows[3:], strict=True):
         assert dense["output_ids"] == prefix["output_ids"]
-        assert dense["unique_tokens"] == prefix["unique_tokens"]
+        assert dense["distinct_tokens"] == prefix["distinct_tokens"]
+        assert dense["unique_tokens"] >= prefix["unique_tokens"]
+    agreed = written["policies"]["prefix"]["agreement"]
+    assert agreed["top1"] == 1
+    assert agreed["kl_mean"] < 1e-9
+    assert written["policies"]["dense"]["agreement"] is None
     shown = capsys.readouterr().out
     assert "4 of 4 answers equal" in shown
     assert "Oskar" in shown
+
+
+def test_the_collective_round_computes_what_is_unique(serve, capsys):
+    arguments = ("--policy=prefix", "--policy=tokendance", "--max_new_tokens=2")
+    status, written = serve(*arguments, "--selection=none", "--dtype=float32")
+    assert status == 0
+    for row in written["rounds"][4:]:
+        assert row["policy"] == "tokendance"
+        assert row["computed_tokens"] <= 1.02 * row["unique_tokens"]
+        assert row["kv_bytes_held"] < row["kv_bytes_dense"]
+        assert row["kv_bytes_rest"] < row["kv_bytes_dense"]
+    assert 0 < written["policies"]["tokendance"]["agreement"]["kl_mean"] < 0.1
+    assert "ceiling" in capsys.readouterr().out
+    _, plain = serve(*arguments, "--noquality", "--selection=head", "--head_pages=1000")
+    assert plain["policies"]["tokendance"]["agreement"] is None
+    for prefix, head in zip(plain["rounds"][:3], plain["rounds"][3:], strict=True):
+        assert prefix["output_ids"] == head["output_ids"]  # everything is recomputed
 
 
 def test_cuts_the_trace(serve):

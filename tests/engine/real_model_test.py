@@ -1,0 +1,73 @@
+"""Collective reuse with the real model, on a recorded round: against dense and against rivals."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import shared_data
+from tokendance_jax.collector.policies import PolicyOptions
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.model import load_model
+from tokendance_jax.prompt import read_trace, tokenize_round
+from tokendance_jax.quality import agreement
+
+pytestmark = pytest.mark.real_model
+KV = 512 << 20
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(shared_data.real_gguf(), dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def score(model):
+    """Logits along the recorded answers of the second round of five agents, by policy."""
+    trace = read_trace(shared_data.shared_dir() / "traces" / "ga-small.jsonl", "ga-small-a")
+    moment = trace.rounds[1]
+    moment = dataclasses.replace(moment, agents=moment.agents[:4])
+    prompts = tokenize_round(moment, model.tokenizer, chat=False)
+    answers = [
+        np.array(model.tokenizer.encode_text(agent.recorded_output)[:24], np.int32)
+        for agent in moment.agents
+    ]
+    programs = RoundEngine(model, kv_memory=KV).programs
+
+    @functools.cache
+    def run(policy, **options):
+        engine = RoundEngine(
+            model, policy=policy, options=PolicyOptions(**options), kv_memory=KV, programs=programs
+        )
+        return engine.score(prompts, answers)[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("tokendance", {"selection": "all"}),
+        ("tokendance", {"selection": "all", "base": "isolated"}),
+        ("blend", {"blend_ratio": 1.0}),
+    ],
+)
+def test_everything_recomputed_is_dense(score, policy, options):
+    # Invariant 1.
+    for dense, other in zip(score("dense"), score(policy, **options), strict=True):
+        assert np.abs(dense - other).max() < 1e-3
+
+
+def test_the_collective_round_is_nearer_to_dense_than_its_rivals(score):
+    def against_dense(policy, **options):
+        return agreement(score("dense"), score(policy, **options))
+
+    none = against_dense("tokendance", selection="none")
+    head = against_dense("tokendance", selection="head", head_pages=4)
+    for rival in (against_dense("blend"), against_dense("epic")):
+        assert none.kl_mean < rival.kl_mean
+        assert none.top1 >= rival.top1
+    assert head.kl_mean < none.kl_mean
+    assert head.top1 > 0.9

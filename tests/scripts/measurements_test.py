@@ -1,0 +1,87 @@
+"""The scripts that measure, each in a process of its own, as their flags have the same names."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def run(script, target, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.{script}", f"--json={target}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    written = json.loads(target.read_text()) if target.exists() else None
+    return done, written
+
+
+def test_quality_beside_work(tmp_path):
+    plot = tmp_path / "plot.png"
+    done, written = run(
+        "eval_quality",
+        tmp_path / "result.json",
+        *("--rounds=2", "--agents=2", "--tokens=4", f"--plot={plot}"),
+        *("--policy=blend", "--policy=tokendance"),
+        *("--selection=none", "--selection=head", "--head_pages=1", "--head_pages=2"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = written["policies"]
+    kinds = [(row["policy"], row["selection"], row["head_pages"]) for row in rows]
+    assert kinds == [
+        ("dense", None, None),
+        ("blend", None, None),
+        ("tokendance", "none", None),
+        ("tokendance", "head", 1),
+        ("tokendance", "head", 2),
+        ("dense, other buckets", None, None),
+        ("shuffled bases", None, None),
+    ]
+    dense, blend, none, _, head, noise, shuffled = rows
+    assert (dense["kl_mean"], dense["top1"]) == (0, 1)
+    assert noise["kl_mean"] == noise["noise_floor"] < 1e-6
+    assert none["token_layers"] < head["token_layers"] < dense["token_layers"]
+    assert head["kl_mean"] < none["kl_mean"] < shuffled["kl_mean"]
+    assert blend["kl_mean"] > head["kl_mean"]
+    for row in rows:
+        assert row["trace"] == "demo"
+        assert sorted(row["kl_by_round"]) == ["1", "2"]
+        assert row["first_divergence"] <= 5
+    assert plot.stat().st_size > 10_000
+    assert "shuffled bases" in done.stdout
+
+
+def test_time_beside_work(tmp_path):
+    done, written = run("bench_round", tmp_path / "result.json", "--agents=2", "--agents=3")
+    assert done.returncode == 0, done.stderr
+    rows = written["prefill"]
+    assert [row["agents"] for row in rows] == [2] * 7 + [3] * 7
+    for row in rows:
+        assert row["prefill_s"] > 0
+        assert 0 < row["token_layers"] <= row["prompt_tokens"]
+    assert "tokendance none" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "message"),
+    [
+        ("eval_quality", "--first_round=9", "first_round"),
+        ("eval_quality", "--model=nowhere.gguf", "nowhere.gguf"),
+        ("bench_round", "--round=9", "round"),
+    ],
+)
+def test_names_what_is_wrong(tmp_path, script, argument, message):
+    done, written = run(script, tmp_path / "result.json", argument)
+    assert done.returncode == 1
+    assert written is None
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
