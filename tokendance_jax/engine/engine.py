@@ -28,6 +28,7 @@ from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_a
 from tokendance_jax.kernels.lanes import LaneTables
 from tokendance_jax.mirror import MirrorLayout, encode
 from tokendance_jax.model import Model
+from tokendance_jax.paged.kv import PagedKV
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.prompt.live import relive
 from tokendance_jax.prompt.round import AgentPrompt, PromptError, Round
@@ -305,21 +306,27 @@ class RoundEngine:
         return [self.logits(x) for x in streams], cost
 
     def shuffle_bases(self, seed: int) -> int:
-        """Puts the content of cached base pages into a wrong order.
+        """Puts cached base pages into a wrong order, keys into one and values into another.
 
         For audits only: what agents read from bases afterwards is wrong, and a measure of quality
-        that does not see that does not see the cache.
+        that does not see that does not see the cache. In one order for both, attention would still
+        find most of what it looks for.
 
         Args:
-          seed: of the order.
+          seed: of the orders.
 
         Returns:
           Number of pages.
         """
         pages = self._policy.base_pages()
-        order = np.arange(self.shapes.pages)
-        order[pages] = np.random.default_rng(seed).permutation(pages)
-        self._kv = jax.tree.map(lambda pool: pool[:, order], self._kv)
+        draw = np.random.default_rng(seed)
+
+        def shuffled(pool: jax.Array) -> jax.Array:
+            order = np.arange(self.shapes.pages)
+            order[pages] = draw.permutation(pages)
+            return pool[:, order]
+
+        self._kv = PagedKV(k=shuffled(self._kv.k), v=shuffled(self._kv.v))
         return len(pages)
 
     def _prefill(self, opened: OpenRound, wanted: Sequence[int] | None = None) -> Prefill:
