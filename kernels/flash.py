@@ -15,6 +15,25 @@ def block_pages(page_size: int) -> int:
     return max(1, KEY_BLOCK // page_size)
 
 
+def read_pages(pool: jax.Array, layer: int, page: jax.Array) -> jax.Array:
+    """Gathers pages of one layer.
+
+    Args:
+      pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype.
+      layer: index of the layer.
+      page: i32 [...]; pages of the pool.
+
+    Returns:
+      [..., page_size, kv_heads, head_dim], in the pool's precision.
+    """
+    # One index in place of two, neither wrapped nor clamped: XLA's CPU code copies faster.
+    flat = pool.reshape(-1, *pool.shape[2:])
+    taken = flat.at[layer * pool.shape[1] + page].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
+    )
+    return storage.load(taken)
+
+
 def read_block(
     k_pool: jax.Array,
     v_pool: jax.Array,
@@ -106,6 +125,29 @@ def start(queries: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         jnp.full((queries,), MASKED, jnp.float32),
         jnp.zeros((queries,), jnp.float32),
         jnp.zeros((queries, width), jnp.float32),
+    )
+
+
+def merge(
+    a: tuple[jax.Array, jax.Array, jax.Array], b: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Joins the online softmaxes of the same queries over two sets of slots.
+
+    The log-sum-exp merge of FlashDecoding and of cascade attention (Ye et al., 2024), on carries
+    that are not normalised yet. A part whose query saw nothing counts for nothing, whatever it
+    holds: within a block, `attend_block` gives the slots weight until the first one is seen.
+    """
+    maximum = jnp.maximum(a[0], b[0])
+
+    def share(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        saw = carry[0] > MASKED
+        return jnp.where(saw, jnp.exp(carry[0] - maximum), jnp.zeros_like(maximum))
+
+    share_a, share_b = share(a), share(b)
+    return (
+        maximum,
+        a[1] * share_a + b[1] * share_b,
+        a[2] * share_a[:, None] + b[2] * share_b[:, None],
     )
 
 

@@ -1,4 +1,4 @@
-"""The arrays by which attention reads pages: lane tables and row tiles.
+"""The arrays by which attention reads pages: lane tables, group tables and row tiles.
 
 A lane is one sequence of rows of the round's ragged batch. Its table lists, in logical order, the
 slots that hold the lane's context. An entry names a page, the frame (logical minus canonical
@@ -8,6 +8,9 @@ of the first of them.
 Entries are grouped into key blocks of `KEY_BLOCK` slots, and the entries of one block share one
 frame, so that a query is rotated once per block. Whoever writes a table fills up a block with empty
 entries (page 0, no slots) where the frame changes.
+
+A group is a set of lanes that hold the same entries. Its entries may stand in group tables in place
+of the lanes' own: key blocks that all members read at once, each under its own frame.
 """
 
 import dataclasses
@@ -58,6 +61,43 @@ class LaneTables:
         inside = offset - self.first[:, :, None]
         valid = (inside >= 0) & (inside < self.slots[:, :, None])
         return jnp.where(valid, self.start[:, :, None] + inside, jnp.iinfo(jnp.int32).max)
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupTables:
+    """Key blocks that several lanes read, beside what their own tables hold.
+
+    A lane sees all valid slots of the entries that it holds: whoever writes these tables puts into
+    them only slots that lie before the positions of the rows that will read them.
+
+    Attributes:
+      page: i32 [blocks, block_entries]; 0 in unused entries.
+      first: i32 [blocks, block_entries]; first valid slot.
+      slots: i32 [blocks, block_entries]; valid slots, 0 in unused entries.
+      frame: i32 [blocks, lanes]; frame of a block's entries in each lane, anything where the lane
+        holds none of them.
+      member: bool [blocks, lanes, block_entries]; whether the lane holds the entry.
+      count: i32 []; blocks in use, which stand first.
+    """
+
+    page: Array
+    first: Array
+    slots: Array
+    frame: Array
+    member: Array
+    count: Array
+
+    def valid(self, page_size: int) -> jax.Array:
+        """Whether a slot belongs to its entry.
+
+        Returns:
+          bool [blocks, block_entries, page_size].
+        """
+        offset = jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
+        inside = offset - self.first[:, :, None]
+        return (inside >= 0) & (inside < self.slots[:, :, None])
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays

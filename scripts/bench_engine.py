@@ -24,15 +24,12 @@ from rich.table import Table
 from scripts import common
 from tokendance_jax import host
 from tokendance_jax.collector.exact import Dense
+from tokendance_jax.collector.groups import empty_groups
 from tokendance_jax.collector.plan import Shapes, pack
-from tokendance_jax.demo import demo_tokenizer_json
 from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.engine.sampling import sampling_arrays
 from tokendance_jax.model import Model
-from tokendance_jax.models.loading import Checkpoint
-from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.model import matmul
-from tokendance_jax.models.qwen2.random import random_parameters
 from tokendance_jax.paged import PagePool
 
 _MODEL = flags.DEFINE_string(
@@ -82,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     host.tune_allocator()
     timings: list[Timing] = []
     for dtype in _DTYPE.value:
-        model = _model(_MODEL.value, dtype)
+        model = common.sized_model(_MODEL.value, dtype)
         timings += [time_prefill(model), time_decode(model)]
         del model
     table = Table("what", "precision", "ms", "products alone, ms", "ratio", "tokens/s")
@@ -127,6 +124,9 @@ class Bench:
         ]
         (self.plan,) = pack(self.lanes, self.shapes)
         self.seats = self.plan.out_row.shape[0]
+        self.groups = empty_groups(
+            lanes=self.seats, entries=self.plan.tables.page.shape[1], page_size=page_size
+        )
         self.sampling = sampling_arrays(
             self.seats,
             temperature=0.0,
@@ -146,7 +146,7 @@ class Bench:
     def decode(self, state: DecodeState, slot: np.ndarray) -> jax.Array:
         """Generates as many tokens as `slot` has columns."""
         self.kv, tokens = self.programs.decode(
-            self.kv, state, self.plan.tables, slot, self.sampling
+            self.kv, state, self.plan.tables, self.groups, slot, self.sampling
         )
         return tokens
 
@@ -244,22 +244,6 @@ def _in_turns(
             if turn:
                 seconds.append((time.perf_counter() - started) / parts)
     return Timing(what, model.dtype.name, program_s, products_s, tokens)
-
-
-def _model(source: str, dtype: str) -> Model:
-    try:
-        config = Qwen2Config.preset(source)
-    except ValueError:
-        return common.model_of(source, dtype)
-    checkpoint = Checkpoint(
-        config=config,
-        params=random_parameters(config, dtype),
-        tokenizer_json=demo_tokenizer_json(),
-        chat_template=None,
-        stop_ids=(),
-        name=source,
-    )
-    return Model.from_checkpoint(checkpoint, dtype)
 
 
 if __name__ == "__main__":

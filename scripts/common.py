@@ -13,9 +13,12 @@ import numpy as np
 from absl import flags, logging
 
 from tokendance_jax.collector.policies import PolicyOptions
-from tokendance_jax.demo import demo_trace
+from tokendance_jax.demo import demo_tokenizer_json, demo_trace
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.model import Model, load_model
+from tokendance_jax.models.loading import Checkpoint
+from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.qwen2.random import random_parameters
 from tokendance_jax.prompt import (
     PromptError,
     Round,
@@ -44,6 +47,23 @@ def quiet_logs() -> None:
 def model_of(source: str, dtype: str) -> Model:
     """Loads the model that `--model` names: "demo", or whatever `load_model` takes."""
     return demo_model(dtype) if source == DEMO else load_model(source, dtype=dtype, progress=True)
+
+
+def sized_model(source: str, dtype: str) -> Model:
+    """A published size with random weights ("0.5B"), or any model that `model_of` takes."""
+    try:
+        config = Qwen2Config.preset(source)
+    except ValueError:
+        return model_of(source, dtype)
+    checkpoint = Checkpoint(
+        config=config,
+        params=random_parameters(config, dtype),
+        tokenizer_json=demo_tokenizer_json(),
+        chat_template=None,
+        stop_ids=(),
+        name=source,
+    )
+    return Model.from_checkpoint(checkpoint, dtype)
 
 
 def trace_of(path: str, name: str | None) -> Trace:

@@ -3,7 +3,7 @@
 import jax
 
 from tokendance_jax.kernels.decode_attention.xla import decode_attention_xla
-from tokendance_jax.kernels.lanes import LaneTables
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 
 
 def decode_attention(
@@ -13,10 +13,13 @@ def decode_attention(
     layer: int,
     position: jax.Array,
     tables: LaneTables,
+    groups: GroupTables,
     *,
     theta: float,
 ) -> jax.Array:
     """Attends one row per lane to the lane's pages, up to the row's own logical position.
+
+    What several lanes hold is read once for all of them.
 
     Args:
       q: f32 [lanes, heads, head_dim], rotated at logical positions, not scaled.
@@ -25,10 +28,11 @@ def decode_attention(
       v_pool: as k_pool.
       layer: index of the layer.
       position: i32 [lanes]; logical positions; -1 for a lane that attends to nothing.
-      tables: block tables of all lanes.
+      tables: block tables of all lanes, without what stands in the groups.
+      groups: what several lanes hold; a lane that is not at -1 lies behind all that it sees there.
       theta: base of the rotary frequencies.
 
     Returns:
       f32 [lanes, heads, head_dim]; zero where a lane attends to nothing.
     """
-    return decode_attention_xla(q, k_pool, v_pool, layer, position, tables, theta=theta)
+    return decode_attention_xla(q, k_pool, v_pool, layer, position, tables, groups, theta=theta)

@@ -1,5 +1,7 @@
 """Small rounds for the engine's tests."""
 
+import numpy as np
+
 from tokendance_jax.prompt import AgentPrompt, Round, Sampling, Segment
 
 SHARED = (
@@ -25,3 +27,51 @@ def three(**sampling):
         agent("Ines", persona="You pilot ships through the sound at night. " * 2),
     )
     return Round(agents, max_new_tokens=12, sampling=Sampling(**sampling))
+
+
+def words(count, seed):
+    """So many random token ids of the demo's tokenizer, without its special tokens."""
+    return tuple(np.random.default_rng(seed).integers(10, 1000, count).tolist())
+
+
+def block(name, tokens=35):
+    """What an agent said in the round before: the same wherever it stands."""
+    return Segment("shared", f"out/{name}", token_ids=words(tokens, seed=ord(name)))
+
+
+def member(name, *middle, private=21, task=12, **fields):
+    """An agent with private text, anything in the middle, and a task of its own."""
+    segments = (
+        Segment("system", f"sys/{name}", token_ids=words(private, seed=100 * ord(name) + private)),
+        *middle,
+        Segment("task", f"task/{name}", token_ids=words(task, seed=200 * ord(name))),
+    )
+    segments = tuple(segment for segment in segments if not segment.empty)
+    return AgentPrompt(name, segments, **fields)
+
+
+def gathering(names="abc", **fields):
+    """A round as they usually are: all agents see what all of them said, in one order."""
+    blocks = [block(name) for name in names]
+    agents = tuple(
+        member(name, *blocks, private=19 + 6 * place) for place, name in enumerate(names)
+    )
+    return Round(agents, max_new_tokens=6, **fields)
+
+
+def mixed():
+    """A round with everything that may occur in prompts."""
+    a, b, c = block("a", 40), block("b", 5), block("c", 23)
+    own = Segment("history", "own", token_ids=words(9, seed=1))
+    quote = Segment("history", "quote", token_ids=c.token_ids)
+    again = Segment("task", "again", token_ids=words(30, seed=2))
+    return Round(
+        (
+            member("a", a, b, c, private=33),
+            member("b", c, own, a, private=17),  # another order, text in between, one left out
+            member("c", a, b, a, again, private=0),  # one twice; begins with shared text
+            member("d", quote, own, b, again, private=50),
+            member("e", a, b, c, fidelity="exact"),
+        ),
+        max_new_tokens=6,
+    )

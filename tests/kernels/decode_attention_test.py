@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -7,60 +8,165 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import cases
+from tokendance_jax.collector.buckets import Buckets
+from tokendance_jax.collector.groups import group_tables, shared_block_cost
+from tokendance_jax.collector.plan import Shapes
 from tokendance_jax.kernels.decode_attention import decode_attention
 
 SMALL = cases.HEADS[1]
+PAGES = 200  # of every pool: one program for all cases of a shape
 SEEDS = st.integers(0, 2**32 - 1)
+ENDED = st.sets(st.integers(0, cases.LANES - 1))
 
 program = jax.jit(functools.partial(decode_attention, theta=cases.THETA), static_argnums=3)
 
 
-def run(case, q, k, v, position):
-    return np.asarray(program(q, k, v, cases.LAYER, position, case.tables))
+def case_of(lanes, page_size):
+    return cases.Case.of(lanes, pages=PAGES, page_size=page_size)
 
 
-def check(case, heads, dtype, position):
+def split(case, cost=shared_block_cost):
+    """The groups and the rest of a case's tables."""
+    shapes = Shapes(
+        rows=Buckets(cases.ROWS, cases.ROWS),
+        lanes=Buckets(cases.LANES, cases.LANES),
+        entries=Buckets(*case.tables.page.shape[1:] * 2),
+        pages=case.pages,
+        page_size=case.page_size,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokendance_jax.collector.groups.shared_block_cost", cost)
+        return group_tables(case.lanes, shapes)
+
+
+def run(case, q, k, v, position, cost=shared_block_cost):
+    groups, tables = split(case, cost)
+    return np.asarray(program(q, k, v, cases.LAYER, position, tables, groups))
+
+
+def check(case, heads, dtype, position, cost=shared_block_cost):
     """Poisoned pools against the reference on clean ones; lanes at -1 give zeros."""
     q = cases.queries(cases.LANES, heads)
     k, v = cases.pools(case, heads, dtype)
-    out = run(case, q, cases.poisoned(case, k), cases.poisoned(case, v), position)
+    out = run(case, q, cases.poisoned(case, k), cases.poisoned(case, v), position, cost)
     live = position >= 0
     lane = np.where(live, np.arange(cases.LANES, dtype=np.int32), np.int32(cases.LANES))
     cases.assert_close(out, cases.reference(case, q, k, v, position, lane), dtype)
     assert not out[~live].any()
 
 
+def base_round(page_size):
+    """Six lanes that see most of one base, each under a frame of its own, and one that does not."""
+    base, fresh = range(1, 1 + 544 // page_size), iter(range(100, PAGES))
+    lanes = []
+    for agent in range(6):
+        own = [(next(fresh), 0, 0, page_size) for _ in range(agent % 3 + 1)]
+        frame = [0, 5, -7, 100_000, -100_000, 5][agent]
+        shared = [(page, frame, 0, page_size) for page in base]
+        shared[3 + agent] = (next(fresh), 0, 0, page_size)  # a patch
+        # Other slots of a page than the other lanes, and pages left out.
+        shared[-1] = (base[-1], frame, agent % 2, page_size - 1)
+        if agent > 3:
+            shared = shared[2:]
+        # A lane that holds nothing of its own but the slots of its answer.
+        entries = [*own, *shared] if agent else shared
+        lanes.append(cases.lane([*entries, (next(fresh), 0, 0, page_size)], 1, ahead=page_size - 1))
+    lanes.append(cases.lane([(next(fresh), 0, 0, 5)], 1))
+    return case_of(lanes, page_size)
+
+
+def random_round(seed, page_size):
+    """Lanes that hold random parts of two bases in a random order, under random frames."""
+    random = np.random.default_rng(seed)
+    bases = (
+        [(page, 0, page_size) for page in range(1, 25)],
+        [(page, 1, 7) for page in range(20, 40)],
+    )
+    lanes, fresh = [], iter(range(40, PAGES))
+    for _ in range(random.integers(2, cases.LANES + 1)):
+        entries = []
+        for base in range(random.integers(1, 3)):
+            frame = int(random.choice([0, 0, 5, -5, 100_000, -9_000_000]))
+            start, stop = sorted(random.integers(0, 25, 2).tolist())
+            entries += [(p, frame, f, s) for p, f, s in bases[base][start : stop + 1]]
+            entries += [(next(fresh), 0, 0, page_size) for _ in range(random.integers(0, 2))]
+        entries.append((next(fresh), 0, 0, page_size))
+        lanes.append(cases.lane(entries, 1, ahead=int(random.integers(0, page_size))))
+    return case_of(lanes, page_size)
+
+
 @pytest.mark.parametrize(("heads", "page_size", "dtype"), cases.COMBINATIONS, ids=str)
 def test_equals_the_reference(heads, page_size, dtype):
-    case = cases.sharing(page_size)
-    position = case.last_positions()
-    assert (position == -1).any()
-    check(case, heads, dtype, position)
+    every_kind = case_of(cases.sharing(page_size).lanes, page_size)
+    shared = base_round(page_size)
+    assert split(shared)[0].count >= 2
+    for case in (every_kind, shared):
+        position = case.last_positions()
+        assert (position == -1).any()
+        check(case, heads, dtype, position)
 
 
-@given(SEEDS, st.sets(st.integers(0, cases.LANES - 1)))
+@given(SEEDS, ENDED)
 @settings(max_examples=25, deadline=None)
 def test_random_lanes_equal_the_reference(seed, ended):
-    case = cases.random_case(seed, page_size=16)
+    case = case_of(cases.random_case(seed, page_size=16).lanes, 16)
     position = case.last_positions()
     position[list(ended)] = -1  # lanes that ended keep their tables
     check(case, SMALL, "float32", position)
+
+
+@given(SEEDS, ENDED)
+@settings(max_examples=40, deadline=None)
+def test_random_groups_equal_the_reference(seed, ended):
+    case = random_round(seed, page_size=16)
+    position = case.last_positions()
+    position[list(ended)] = -1
+    # Whatever two lanes hold is shared: blocks of few members and partial blocks.
+    check(case, SMALL, "float32", position, cost=lambda _: 0.0)
 
 
 @given(SEEDS)
 @settings(max_examples=10, deadline=None)
 def test_a_frame_equals_keys_rotated_by_it(seed):
     # Invariant 4: +d, -d and large d.
-    case = cases.random_case(seed, page_size=16)
+    case = case_of(cases.random_case(seed, page_size=16).lanes, 16)
     q, position = cases.queries(cases.LANES, SMALL), case.last_positions()
     k, v = cases.pools(case, SMALL, "float32")
-    moved, moved_k, source = cases.rerotated(case, k, pages=200)
-    framed = run(case, q, k, v, position)
+    moved, moved_k, source = cases.rerotated(case, k, PAGES)
+    framed = run(case, q, k, v, position, cost=lambda _: 0.0)
     cases.assert_close(framed, run(moved, q, moved_k, v[:, source], position), "float32")
 
 
+def test_lanes_outside_of_a_group_give_its_slots_no_weight():
+    # Values of the base far above all others would show in the smallest weight.
+    case = base_round(16)
+    q, position = cases.queries(cases.LANES, SMALL), case.last_positions()
+    k, v = cases.pools(case, SMALL, "float32")
+    loud = v.copy()
+    loud[:, 1:35] *= 1e30
+    outside = len(case.lanes) - 1
+    quiet, noisy = (run(case, q, k, values, position)[outside] for values in (v, loud))
+    np.testing.assert_array_equal(quiet, noisy)
+    assert quiet.any()
+
+
+def test_lanes_that_see_only_shared_slots():
+    case = base_round(16)
+    case = dataclasses.replace(case, lanes=case.lanes[1:2] * 6)
+    groups, tables = split(case)
+    assert groups.count
+    # As if nothing of their own was left: no row has seen a slot before the merge.
+    tables = jax.tree.map(np.zeros_like, tables)
+    q, position = cases.queries(cases.LANES, SMALL), case.last_positions()
+    k, v = cases.pools(case, SMALL, "float32")
+    out = np.asarray(program(q, k, v, cases.LAYER, position, tables, groups))
+    assert np.isfinite(out).all()
+    assert out[:6].any(axis=(1, 2)).all()
+    assert not out[6:].any()
+
+
 def test_nothing_live_gives_zeros():
-    case = cases.sharing(16)
+    case = base_round(16)
     k, v = cases.pools(case, SMALL, "float32")
     out = run(case, cases.queries(cases.LANES, SMALL), k, v, np.full(cases.LANES, -1, np.int32))
     assert not out.any()

@@ -32,6 +32,8 @@ def test_a_round_keeps_what_it_was_given():
     assert moment.sampling == Sampling()
     assert system.empty
     assert not shared.empty
+    assert prompt.fidelity == "collective"
+    assert _prompt(fidelity="exact").fidelity == "exact"
     with pytest.raises(dataclasses.FrozenInstanceError):
         moment.index = 3  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -79,6 +81,10 @@ def test_bad_segments_are_refused(fields, message):
         (lambda: AgentPrompt("a", ("go",)), "segments must be a tuple of Segment"),  # pyright: ignore
         (lambda: _prompt(max_new_tokens=0), "'a': max_new_tokens must be an integer >= 1"),
         (lambda: _prompt(recorded_output="\0"), "recorded_output: NUL"),
+        (
+            lambda: _prompt(fidelity="precise"),
+            "'a': fidelity 'precise' is none of collective, exact",
+        ),
     ],
 )
 def test_bad_prompts_are_refused(make, message):

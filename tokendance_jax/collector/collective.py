@@ -7,6 +7,7 @@ a bundle, which is computed once behind a neutral preamble; agents read the base
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -29,6 +30,7 @@ from tokendance_jax.collector.policy import (
     no_steps,
 )
 from tokendance_jax.collector.selection import Scored, Selection, deviations
+from tokendance_jax.collector.table import agent_table
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.paged.prefix_cache import PrefixCache
 from tokendance_jax.prompt.tokenized import TokenizedPrompt, TokenSpan
@@ -73,6 +75,9 @@ class _OpenCollective(OpenRound):
 class Collective(Policy):
     """One base for the round, and for every agent what is its own: the policy `tokendance`."""
 
+    # Private text, the own block, the blocks before it and behind it, the task.
+    frames = 4
+
     def __init__(
         self,
         pool: PagePool,
@@ -116,6 +121,9 @@ class Collective(Policy):
         self._exact = Prefix(pool, self._cache, page_size)
         kind = "joint" if base == "joint-agent" else base
         self._store = BaseStore(pool, page_size, namespace, kind=kind, salt=salt)
+        look = "deviation" if base == "joint-agent" else selection.look
+        self.programs = ("prefill",) if look is None else ("prefill", look)
+        self.bases = 1 if base.startswith("joint") else sys.maxsize
 
     def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
         """Takes the bases' pages, then every agent's; see `Policy.open`."""
@@ -267,7 +275,7 @@ class Collective(Policy):
 
         shown = run.page.copy()
         shown[chosen] = patch_page
-        table, at = _table(
+        table, at = agent_table(
             parts, run, shown, own_page, room=room, gap_at=private, gap=gap, page_size=size
         )
         hit_tokens = min(len(hit), full) * size
@@ -276,7 +284,7 @@ class Collective(Policy):
             hit_tokens = private + int(run.slots[:found].sum())
         computed = np.ones(len(ids), np.bool_)
         computed[:hit_tokens] = False
-        computed[_positions(run, ~chosen)] = False
+        computed[run.positions(~chosen)] = False
         opened.collective.append(_Lane(seat, private, asked_until(prompt), run, at, spare_page))
         opened.exact_hits.append(hit_tokens)
         page, frame, first, slots, base = table
@@ -305,7 +313,7 @@ class Collective(Policy):
         seats = [lane.seat for lane in collective]
         if look == "deviation":  # everything up to the end of the shared text, over bases alone
             looked = [
-                with_rows(plan, np.arange(lane.private, _stop(lane.run)))
+                with_rows(plan, np.arange(lane.private, lane.run.stop))
                 for lane in collective
                 for plan in [_without_patches(lanes[lane.seat])]
             ]
@@ -321,7 +329,7 @@ class Collective(Policy):
         if look == "deviation":
             scores = deviations(
                 [
-                    square[:, _positions(lane.run) - lane.private]
+                    square[:, lane.run.positions() - lane.private]
                     for lane, square in zip(collective, scores, strict=True)
                 ]
             )
@@ -354,7 +362,7 @@ class Collective(Policy):
             plan, count = opened.lanes[lane.seat], int(pick.sum())
             page = plan.page.copy()
             page[lane.at[pick]] = lane.spare[:count]
-            patched = _positions(lane.run, pick)
+            patched = lane.run.positions(pick)
             computed = np.sort(np.concatenate([plan.computed, patched]))
             opened.lanes[lane.seat] = dataclasses.replace(plan, page=page, computed=computed)
             self._pool.release(lane.run.page[pick])
@@ -416,11 +424,6 @@ def _leading(chosen: Bool[np.ndarray, " entries"]) -> int:
     return len(chosen) if chosen.all() else int(np.argmin(chosen))
 
 
-def _stop(run: Run) -> int:
-    """Logical position after a run."""
-    return int(run.start[-1] + run.slots[-1])
-
-
 def _without_patches(plan: LanePlan) -> LanePlan:
     """The same lane as it reads bases alone."""
     return dataclasses.replace(plan, page=np.where(plan.base > 0, plan.base, plan.page))
@@ -431,64 +434,3 @@ def _patch_block(ids: Int32[np.ndarray, " tokens"], run: Run, entry: int) -> byt
     start, slots = int(run.start[entry]), int(run.slots[entry])
     where = np.array([run.frame[entry], run.first[entry]], np.int32)
     return b"patch" + where.tobytes() + ids[start : start + slots].tobytes()
-
-
-def _positions(run: Run, pick: Bool[np.ndarray, " entries"] | None = None) -> np.ndarray:
-    """Logical positions of a run's tokens, or of those of some entries."""
-    start, slots = (run.start, run.slots) if pick is None else (run.start[pick], run.slots[pick])
-    offset = np.arange(slots.sum(), dtype=np.int32) - np.repeat(np.cumsum(slots) - slots, slots)
-    return (np.repeat(start, slots) + offset).astype(np.int32)
-
-
-def _table(
-    parts: Sequence[Part],
-    run: Run,
-    shown: Int32[np.ndarray, " entries"],
-    own_page: Int32[np.ndarray, " own"],
-    *,
-    room: int,
-    gap_at: int,
-    gap: int,
-    page_size: int,
-) -> tuple[Int32[np.ndarray, "5 all"], Int32[np.ndarray, " entries"]]:
-    """Lays out a lane's table: own text in own pages one after the other, between it the run.
-
-    Args:
-      parts: the prompt.
-      run: its shared text.
-      shown: the page of each entry of `run`: the base page or a patch.
-      own_page: the agent's own pages.
-      room: further tokens behind the last part, which is the agent's own.
-      gap_at: own tokens before the gap.
-      gap: slots that own text leaves out.
-      page_size: token slots in a page.
-
-    Returns:
-      Rows page, frame, first, slots, base, and the index of each entry of `run`.
-    """
-    pieces: list[np.ndarray] = []
-    own, entry, count = 0, 0, 0
-    at = np.zeros(len(run.page), np.int32)
-    for index, part in enumerate(parts):
-        if part.placed is None:
-            tokens = part.stop - part.start + (room if index == len(parts) - 1 else 0)
-            start = own + (gap if own >= gap_at else 0)
-            page = np.arange(start // page_size, -(-(start + tokens) // page_size))
-            first = np.maximum(start - page * page_size, 0)
-            slots = np.minimum(start + tokens - page * page_size, page_size) - first
-            zeros = np.zeros_like(page)
-            pieces.append(np.stack([own_page[page], zeros, first, slots, zeros]))
-            own += tokens
-        elif index == 0 or parts[index - 1].placed is None:
-            stop = entry + 1
-            while stop < len(run.page) and run.offset[stop] > 0:
-                stop += 1
-            some = slice(entry, stop)
-            at[some] = count + np.arange(stop - entry)
-            columns = (shown, run.frame, run.first, run.slots, run.page)
-            pieces.append(np.stack([column[some] for column in columns]))
-            entry = stop
-        else:
-            continue
-        count += pieces[-1].shape[1]
-    return np.concatenate(pieces, axis=1).astype(np.int32), at

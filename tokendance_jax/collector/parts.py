@@ -55,25 +55,38 @@ class Run:
     offset: Int32[np.ndarray, " entries"]
     mine: Bool[np.ndarray, " entries"]
 
+    @property
+    def stop(self) -> int:
+        """Logical position after the last token."""
+        return int(self.start[-1] + self.slots[-1])
+
+    def positions(
+        self, pick: Bool[np.ndarray, " entries"] | None = None
+    ) -> Int32[np.ndarray, " tokens"]:
+        """Logical positions of all tokens, or of those of some entries."""
+        start, slots = (
+            (self.start, self.slots) if pick is None else (self.start[pick], self.slots[pick])
+        )
+        offset = np.arange(slots.sum()) - np.repeat(np.cumsum(slots) - slots, slots)
+        return (np.repeat(start, slots) + offset).astype(np.int32)
+
 
 def shared_keys(prompts: Sequence[TokenizedPrompt]) -> list[list[bytes]]:
     """Keys of the segments of each prompt that belong into the round's bundle, in its order.
 
-    These are its shared segments, and task segments that another agent has word for word.
+    These are its shared segments, and task segments that another agent has word for word, as far as
+    its agent does not compute them anyway.
     """
-    tasks: Counter[bytes] = Counter()
-    for prompt in prompts:
-        tasks.update({_key(prompt, span) for span in prompt.spans if span.kind == "task"})
-    return [
+    found = [
         [
-            key
+            (span.kind, _key(prompt, span))
             for span in prompt.spans
-            if span.kind in ("shared", "task")
-            for key in [_key(prompt, span)]
-            if span.kind == "shared" or tasks[key] > 1
+            if span.kind in ("shared", "task") and span.start < asked_until(prompt) - TAIL_TOKENS
         ]
         for prompt in prompts
     ]
+    tasks = Counter(key for some in found for kind, key in set(some) if kind == "task")
+    return [[key for kind, key in some if kind == "shared" or tasks[key] > 1] for some in found]
 
 
 def parts_of(

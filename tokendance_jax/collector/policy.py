@@ -49,9 +49,9 @@ class Look:
     """Scores rows before it is decided which of them are computed.
 
     The rows run through the first layers and are then compared with the pages that their lanes
-    show. Those that stand in pages of the lane's own write their K and V of these layers, those that
-    stand in base pages do not. The scores are sent back into the policy's steps: one array for each
-    lane.
+    show. Those that stand in pages of the lane's own write their K and V of these layers; those
+    that stand in base pages do not. The scores are sent back into the policy's steps: one array for
+    each lane.
 
     Attributes:
       what: "deviation": the squared changes of each row's K and V at layer 1, f32 [2, rows];
@@ -112,7 +112,17 @@ class OpenRound:
 
 
 class Policy(abc.ABC):
-    """Decides which pages a round takes and which rows it computes; host only."""
+    """Decides which pages a round takes and which rows it computes; host only.
+
+    Attributes:
+      programs: names of the programs that its steps may need, so that they are compiled beforehand.
+      bases: most lanes of bases that it computes with the agents'.
+      frames: most changes of the frame that an agent's table is expected to have.
+    """
+
+    programs: tuple[str, ...] = ("prefill",)
+    bases: int = 0
+    frames: int = 0
 
     @abc.abstractmethod
     def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:

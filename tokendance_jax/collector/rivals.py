@@ -7,6 +7,7 @@ of it, and keep a dense cache per agent.
 
 import abc
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -40,9 +41,17 @@ class _OpenRequests(OpenRound):
 
     links: list[Link | None] = dataclasses.field(default_factory=list)
 
+    @property
+    def linked(self) -> list[int]:
+        """Seats of the agents whose lanes copy something."""
+        return [seat for seat, link in enumerate(self.links) if link is not None]
+
 
 class PerRequest(Policy):
     """What both have in common: isolated bases, dense lanes, links from the one to the other."""
+
+    programs = ("prefill", "link")
+    bases = sys.maxsize
 
     def __init__(self, pool: PagePool, page_size: int, namespace: str, *, salt: bytes = b""):
         """Makes the policy with empty caches.
@@ -69,18 +78,21 @@ class PerRequest(Policy):
                     if key not in placed:
                         lane, (placed[key],) = self._store.open(_NO_TOKENS, [ids])
                         opened.bases.append(lane)
-            for prompt, room in zip(prompts, rooms, strict=True):
-                if any(True for _ in _shared(prompt)):
+            # Exact agents first, as they are computed first: lanes find pages of those before them.
+            seats = sorted(range(len(prompts)), key=lambda seat: any(_shared(prompts[seat])))
+            for prompt, room in ((prompts[seat], rooms[seat]) for seat in seats):
+                if any(_shared(prompt)):
                     lane, hits, link = self._open_lane(prompt, room, placed)
                 else:
-                    lane, link = (
-                        self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens),
-                        None,
-                    )
-                    hits = int(lane.computed[0])
+                    lane = self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
+                    hits, link = int(lane.computed[0]), None
                 opened.lanes.append(lane)
                 opened.exact_hits.append(hits)
                 opened.links.append(link)
+            place = np.argsort(seats)
+            opened.lanes = [opened.lanes[at] for at in place]
+            opened.exact_hits = [opened.exact_hits[at] for at in place]
+            opened.links = [opened.links[at] for at in place]
             opened.steps = self._steps(opened)
             return opened
         except BaseException:
@@ -132,6 +144,12 @@ class PerRequest(Policy):
         link = Link(source[copied], target, shift[copied])
         return with_rows(lane, np.flatnonzero(own)), hits, link
 
+    def _exact_steps(self, opened: _OpenRequests) -> Steps:
+        """What comes before the links: bases, and agents that are exact."""
+        exact = [seat for seat, link in enumerate(opened.links) if link is None]
+        seats = [*[NOBODY] * len(opened.bases), *exact]
+        yield Compute([*opened.bases, *(opened.lanes[seat] for seat in exact)], seats)
+
     @abc.abstractmethod
     def _steps(self, opened: _OpenRequests) -> Steps: ...
 
@@ -175,11 +193,11 @@ class Epic(PerRequest):
         return with_rows(lane, rows), hits, link
 
     def _steps(self, opened: _OpenRequests) -> Steps:
-        yield Compute(opened.bases, [NOBODY] * len(opened.bases))
-        links = [link for link in opened.links if link is not None]
-        if links:
-            yield join_links(links)
-        yield Compute(opened.lanes, range(len(opened.lanes)))
+        yield from self._exact_steps(opened)
+        linked = opened.linked
+        if linked:
+            yield join_links([link for link in opened.links if link is not None])
+            yield Compute([opened.lanes[seat] for seat in linked], linked)
 
 
 class Blend(PerRequest):
@@ -188,6 +206,8 @@ class Blend(PerRequest):
     Layer 0 is computed for all tokens of a request, and their K and V at layer 1. The shared tokens
     that deviate most from the cached ones go on through the layers with the request's own text.
     """
+
+    programs = ("prefill", "link", "deviation", "rest")
 
     def __init__(
         self,
@@ -219,10 +239,8 @@ class Blend(PerRequest):
         self._batched = batched
 
     def _steps(self, opened: _OpenRequests) -> Steps:
-        yield Compute(opened.bases, [NOBODY] * len(opened.bases))
-        exact = [seat for seat, link in enumerate(opened.links) if link is None]
-        yield Compute([opened.lanes[seat] for seat in exact], exact)
-        linked = [seat for seat, link in enumerate(opened.links) if link is not None]
+        yield from self._exact_steps(opened)
+        linked = opened.linked
         for seats in [linked] if self._batched else [[seat] for seat in linked]:
             if seats:
                 yield from self._blend(opened, seats)

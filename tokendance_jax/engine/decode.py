@@ -4,18 +4,22 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tokendance_jax.collector.groups import group_tables
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes, lane_tables
+from tokendance_jax.collector.plan import Shapes
 from tokendance_jax.engine.programs import DecodeState
 from tokendance_jax.engine.result import FinishReason
 from tokendance_jax.engine.sampling import SamplingArrays
-from tokendance_jax.kernels.lanes import LaneTables
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.prompt.tokenizer import Tokenizer
 
 # (agent, token id, the text that the token completes)
 OnToken = Callable[[str, int, str], None]
-# One decode call: (state, tables, slot i32 [lanes, steps], sampling) -> tokens i32 [lanes, steps]
-DecodeCall = Callable[[DecodeState, LaneTables, np.ndarray, SamplingArrays], np.ndarray]
+# One decode call: (state, tables, groups, slot i32 [lanes, steps], sampling)
+# -> tokens i32 [lanes, steps]
+DecodeCall = Callable[
+    [DecodeState, LaneTables, GroupTables, np.ndarray, SamplingArrays], np.ndarray
+]
 
 
 class Answer:
@@ -110,7 +114,7 @@ def generate(
     while live := [lane for lane, answer in enumerate(answers) if answer.live]:
         if not seats or shapes.lanes.fit(len(live)) < shapes.lanes.fit(len(seats)):
             seats = live
-            tables = lane_tables([lanes[lane] for lane in seats], shapes)
+            groups, tables = group_tables([lanes[lane] for lane in seats], shapes)
             sampling = sampling_of(seats)
         seated = tables.page.shape[0]
         token, position = np.zeros(seated, np.int32), np.zeros(seated, np.int32)
@@ -124,7 +128,8 @@ def generate(
             generated[seat] = len(answer.chosen)
             ahead = np.arange(min(steps, answer.limit - len(answer.chosen)), dtype=np.int32)
             slot[seat, : len(ahead)], _ = plan.locate(position[seat] + ahead, shapes.page_size)
-        tokens = call(DecodeState(token, position, alive, generated), tables, slot, sampling)
+        state = DecodeState(token, position, alive, generated)
+        tokens = call(state, tables, groups, slot, sampling)
         for step in range(steps):
             for seat, lane in enumerate(seats):
                 if tokens[seat, step] >= 0:

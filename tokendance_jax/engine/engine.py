@@ -25,7 +25,7 @@ from tokendance_jax.engine.result import (
     tokens_by_kind,
 )
 from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_arrays
-from tokendance_jax.kernels.lanes import LaneTables
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.mirror import MirrorLayout, encode
 from tokendance_jax.model import Model
 from tokendance_jax.paged.kv import PagedKV
@@ -218,7 +218,9 @@ class RoundEngine:
           ValueError: if the engine serves no rounds of this size.
         """
         before = self.programs.compile_s
-        self.programs.warm_up(self._kv, agents=agents, tokens=tokens, steps=self._decode_steps)
+        self.programs.warm_up(
+            self._kv, self._policy, agents=agents, tokens=tokens, steps=self._decode_steps
+        )
         return self.programs.compile_s - before
 
     def run(
@@ -399,9 +401,14 @@ class RoundEngine:
         return sampling_of
 
     def _decode(
-        self, state: DecodeState, tables: LaneTables, slot: np.ndarray, sampling: SamplingArrays
+        self,
+        state: DecodeState,
+        tables: LaneTables,
+        groups: GroupTables,
+        slot: np.ndarray,
+        sampling: SamplingArrays,
     ) -> np.ndarray:
-        self._kv, tokens = self.programs.decode(self._kv, state, tables, slot, sampling)
+        self._kv, tokens = self.programs.decode(self._kv, state, tables, groups, slot, sampling)
         return np.asarray(tokens)
 
     def _account(

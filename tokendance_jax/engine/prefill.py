@@ -107,7 +107,7 @@ class Prefill:
 
     def _mass(self, step: Look) -> Scores:
         """Attention mass of each lane's table entries."""
-        mass = np.zeros(())
+        mass = np.zeros((), np.float32)
         for plan, _ in self._calls(step.lanes, step.seats):
             self.kv, found = self._programs.attention(self.kv, plan)
             mass = mass + np.asarray(found)

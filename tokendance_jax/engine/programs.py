@@ -11,13 +11,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int32
 
+from tokendance_jax.collector.groups import empty_groups
 from tokendance_jax.collector.plan import RoundPlan, Shapes, blank_plan
+from tokendance_jax.collector.policy import Policy
 from tokendance_jax.engine.sampling import SamplingArrays, is_stop, sample, sampling_arrays
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.flash import block_pages
 from tokendance_jax.kernels.kv_link import kv_link
-from tokendance_jax.kernels.lanes import Array, LaneTables
+from tokendance_jax.kernels.lanes import Array, GroupTables, LaneTables
 from tokendance_jax.kernels.round_attention import attention_mass, round_attention
 from tokendance_jax.model import Model
 from tokendance_jax.models.qwen2.model import Attend, Rows
@@ -80,7 +82,7 @@ class Programs:
         layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
         if what == "deviation":
             return 1 + c.hidden_size * 2 * kv / layer
-        return self.layers // 2 + c.hidden_size * q / layer
+        return self.layers // 2 + c.hidden_size * (q + 2 * kv) / layer
 
     def prefill(
         self, kv: PagedKV, hidden: Float[jax.Array, "seats width"], plan: RoundPlan
@@ -141,8 +143,8 @@ class Programs:
     ) -> tuple[PagedKV, Float[jax.Array, "lanes entries"]]:
         """How much a plan's rows attend to each entry of their lanes' tables, in the middle layer.
 
-        The rows run through the layers before it, and write their K and V there. Takes `kv`
-        donated.
+        The rows run through the layers before it, and write their K and V there and in it. Takes
+        `kv` donated.
         """
         return self._call("attention", kv, plan)
 
@@ -161,6 +163,7 @@ class Programs:
         kv: PagedKV,
         state: DecodeState,
         tables: LaneTables,
+        groups: GroupTables,
         slot: Int32[np.ndarray, "lanes steps"],
         sampling: SamplingArrays,
     ) -> tuple[PagedKV, Int32[jax.Array, "lanes steps"]]:
@@ -171,31 +174,39 @@ class Programs:
         Args:
           kv: the pool.
           state: where each lane stands.
-          tables: block tables that cover the positions to come.
+          tables: block tables that cover the positions to come, without what groups hold.
+          groups: what several lanes hold.
           slot: write slots of the positions to come.
           sampling: how each lane samples and when it ends.
 
         Returns:
           The pool and the tokens, -1 where a lane was not live.
         """
-        return self._call("decode", kv, state, tables, slot, sampling)
+        return self._call("decode", kv, state, tables, groups, slot, sampling)
 
     def new_hidden(self, lanes: int) -> Float[jax.Array, "lanes width"]:
         """An empty residual stream for `lanes` lanes (a bucket)."""
         return jax.device_put(np.zeros((lanes, self._config.hidden_size), np.float32))
 
-    def warm_up(self, kv: PagedKV, *, agents: int, tokens: int, steps: int) -> None:
-        """Compiles what rounds of up to `agents` lanes and `tokens` positions may need.
+    def warm_up(self, kv: PagedKV, policy: Policy, *, agents: int, tokens: int, steps: int) -> None:
+        """Compiles what rounds of up to `agents` agents and `tokens` positions may need.
 
         Args:
           kv: the pool; only its shapes are used.
-          agents: most lanes.
+          policy: what plans the rounds.
+          agents: most agents.
           tokens: most positions of a lane, the answer included.
           steps: tokens of a decode call.
         """
         shapes = self.shapes
         block = block_pages(shapes.page_size)
-        most = shapes.entries.fit(-(-tokens // (block * shapes.page_size)) * block)
+        entries = -(-tokens // (block * shapes.page_size)) * block
+        # Another key block begins where the frame changes.
+        room = max(0, min(policy.frames * block, shapes.entries.budget - entries))
+        most = shapes.entries.fit(entries + room)
+        for rows in shapes.rows.sizes if "link" in policy.programs else ():
+            copied = np.zeros(rows, np.int32)
+            self._program("link", kv, copied, copied, copied)
         for lanes in shapes.lanes.upto(agents):
             sampling = sampling_arrays(
                 lanes, temperature=0.0, top_k=0, top_p=1.0, keys=[], limits=[], stop_ids=[]
@@ -207,11 +218,38 @@ class Programs:
             slot = np.full((lanes, steps), shapes.no_slot, np.int32)
             for entries in shapes.entries.upto(most):
                 for rows in shapes.rows.sizes:
-                    plan = blank_plan(
-                        rows=rows, lanes=lanes, seats=lanes, entries=entries, shapes=shapes
-                    )
-                    self._program("prefill", kv, hidden, plan)
-                self._program("decode", kv, state, plan.tables, slot, sampling)
+                    self._warm_up_prefill(kv, policy, agents, hidden, rows, entries)
+                tables = blank_plan(
+                    rows=1, lanes=lanes, seats=lanes, entries=entries, shapes=shapes
+                ).tables
+                groups = empty_groups(lanes=lanes, entries=entries, page_size=shapes.page_size)
+                self._program("decode", kv, state, tables, groups, slot, sampling)
+
+    def _warm_up_prefill(
+        self,
+        kv: PagedKV,
+        policy: Policy,
+        agents: int,
+        hidden: Float[jax.Array, "seats width"],
+        rows: int,
+        entries: int,
+    ) -> None:
+        """Compiles what takes plans of these shapes; bases may bring prefills of more lanes."""
+        shapes, seats = self.shapes, len(hidden)
+        most = min(min(agents, seats) + policy.bases, shapes.lanes.budget)
+        for lanes in shapes.lanes.upto(max(seats, most)):
+            if lanes < seats:
+                continue
+            plan = blank_plan(rows=rows, lanes=lanes, seats=seats, entries=entries, shapes=shapes)
+            self._program("prefill", kv, hidden, plan)
+            if lanes > seats:
+                continue
+            nowhere = np.full(rows, shapes.no_slot, np.int32)
+            x = np.zeros((rows, hidden.shape[1]), np.float32)
+            looks = {"deviation": (kv, plan, nowhere), "attention": (kv, plan)}
+            for name, arguments in {**looks, "rest": (kv, hidden, x, plan)}.items():
+                if name in policy.programs:
+                    self._program(name, *arguments)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._program(name, *arguments)(self._state, *arguments)
@@ -291,6 +329,8 @@ class Programs:
         model = nnx.merge(self._graph, state)
         middle = self.layers // 2
         x, kv = model.hidden(plan.rows, kv, self._attend(plan), layers=range(middle))
+        keys_values = model.keys_values(middle, x, plan.rows)
+        kv = kv.write(middle, jnp.asarray(plan.rows.slot), *keys_values)
         q = model.queries(middle, x, plan.rows)
         position, theta = jnp.asarray(plan.rows.position), self._config.rope_theta
         return kv, attention_mass(q, kv.k, middle, position, plan.tables, plan.tiles, theta=theta)
@@ -310,6 +350,7 @@ class Programs:
         kv: PagedKV,
         start: DecodeState,
         tables: LaneTables,
+        groups: GroupTables,
         slot: jax.Array,
         sampling: SamplingArrays,
     ) -> tuple[PagedKV, jax.Array]:
@@ -331,7 +372,7 @@ class Programs:
             rows = Rows(token=at.token, position=position, canonical=position, slot=target)
 
             def attend(q: jax.Array, kv: PagedKV, layer: int) -> jax.Array:
-                return decode_attention(q, kv.k, kv.v, layer, position, tables, theta=theta)
+                return decode_attention(q, kv.k, kv.v, layer, position, tables, groups, theta=theta)
 
             hidden, kv = model.hidden(rows, kv, attend)
             chosen = sample(model.logits(hidden), sampling, jnp.asarray(at.generated))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.models.qwen2 import tiny
+from tokendance_jax.collector.groups import group_tables
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import lane_tables, pack
+from tokendance_jax.collector.plan import pack
 from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.engine.sampling import sampling_arrays
 from tokendance_jax.models.qwen2.model import abstract_parameters, state_from_parameters
@@ -174,7 +175,7 @@ def test_layer_0_depends_on_the_token_alone(served):
 
 
 def decode_arguments(programs, lanes, steps, *, temperature=0.0):
-    """State, tables, slots and sampling of lanes whose first token is 7."""
+    """State, tables, groups, slots and sampling of lanes whose first token is 7."""
     shapes = programs.shapes
     seats = shapes.lanes.fit(len(lanes))
     position, live = np.zeros(seats, np.int32), np.zeros(seats, np.bool_)
@@ -193,7 +194,8 @@ def decode_arguments(programs, lanes, steps, *, temperature=0.0):
         limits=[100] * len(lanes),
         stop_ids=(),
     )
-    return state, lane_tables(lanes, shapes), slot, sampling
+    groups, tables = group_tables(lanes, shapes)
+    return state, tables, groups, slot, sampling
 
 
 def test_the_same_round_twice_gives_the_same_bits(served):

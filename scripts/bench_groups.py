@@ -1,0 +1,237 @@
+"""Times a decode step whose agents share pages against the same step with copies of these pages.
+
+  python -m scripts.bench_groups
+  python -m scripts.bench_groups --agents=25 --shared=2000 --private=200 --dtype=bfloat16
+
+Both have the same K and V. In the first all agents name the same pages, each under a frame of its
+own, and their queries meet a page together; in the second everybody has a copy. Whole steps and
+their attention alone are timed in turns; the ratio is the median over the turns.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from scripts import common
+from tokendance_jax import host
+from tokendance_jax.collector.groups import group_tables
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.plan import Shapes
+from tokendance_jax.engine.programs import DecodeState, Programs
+from tokendance_jax.engine.sampling import sampling_arrays
+from tokendance_jax.kernels import storage
+from tokendance_jax.kernels.decode_attention import decode_attention
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables
+from tokendance_jax.model import Model
+from tokendance_jax.paged.kv import PagedKV
+
+_MODEL = flags.DEFINE_string("model", "0.5B", "Model, as for bench_engine.")
+_DTYPE = flags.DEFINE_multi_enum(
+    "dtype", ["float32", "bfloat16"], ["float32", "bfloat16"], "Precisions to time."
+)
+_AGENTS = flags.DEFINE_integer("agents", 25, "Agents that decode.", lower_bound=2)
+_SHARED = flags.DEFINE_integer("shared", 2000, "Tokens that all agents hold.", lower_bound=1)
+_PRIVATE = flags.DEFINE_integer("private", 200, "Tokens of each agent's own.", lower_bound=32)
+_STEPS = flags.DEFINE_integer("steps", 4, "Tokens of a decode call.", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 7, "How often each is timed.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+
+_PAGE_SIZE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Seconds, one pair per turn: with shared pages, and with copies.
+
+    Attributes:
+      what: what was timed.
+      dtype: precision of weights and KV.
+      shared_s: with shared pages.
+      copied_s: with copies.
+      difference: largest difference of the two attention outputs, over the largest output.
+    """
+
+    what: str
+    dtype: str
+    shared_s: list[float]
+    copied_s: list[float]
+    difference: float
+
+    @property
+    def ratio(self) -> float:
+        """Median over the turns of the time with copies to the time with shared pages."""
+        pairs = zip(self.copied_s, self.shared_s, strict=True)
+        return statistics.median(copied / shared for copied, shared in pairs)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures and prints; returns the exit status."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
+    host.tune_allocator()
+    results: list[Result] = []
+    for dtype in _DTYPE.value:
+        model = common.sized_model(_MODEL.value, dtype)
+        results += measure(model)
+        del model
+    title = f"{_AGENTS.value} agents, {_SHARED.value} shared and {_PRIVATE.value} own tokens"
+    table = Table(
+        "what", "precision", "shared, ms", "copies, ms", "ratio", "difference", title=title
+    )
+    for result in results:
+        table.add_row(
+            result.what,
+            result.dtype,
+            f"{1e3 * statistics.median(result.shared_s):.1f}",
+            f"{1e3 * statistics.median(result.copied_s):.1f}",
+            f"{result.ratio:.2f}",
+            f"{result.difference:.1e}",
+        )
+    Console(highlight=False).print(table)
+    if _JSON.value:
+        rows = [{**dataclasses.asdict(r), "ratio": r.ratio} for r in results]
+        common.write_json(_JSON.value, {"timings": rows})
+    return 0
+
+
+def measure(model: Model) -> list[Result]:
+    """Times attention alone and whole steps."""
+    shared, copied, shapes, copies = _rounds(model)
+    spec = model.kv_spec(pages=shapes.pages, page_size=_PAGE_SIZE)
+    draw = np.random.default_rng(0)
+
+    def pool() -> jax.Array:
+        shape = spec.pages, spec.page_size, spec.kv_heads, spec.head_dim
+        content = draw.standard_normal(shape, np.float32)
+        content[copies[:, 0]] = content[copies[:, 1]]
+        stored = storage.store(jnp.asarray(content), spec.storage)
+        return jnp.broadcast_to(stored[None], (spec.layers, *shape)).copy()
+
+    kv = PagedKV(k=pool(), v=pool())
+    tables = [group_tables(lanes, shapes) for lanes in (shared, copied)]
+    seats = tables[0][1].page.shape[0]
+    position = np.full(seats, -1, np.int32)
+    position[: _AGENTS.value] = [len(lane.token_ids) for lane in shared]
+    shape = seats, model.config.num_attention_heads, model.config.head_dim
+    q = jnp.asarray(draw.standard_normal(shape, np.float32))
+    layers, theta = model.config.num_hidden_layers, model.config.rope_theta
+
+    @jax.jit
+    def attention(q: jax.Array, kv: PagedKV, tables: LaneTables, groups: GroupTables) -> jax.Array:
+        # A chain, so that the layers follow each other as they do in a step.
+        x, at = q, jnp.asarray(position)
+        for layer in range(layers):
+            x = q + decode_attention(x, kv.k, kv.v, layer, at, tables, groups, theta=theta)
+        return x
+
+    calls = [lambda t=t, g=g: attention(q, kv, t, g) for g, t in tables]
+    outputs = [np.asarray(call())[: _AGENTS.value] for call in calls]
+    difference = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
+    results = [_in_turns("attention of a step", model, calls, 1, difference)]
+
+    programs = Programs(model, shapes)
+    sampling = sampling_arrays(
+        seats,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        keys=[np.zeros(2, np.uint32)] * _AGENTS.value,
+        limits=[1 << 20] * _AGENTS.value,
+        stop_ids=[],
+    )
+    live = position >= 0
+    state = DecodeState(
+        token=np.zeros(seats, np.int32),
+        position=position,
+        live=live,
+        generated=np.ones(seats, np.int32),
+    )
+    slots = []
+    for lanes in (shared, copied):
+        slot = np.full((seats, _STEPS.value), shapes.no_slot, np.int32)
+        for seat, lane in enumerate(lanes):
+            ahead = position[seat] + np.arange(_STEPS.value, dtype=np.int32)
+            slot[seat], _ = lane.locate(ahead, _PAGE_SIZE)
+        slots.append(slot)
+
+    def step(index: int) -> jax.Array:
+        nonlocal kv
+        groups, own = tables[index]
+        kv, tokens = programs.decode(kv, state, own, groups, slots[index], sampling)
+        return tokens
+
+    steps = [lambda: step(0), lambda: step(1)]
+    results.append(_in_turns("decode step", model, steps, _STEPS.value, difference))
+    return results
+
+
+def _rounds(model: Model) -> tuple[list[LanePlan], list[LanePlan], Shapes, np.ndarray]:
+    """The lanes with shared pages, the same with copies, and which page copies which."""
+    agents = _AGENTS.value
+    own = -(-(_PRIVATE.value + _STEPS.value) // _PAGE_SIZE)
+    common_pages = -(-_SHARED.value // _PAGE_SIZE)
+    pages = 1 + common_pages + agents * (own + common_pages)
+    base = 1 + np.arange(common_pages, dtype=np.int32)
+    slots = np.full(own + common_pages, _PAGE_SIZE, np.int32)
+    tokens = int(slots.sum()) - _STEPS.value
+    shared, copied, copies = [], [], []
+    for agent in range(agents):
+        begin = 1 + common_pages + agent * (own + common_pages)
+        mine = begin + np.arange(own, dtype=np.int32)
+        copy = begin + own + np.arange(common_pages, dtype=np.int32)
+        copies.append(np.stack([copy, base], axis=1))
+        before = own // 2 + agent % 3 - 1  # so that everybody has a frame of their own
+        frame = np.zeros(len(slots), np.int32)
+        frame[before : before + common_pages] = before * _PAGE_SIZE + agent
+        for lanes, middle in ((shared, base), (copied, copy)):
+            page = np.concatenate([mine[:before], middle, mine[before:]])
+            lanes.append(
+                LanePlan(
+                    token_ids=np.zeros(tokens, np.int32),
+                    computed=np.array([tokens - 1], np.int32),
+                    page=page,
+                    frame=frame,
+                    first=np.zeros_like(frame),
+                    slots=slots,
+                    base=np.zeros_like(frame),
+                )
+            )
+    shapes = Shapes.of(
+        row_budget=64,
+        max_lanes=max(4, agents),
+        max_tokens=2 * len(slots) * _PAGE_SIZE,
+        pages=pages,
+        page_size=_PAGE_SIZE,
+    )
+    return shared, copied, shapes, np.concatenate(copies)
+
+
+def _in_turns(
+    what: str,
+    model: Model,
+    calls: Sequence[Callable[[], jax.Array]],
+    parts: int,
+    difference: float,
+) -> Result:
+    """Times two calls in turns, after one of each; `parts` steps are in a call."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(_TURNS.value + 1):
+        for call, found in zip(calls, seconds, strict=True):
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                found.append((time.perf_counter() - started) / parts)
+    return Result(what, model.dtype.name, *seconds, difference)
+
+
+if __name__ == "__main__":
+    app.run(main)

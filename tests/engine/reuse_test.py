@@ -1,0 +1,327 @@
+"""What policies that reuse shared text must keep, on a model: invariants of the design."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.engine.rounds import block, gathering, member, mixed, words
+from tests.models.qwen2.tiny import tiny_model
+from tokendance_jax.collector.collective import BASES
+from tokendance_jax.collector.policies import PolicyOptions
+from tokendance_jax.collector.selection import SELECTIONS
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.prompt import Round
+from tokendance_jax.prompt.tokenized import tokenize_round
+
+# One bucket of rows, so that few programs are compiled: rounds take several calls.
+SIZES: dict[str, Any] = {"kv_memory": 4 << 20, "row_budget": 64, "max_agents": 8, "decode_steps": 4}
+PAIRS = [
+    (base, selection)
+    for base, selection in itertools.product(BASES, SELECTIONS)
+    if base != "joint-agent" or SELECTIONS[selection].look is None
+]
+PAIRS_AND_RIVALS = [
+    *(("tokendance", {"base": base, "selection": selection}) for base, selection in PAIRS),
+    *((rival, {}) for rival in ("blend", "blend-batched", "epic")),
+]
+
+
+@pytest.fixture(scope="module")
+def programs(demo_model):
+    return RoundEngine(demo_model, **SIZES).programs
+
+
+@pytest.fixture
+def make(demo_model, programs):
+    """Makes engines whose pools are full of NaN; checks that they lose no page."""
+    made = []
+
+    def make(policy="tokendance", **options):
+        options = PolicyOptions(**options)
+        engine = RoundEngine(demo_model, policy=policy, options=options, programs=programs, **SIZES)
+        engine._kv = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), engine._kv)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        assert engine.pool.live == 0
+        engine.pool.check()
+
+
+def score(engine, moment):
+    """Logits of a round's prompts and of some tokens behind them."""
+    prompts = tokenize_round(moment, engine.model.tokenizer, chat=False)
+    answers = [np.array(words(3, seed=seat), np.int32) for seat in range(len(prompts))]
+    logits, cost = engine.score(prompts, answers)
+    return dict(zip([p.agent for p in prompts], logits, strict=True)), cost
+
+
+def distance(some, other):
+    return max(float(np.abs(some[agent] - other[agent]).max()) for agent in some)
+
+
+@pytest.fixture(scope="module")
+def dense(demo_model, programs):
+    """Logits of `mixed` with nothing shared."""
+    return score(RoundEngine(demo_model, policy="dense", programs=programs, **SIZES), mixed())[0]
+
+
+EVERYTHING = [
+    *(("tokendance", {"base": base, "selection": "all"}) for base in BASES),
+    ("tokendance", {"selection": "deviation", "head_pages": 99}),
+    ("tokendance", {"selection": "query", "head_pages": 99}),
+    ("tokendance", {"selection": "head", "head_pages": 99}),
+    ("blend", {"blend_ratio": 1.0}),
+    ("blend-batched", {"blend_ratio": 1.0}),
+    ("epic", {"epic_tokens": 999}),
+]
+
+
+@pytest.mark.parametrize(("policy", "options"), EVERYTHING, ids=str)
+def test_recomputing_everything_equals_dense(make, dense, policy, options):
+    engine = make(policy, **options)
+    for _ in range(2):  # what the first round leaves behind changes nothing
+        assert distance(score(engine, mixed())[0], dense) < 1e-3
+
+
+def seen_scores(engine, moment):
+    """The scores by which pages are chosen in a round."""
+    found = []
+    pick = engine._policy._selection.pick_scored
+
+    def watch(runs, scores):
+        found.extend(scores)
+        return pick(runs, scores)
+
+    engine._policy._selection.pick_scored = watch
+    score(engine, moment)
+    engine._policy._selection.pick_scored = pick
+    return found
+
+
+@pytest.mark.parametrize("selection", ["deviation", "query"])
+def test_a_look_sees_nothing_but_the_round(make, selection):
+    poisoned, clean = (make(selection=selection) for _ in range(2))
+    clean._kv = jax.tree.map(jnp.zeros_like, clean._kv)
+    for one, other in zip(seen_scores(poisoned, mixed()), seen_scores(clean, mixed()), strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_array_equal(one, other)
+        assert (one > 0).all()
+
+
+def ids(result):
+    return {a.agent: a.token_ids for a in result.agents}
+
+
+def serve(engine, moment):
+    return ids(engine.serve(moment, chat=False))
+
+
+def only(moment, names):
+    return dataclasses.replace(moment, agents=tuple(a for a in moment.agents if a.agent in names))
+
+
+def opened_rounds(engine):
+    """Lists the rounds that an engine opens from now on."""
+    opened, open_round = [], engine._policy.open
+
+    def watch(prompts, rooms):
+        opened.append(open_round(prompts, rooms))
+        return opened[-1]
+
+    engine._policy.open = watch
+    return opened
+
+
+@pytest.mark.parametrize(("policy", "options"), PAIRS_AND_RIVALS, ids=str)
+def test_the_same_round_again_and_in_another_order_gives_the_same_tokens(make, policy, options):
+    engine = make(policy, **options)
+    first = serve(engine, mixed())
+    assert serve(engine, mixed()) == first
+    turned = dataclasses.replace(mixed(), agents=mixed().agents[::-1])
+    assert serve(make(policy, **options), turned) == first
+    assert serve(engine, turned) == first
+    assert len(set(first.values())) > 2
+
+
+def test_blend_batched_gives_the_tokens_of_blend(make):
+    for moment in (mixed(), gathering()):
+        assert serve(make("blend"), moment) == serve(make("blend-batched"), moment)
+
+
+@pytest.mark.parametrize("tokens", [16, 96])
+def test_one_block_at_the_beginning_equals_the_prefix_cache_to_the_bit(make, tokens):
+    # Invariant 2: no private text, one segment, nothing recomputed. Of whole pages, as the prefix
+    # cache finds no others: then both compute the same rows in the same calls.
+    moment = Round(tuple(member(name, block("x", tokens), private=0) for name in "abc"))
+    prefix, collective = make("prefix"), make(selection="none")
+    for _ in range(2):
+        expected, _ = score(prefix, moment)
+        found, _ = score(collective, moment)
+        for agent, logits in expected.items():
+            np.testing.assert_array_equal(found[agent], logits)
+
+
+@pytest.mark.parametrize(
+    ("base", "selection"), [(b, s) for b, s in PAIRS if s != "none"], ids="-".join
+)
+def test_patches_equal_their_bases_at_layer_0_to_the_bit(make, base, selection):
+    # Invariant 3: there K and V depend on the token alone.
+    engine = make(base=base, selection=selection)
+    opened = opened_rounds(engine)
+    score(engine, mixed())
+    pools, size, patches = (engine._kv.k, engine._kv.v), engine.shapes.page_size, 0
+    for lane in opened[0].lanes:
+        position = np.flatnonzero(
+            np.repeat((lane.base != 0) & (lane.page != lane.base), lane.slots)
+        ).astype(np.int32)
+        replaced = dataclasses.replace(lane, page=lane.base)
+        for pool in map(np.asarray, pools):
+            layers = pool.reshape(pool.shape[0], -1, *pool.shape[3:])
+            one, other = (layers[:, plan.locate(position, size)[0]] for plan in (lane, replaced))
+            assert np.isfinite(one).all()
+            np.testing.assert_array_equal(one[0], other[0])
+            patches += len(position)
+            if base == "isolated" and len(position):
+                assert (one[1:] != other[1:]).any()
+    assert patches
+
+
+@pytest.mark.parametrize(("policy", "options"), PAIRS_AND_RIVALS, ids=str)
+def test_exact_agents_are_exact_whatever_the_others_do(make, dense, policy, options):
+    engine = make(policy, **options)
+    exact = dataclasses.replace(
+        mixed(), agents=tuple(dataclasses.replace(a, fidelity="exact") for a in mixed().agents)
+    )
+    # After a collective round of the same prompts nothing approximate is found.
+    for moment, names in ((mixed(), "e"), (exact, "abcde"), (mixed(), "e")):
+        found, _ = score(engine, moment)
+        assert distance({name: found[name] for name in names}, dense) < 1e-4
+
+
+def test_reuse_is_not_exact_where_it_is_not_asked_for(make, dense):
+    found, _ = score(make(selection="none"), mixed())
+    assert distance({name: found[name] for name in "abcd"}, dense) > 1e-2
+
+
+def test_an_agent_that_permutes_its_blocks_changes_nobody_else(make):
+    moment = gathering("abcd")
+    first, *others = moment.agents
+    system, *blocks, task = first.segments
+    permuted = dataclasses.replace(first, segments=(system, *blocks[::-1], task))
+    engines = make(), make()
+    rounds = [opened_rounds(engine) for engine in engines]
+    found = [
+        score(engine, dataclasses.replace(moment, agents=(agent, *others)))[0]
+        for engine, agent in zip(engines, (first, permuted), strict=True)
+    ]
+    bases = [opened[0].bases[0].token_ids for opened in rounds]
+    np.testing.assert_array_equal(*bases)
+    for other in others:
+        np.testing.assert_array_equal(found[0][other.agent], found[1][other.agent])
+    assert np.abs(found[0][first.agent] - found[1][first.agent]).max() > 1e-3
+
+
+@pytest.mark.parametrize("selection", ["head", "none", "own"])
+def test_those_who_stay_compute_the_same_bits_when_one_leaves_or_joins(make, selection):
+    moment, stay = gathering("abc"), "ab"
+    leaves, alone = make(selection=selection), make(selection=selection)
+    score(leaves, moment)
+    score(alone, only(moment, stay))
+    expected, _ = score(alone, only(moment, stay))
+    found, _ = score(leaves, only(moment, stay))
+    joined, _ = score(alone, moment)
+    for name in stay:
+        np.testing.assert_array_equal(found[name], expected[name])
+        np.testing.assert_array_equal(joined[name], expected[name])
+
+
+def test_wrong_bases_change_the_logits(make):
+    engine = make(selection="none")
+    engine._kv = jax.tree.map(jnp.zeros_like, engine._kv)  # the rests of pages are read now
+    before, _ = score(engine, gathering())
+    assert distance(score(engine, gathering())[0], before) < 1e-4
+    assert engine.shuffle_bases(0) >= 6
+    assert distance(score(engine, gathering())[0], before) > 0.1
+
+
+def base_content(engine, lane):
+    """K and V of a base's segments, all layers."""
+    position = np.arange(lane.computed[0], len(lane.token_ids), dtype=np.int32)
+    slot, _ = lane.locate(position, engine.shapes.page_size)
+    pools = map(np.asarray, (engine._kv.k, engine._kv.v))
+    return [pool.reshape(pool.shape[0], -1, *pool.shape[3:])[:, slot] for pool in pools]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_bases_hold_no_private_text(make, base):
+    content = []
+    for private in (0, 1):
+        engine = make(base=base, selection="none")
+        opened = opened_rounds(engine)
+        moment = gathering("abc")
+        if private:  # other words, as many
+            agents = tuple(
+                dataclasses.replace(
+                    agent,
+                    segments=(
+                        dataclasses.replace(agent.segments[0], token_ids=words(length, length)),
+                        *agent.segments[1:],
+                    ),
+                )
+                for agent in moment.agents
+                for length in [len(agent.segments[0].token_ids or ())]
+            )
+            moment = dataclasses.replace(moment, agents=agents)
+        score(engine, moment)
+        content.append([base_content(engine, lane) for lane in opened[0].bases])
+    equal = [
+        np.array_equal(one, other)
+        for left, right in zip(*content, strict=True)
+        for one, other in zip(left, right, strict=True)
+    ]
+    if base == "joint-agent":  # the neutral one to choose by, and the Master's
+        assert equal == [True, True, False, False]
+    else:
+        assert all(equal)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("tokendance", {}),
+        ("tokendance", {"base": "alone", "selection": "query"}),
+        ("tokendance", {"base": "joint-agent"}),
+        ("blend", {}),
+        ("epic", {}),
+    ],
+    ids=str,
+)
+def test_steady_state_traces_nothing(policy, options):
+    engine = RoundEngine(
+        tiny_model(), policy=policy, options=PolicyOptions(**options), **{**SIZES, "max_agents": 6}
+    )
+    assert engine.warm_up(agents=4, tokens=300) > 0
+    with jax.no_tracing(True):
+        # Own blocks first, others left out: tables whose frames change several times.
+        for index, moment in enumerate((gathering("abcd"), gathering("bc"), shuffled("abcd"))):
+            moment = dataclasses.replace(moment, index=index)
+            assert engine.serve(moment, chat=False).timings.compile_s == 0
+
+
+def shuffled(names):
+    """A round in which each agent's own block stands first, and the next one's not at all."""
+    whole = gathering(names)
+    agents = []
+    for place, agent in enumerate(whole.agents):
+        system, *blocks, task = agent.segments
+        others = [some for at, some in enumerate(blocks) if at not in (place, place + 1)]
+        segments = (system, blocks[place], *others, task)
+        agents.append(dataclasses.replace(agent, segments=segments))
+    return dataclasses.replace(whole, agents=tuple(agents))

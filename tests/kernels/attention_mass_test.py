@@ -1,0 +1,85 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels import cases
+from tokendance_jax.kernels.round_attention import attention_mass
+
+SMALL = cases.HEADS[1]
+
+program = jax.jit(functools.partial(attention_mass, theta=cases.THETA), static_argnums=2)
+
+
+def values(pool):
+    if pool.dtype == np.uint16:
+        return (pool.astype(np.uint32) << 16).view(np.float32)
+    return pool
+
+
+def turned(x, positions):
+    """Heads [n, heads, head_dim] rotated by positions [n], in float64."""
+    first, second = np.split(x.astype(np.float64), 2, axis=-1)
+    frequency = cases.THETA ** (-2 * np.arange(first.shape[-1]) / x.shape[-1])
+    moved = (first + 1j * second) * np.exp(1j * positions[:, None, None] * frequency)
+    return np.concatenate([moved.real, moved.imag], axis=-1)
+
+
+def naive(case, heads, q, k):
+    """The definition, lane by lane and slot by slot, in float64. [lanes, table entries]"""
+    mass, row = [], 0
+    for plan in case.lanes:
+        position = np.arange(plan.slots.sum(), dtype=np.int32)
+        slot, _ = plan.locate(position, case.page_size)
+        entry = np.repeat(np.arange(len(plan.page)), plan.slots)
+        keys = values(k)[cases.LAYER].reshape(-1, heads.kv_heads, heads.head_dim)[slot]
+        keys = turned(np.nan_to_num(keys), plan.frame[entry].astype(np.float64))
+        keys = np.repeat(keys, heads.heads // heads.kv_heads, axis=1)
+        of_lane = np.zeros(len(plan.page))
+        for at in plan.computed.tolist():
+            query = q[row].astype(np.float64) * heads.head_dim**-0.5
+            scores = np.einsum("hd,shd->hs", query, keys[: at + 1])
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            np.add.at(of_lane, entry[: at + 1], weights.sum(axis=0))
+            row += 1
+        mass.append(of_lane)
+    return mass
+
+
+def check(case, heads, dtype):
+    """The pool holds NaN wherever no token lies; what is computed is compared entry by entry."""
+    q = cases.queries(cases.ROWS, heads)
+    k, _ = cases.pools(case, heads, dtype)
+    out = np.asarray(
+        program(q, cases.poisoned(case, k), cases.LAYER, case.position, case.tables, case.tiles)
+    )
+    assert out.shape == case.tables.page.shape
+    used = np.asarray(case.tables.slots) > 0
+    assert not out[~used].any()
+    for index, (plan, expected) in enumerate(
+        zip(case.lanes, naive(case, heads, q, k), strict=True)
+    ):
+        found = out[index][used[index]]
+        whole = len(plan.computed) * heads.heads
+        np.testing.assert_allclose(found.sum(), whole, rtol=1e-4)
+        rtol = 2e-2 if dtype == "uint16" else 1e-4
+        np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * whole / 100)
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [(cases.HEADS[0], 16, "float32"), (cases.HEADS[1], 8, "float32"), (SMALL, 32, "uint16")],
+    ids=str,
+)
+def test_equals_the_definition(heads, page_size, dtype):
+    check(cases.sharing(page_size), heads, dtype)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=6, deadline=None)
+def test_random_lanes_equal_the_definition(seed):
+    check(cases.random_case(seed, page_size=16), SMALL, "float32")
