@@ -133,7 +133,7 @@ def merge(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Joins the online softmaxes of the same queries over two sets of slots.
 
-    The log-sum-exp merge of FlashDecoding and of cascade attention (Ye et al., 2024), on carries
+    The log-sum-exp merge of FlashDecoding and of cascade attention (FlashInfer), on carries
     that are not normalised yet. A part whose query saw nothing counts for nothing, whatever it
     holds: within a block, `attend_block` gives the slots weight until the first one is seen.
     """

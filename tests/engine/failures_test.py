@@ -9,15 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.rounds import gathering
-from tests.models.qwen2.tiny import tiny_model
+from tests.engine.rounds import gathering, small_engine
 from tokendance_jax.collector.policies import PolicyOptions
-from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.paged import OutOfPages
 
-# A round of four takes 30 to 60 pages of 16 tokens, 8 KiB each: cached pages are soon evicted.
-KV = 64 * (8 << 10)
-SIZES: dict[str, Any] = {"kv_memory": KV, "row_budget": 64, "max_agents": 8, "decode_steps": 3}
 POLICIES: dict[str, dict[str, Any]] = {
     "dense": {},
     "prefix": {},
@@ -37,19 +32,8 @@ class Broken(Exception):
     pass
 
 
-model = functools.cache(tiny_model)
-
-
-@functools.cache
-def programs():
-    return RoundEngine(model(), **SIZES).programs
-
-
 def engine_of(policy):
-    options = PolicyOptions(**POLICIES[policy])
-    return RoundEngine(
-        model(), policy=policy.split()[0], options=options, programs=programs(), **SIZES
-    )
+    return small_engine(policy.split()[0], PolicyOptions(**POLICIES[policy]))
 
 
 def moment(names, limit=7):
@@ -95,14 +79,14 @@ def breaking(engine, how, when):
 
 ACTIONS = st.tuples(
     st.sets(st.sampled_from(NAMES), min_size=1).map(lambda names: "".join(sorted(names))),
-    st.sampled_from(["well", "before", "after", "callback", "interrupt", "too long"]),
-    st.integers(0, 25),
+    st.sampled_from(["before", "before", "after", "callback", "interrupt", "too long"]),
+    st.integers(0, 9),
 )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@given(actions=st.lists(ACTIONS, min_size=1, max_size=5))
-@settings(max_examples=5, deadline=None)
+@given(actions=st.lists(ACTIONS, min_size=2, max_size=5))
+@settings(max_examples=6, deadline=None)
 def test_no_page_is_lost_and_the_next_round_is_right(policy, actions):
     engine = engine_of(policy)
 
@@ -121,7 +105,7 @@ def test_no_page_is_lost_and_the_next_round_is_right(policy, actions):
             try:
                 serve(names, heard, 8000 if how == "too long" else 7)
             except (Broken, KeyboardInterrupt):
-                assert how not in ("well", "too long")
+                assert how != "too long"
         assert engine.pool.live == 0
         engine.pool.check()
         serve(names)

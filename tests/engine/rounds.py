@@ -1,8 +1,40 @@
-"""Small rounds for the engine's tests."""
+"""Small rounds for the engine's tests, and sizes that need few programs."""
 
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from tests.models.qwen2.tiny import tiny_model
+from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.prompt import AgentPrompt, Round, Sampling, Segment
+
+# One bucket of rows: rounds take several calls. 96 pages of the tiny model: a round takes up to 80,
+# so what is cached is soon evicted.
+SMALL: dict[str, Any] = {
+    "kv_memory": 96 * (8 << 10),
+    "row_budget": 64,
+    "max_agents": 8,
+    "decode_steps": 3,
+}
+tiny = functools.cache(tiny_model)
+
+
+@functools.cache
+def small_programs():
+    """The programs of all engines of these sizes."""
+    return RoundEngine(tiny(), **SMALL).programs
+
+
+def small_engine(policy, options):
+    """An engine of these sizes; its pool is full of NaN."""
+    programs = small_programs()
+    engine = RoundEngine(tiny(), policy=policy, options=options, programs=programs, **SMALL)
+    engine._kv = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), engine._kv)
+    return engine
+
 
 SHARED = (
     Segment("shared", "out/a", text="Edda mends the long net by the old quay.\n"),
