@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(script, target, *arguments):
+    """What the process gave, and what it wrote; nothing where it wrote no file."""
     done = subprocess.run(
         [sys.executable, "-m", f"scripts.{script}", f"--json={target}", *arguments],
         cwd=ROOT,
@@ -21,7 +22,7 @@ def run(script, target, *arguments):
         text=True,
         check=False,
     )
-    written = json.loads(target.read_text()) if target.exists() else None
+    written = json.loads(target.read_text()) if target.exists() else {}
     return done, written
 
 
@@ -82,6 +83,6 @@ def test_time_beside_work(tmp_path):
 def test_names_what_is_wrong(tmp_path, script, argument, message):
     done, written = run(script, tmp_path / "result.json", argument)
     assert done.returncode == 1
-    assert written is None
+    assert not written
     assert message in done.stderr
     assert "Traceback" not in done.stderr
