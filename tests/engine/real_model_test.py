@@ -25,10 +25,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def score(model):
-    """Logits along the recorded answers of the second round of five agents, by policy."""
-    trace = read_trace(shared_data.shared_dir() / "traces" / "ga-small.jsonl", "ga-small-a")
-    moment = trace.rounds[1]
-    moment = dataclasses.replace(moment, agents=moment.agents[:4])
+    """Logits along the recorded answers of two agents who share much, by policy."""
+    trace = read_trace(shared_data.shared_dir() / "traces" / "ga-25-thin-a.jsonl.gz")
+    moment = trace.rounds[2]
+    moment = dataclasses.replace(moment, agents=moment.agents[:2])
     prompts = tokenize_round(moment, model.tokenizer, chat=False)
     answers = [
         np.array(model.tokenizer.encode_text(agent.recorded_output)[:24], np.int32)
