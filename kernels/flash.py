@@ -51,12 +51,10 @@ def read_block(
     pages = block_pages(k_pool.shape[2])
     page = jax.lax.dynamic_slice(tables.page, (lane, block * pages), (1, pages))[0]
     frame = tables.frame[lane, block * pages]
-    layer_index = jnp.full_like(page, layer)
-
-    def gather(pool: jax.Array) -> jax.Array:
-        return storage.load(pool[layer_index, page]).reshape(-1, *pool.shape[3:])
-
-    return gather(k_pool), gather(v_pool), frame
+    keys, values = (
+        read_pages(pool, layer, page).reshape(-1, *pool.shape[3:]) for pool in (k_pool, v_pool)
+    )
+    return keys, values, frame
 
 
 def rotate_back(q: jax.Array, frame: jax.Array, *, theta: float) -> jax.Array:

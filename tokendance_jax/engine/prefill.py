@@ -23,13 +23,11 @@ class Cost:
       base_tokens: tokens computed for bases.
       token_layers: tokens times the layers that each ran through, looks included; a look at the K
         and V of one layer counts as their share of the layer's weights.
-      padded_rows: rows computed, those that fill up buckets included.
     """
 
     tokens: np.ndarray
     base_tokens: int = 0
     token_layers: float = 0.0
-    padded_rows: int = 0
 
 
 class Prefill:
@@ -160,7 +158,6 @@ class Prefill:
         for start in range(0, len(busy), shapes.lanes.budget):
             some, their_seats = zip(*busy[start : start + shapes.lanes.budget], strict=True)
             for plan in pack(some, shapes, seats=their_seats, seated=len(self.hidden)):
-                self.cost.padded_rows += len(plan.lane)
                 yield plan, np.array(their_seats)
 
     def _keep(self, plan: RoundPlan, seats: np.ndarray, x: jax.Array) -> None:
