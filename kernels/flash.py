@@ -9,13 +9,16 @@ from tokendance_jax.kernels.lanes import KEY_BLOCK, LaneTables
 
 MASKED = np.float32(-1e30)
 
+# The online softmax of some queries: maximum and sum f32 [queries], values f32 [queries, width].
+Carry = tuple[jax.Array, jax.Array, jax.Array]
+
 
 def block_pages(page_size: int) -> int:
     """Entries of a key block."""
     return max(1, KEY_BLOCK // page_size)
 
 
-def read_pages(pool: jax.Array, layer: int, page: jax.Array) -> jax.Array:
+def read_pages(pool: jax.Array, layer: int | jax.Array, page: jax.Array) -> jax.Array:
     """Gathers pages of one layer.
 
     Args:
@@ -70,12 +73,12 @@ def rotate_back(q: jax.Array, frame: jax.Array, *, theta: float) -> jax.Array:
 
 
 def attend_block(
-    carry: tuple[jax.Array, jax.Array, jax.Array],
+    carry: Carry,
     q: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     seen: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Carry:
     """One step of the online softmax (Milakov and Gimelshein, 2018; FlashAttention, 2022).
 
     Args:
@@ -117,7 +120,7 @@ def attend_block(
     )
 
 
-def start(queries: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def start(queries: int, width: int) -> Carry:
     """The online softmax's carry before the first block."""
     return (
         jnp.full((queries,), MASKED, jnp.float32),
@@ -126,9 +129,7 @@ def start(queries: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     )
 
 
-def merge(
-    a: tuple[jax.Array, jax.Array, jax.Array], b: tuple[jax.Array, jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def merge(a: Carry, b: Carry) -> Carry:
     """Joins the online softmaxes of the same queries over two sets of slots.
 
     The log-sum-exp merge of FlashDecoding and of cascade attention (FlashInfer), on carries
@@ -137,7 +138,7 @@ def merge(
     """
     maximum = jnp.maximum(a[0], b[0])
 
-    def share(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def share(carry: Carry) -> jax.Array:
         saw = carry[0] > MASKED
         return jnp.where(saw, jnp.exp(carry[0] - maximum), jnp.zeros_like(maximum))
 
@@ -149,7 +150,7 @@ def merge(
     )
 
 
-def finish(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def finish(carry: Carry) -> jax.Array:
     """The attention output f32 [queries, width]; zero for queries that saw nothing."""
     _, total, weighted = carry
     return weighted / jnp.where(total > 0, total, jnp.ones_like(total))[:, None]

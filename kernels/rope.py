@@ -35,20 +35,34 @@ def rotation(position: jax.Array, *, theta: float, head_dim: int) -> tuple[jax.A
     Returns:
       cos, sin: f32 [..., head_dim / 2].
     """
-    mask = (1 << _BITS) - 1
-    high, middle, low = (
-        part.astype(jnp.uint32)[..., None]
-        for part in (position >> 2 * _BITS, (position >> _BITS) & mask, position & mask)
-    )
     shape = (1,) * position.ndim + (head_dim // 2,)
-    turns_high, turns_middle, turns_low = (
-        jnp.asarray(_turns(theta, head_dim, 1 << bits).reshape(shape))
-        for bits in (2 * _BITS, _BITS, 0)
-    )
-    turns = high * turns_high + middle * turns_middle + low * turns_low
-    fraction = jax.lax.bitcast_convert_type(turns, jnp.int32)
-    angle = fraction.astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
+    tables = (jnp.asarray(t.reshape(shape)) for t in turn_tables(theta, head_dim))
+    angle = angles(position[..., None], *tables)
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def turn_tables(theta: float, head_dim: int) -> np.ndarray:
+    """Fixed-point turns per 65536, 256 and 1 positions, for `angles`. Returns i32 [3, H/2]."""
+    tables = [_turns(theta, head_dim, 1 << bits) for bits in (2 * _BITS, _BITS, 0)]
+    return np.stack(tables).view(np.int32)
+
+
+def angles(position: jax.Array, high: jax.Array, middle: jax.Array, low: jax.Array) -> jax.Array:
+    """Rotary angles in [-pi, pi), from the tables of `turn_tables`.
+
+    Args:
+      position: i32, broadcastable to the tables.
+      high: i32, turns per 65536 positions.
+      middle: i32, turns per 256 positions.
+      low: i32, turns per position.
+
+    Returns:
+      f32 of the tables' shape.
+    """
+    mask = np.int32((1 << _BITS) - 1)
+    turns = (position >> 2 * _BITS) * high + ((position >> _BITS) & mask) * middle
+    turns = turns + (position & mask) * low
+    return turns.astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

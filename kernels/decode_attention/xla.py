@@ -10,9 +10,6 @@ from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 # one, and 4 take 0.75; but blocks that the last step lacks are paid for.
 STEP_BLOCKS = 8
 
-# The online softmax of all lanes' heads: maximum and sum [lanes * heads], values [.., head_dim].
-Carry = tuple[jax.Array, jax.Array, jax.Array]
-
 
 def decode_attention_xla(
     q: jax.Array,
@@ -45,7 +42,7 @@ def _own_blocks(
     tables: LaneTables,
     *,
     theta: float,
-) -> Carry:
+) -> flash.Carry:
     """Attends lanes to the key blocks of their own tables.
 
     The blocks of all lanes form one list, of which each step reads the next few, whichever lanes
@@ -63,7 +60,7 @@ def _own_blocks(
     cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
     own_head = jnp.eye(kv_heads, dtype=jnp.float32)[None, :, None, :, None]
 
-    def step(index: jax.Array, carry: Carry) -> Carry:
+    def step(index: jax.Array, carry: flash.Carry) -> flash.Carry:
         maximum, total, weighted = carry
 
         def of_step(x: jax.Array) -> jax.Array:
@@ -162,7 +159,7 @@ def _shared_blocks(
     groups: GroupTables,
     *,
     theta: float,
-) -> Carry:
+) -> flash.Carry:
     """Attends all lanes at once to the key blocks that several of them hold.
 
     One product per KV head and block: the queries of all lanes are enough for it to be limited by
@@ -190,8 +187,8 @@ def _shared_blocks(
         return turned.reshape(kv_heads, lanes * group, head_dim)
 
     def step(
-        block: jax.Array, carry: tuple[jax.Array, tuple[Carry, ...]]
-    ) -> tuple[jax.Array, tuple[Carry, ...]]:
+        block: jax.Array, carry: tuple[jax.Array, tuple[flash.Carry, ...]]
+    ) -> tuple[jax.Array, tuple[flash.Carry, ...]]:
         turned, softmax = carry
         # Most blocks have the frames of the block before.
         turned = jax.lax.cond(moved[block], lambda: turn(block), lambda: turned)

@@ -11,6 +11,7 @@ from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import RoundPlan, pack
 from tokendance_jax.collector.policy import NOBODY, Compute, Link, Look, Rest, Scores, Steps
 from tokendance_jax.engine.programs import Programs
+from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.paged.kv import PagedKV
 
 
@@ -90,13 +91,12 @@ class Prefill:
 
     def _link(self, step: Link) -> None:
         shapes, start = self._programs.shapes, 0
-        for size in shapes.rows.cover(len(step.source)):
-            stop = min(start + size, len(step.source))
-            columns = np.zeros((3, size), np.int32)
-            columns[1] = shapes.no_slot
-            for column, values in zip(columns, (step.source, step.target, step.shift), strict=True):
-                column[: stop - start] = values[start:stop]
-            self.kv = self._programs.link(self.kv, *columns)
+        plan = RestorePlan.of_slots(
+            step.source, step.target, step.shift, page_size=shapes.page_size
+        )
+        for size in shapes.rows.cover(len(plan.first)):
+            stop = min(start + size, len(plan.first))
+            self.kv = self._programs.link(self.kv, plan.cut(start, stop).padded(size, size))
             start = stop
 
     def _look(self, step: Look) -> Scores:

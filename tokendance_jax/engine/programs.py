@@ -18,9 +18,9 @@ from tokendance_jax.engine.sampling import SamplingArrays, is_stop, sample, samp
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.flash import block_pages
-from tokendance_jax.kernels.kv_link import kv_link
 from tokendance_jax.kernels.lanes import Array, GroupTables, LaneTables
 from tokendance_jax.kernels.round_attention import attention_mass, round_attention
+from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
 from tokendance_jax.model import Model
 from tokendance_jax.models.qwen2.model import Attend, Rows
 from tokendance_jax.paged.kv import PagedKV
@@ -110,15 +110,9 @@ class Programs:
         """As `prefill`, for rows that have their residual stream `x` behind layer 0 already."""
         return self._call("rest", kv, hidden, x, plan)
 
-    def link(
-        self,
-        kv: PagedKV,
-        source: Int32[np.ndarray, " slots"],
-        target: Int32[np.ndarray, " slots"],
-        shift: Int32[np.ndarray, " slots"],
-    ) -> PagedKV:
-        """Copies slots with rotated keys (see `kernels.kv_link`). Takes `kv` donated."""
-        return self._call("link", kv, source, target, shift)
+    def link(self, kv: PagedKV, plan: RestorePlan) -> PagedKV:
+        """Copies pieces of the pool's pages, keys rotated on. Takes `kv` donated."""
+        return self._call("link", kv, plan)
 
     def deviation(
         self, kv: PagedKV, plan: RoundPlan, shown: Int32[np.ndarray, " rows"]
@@ -205,8 +199,9 @@ class Programs:
         room = max(0, min(policy.frames * block, shapes.entries.budget - entries))
         most = shapes.entries.fit(entries + room)
         for rows in shapes.rows.sizes if "link" in policy.programs else ():
-            copied = np.zeros(rows, np.int32)
-            self._program("link", kv, copied, copied, copied)
+            nothing = np.zeros(0, np.int32)
+            plan = RestorePlan.of_slots(nothing, nothing, nothing, page_size=shapes.page_size)
+            self._program("link", kv, plan.padded(rows, rows))
         for lanes in shapes.lanes.upto(agents):
             sampling = sampling_arrays(
                 lanes, temperature=0.0, top_k=0, top_p=1.0, keys=[], limits=[], stop_ids=[]
@@ -295,17 +290,9 @@ class Programs:
         x, kv = model.hidden(plan.rows, kv, self._attend(plan), x=x, layers=layers)
         return kv, _keep(hidden, x, plan), x
 
-    def _link(
-        self,
-        state: nnx.State,
-        kv: PagedKV,
-        source: jax.Array,
-        target: jax.Array,
-        shift: jax.Array,
-    ) -> PagedKV:
+    def _link(self, state: nnx.State, kv: PagedKV, plan: RestorePlan) -> PagedKV:
         del state
-        theta = self._config.rope_theta
-        return PagedKV(*kv_link(kv.k, kv.v, source, target, shift, theta=theta))
+        return PagedKV(*sparse_restore(kv.k, kv.v, None, plan, theta=self._config.rope_theta))
 
     def _deviation(
         self, state: nnx.State, kv: PagedKV, plan: RoundPlan, shown: jax.Array

@@ -1,0 +1,75 @@
+"""Which implementation of a kernel runs."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+# "interpret" runs the Mosaic GPU kernel on a CPU, in JAX's simulator of such kernels.
+IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "interpret")
+_BY_PLATFORM = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+
+
+def call(name: str, implementation: str | None, variants: Mapping[str, Callable[[], Any]]) -> Any:
+    """Runs one variant of a kernel.
+
+    Args:
+      name: name of the kernel, for messages.
+      implementation: one of `IMPLEMENTATIONS`; None: what the default platform has, and XLA code
+        where that declares itself unfit for the arguments.
+      variants: the variants that there are, without arguments. A variant that cannot take the
+        arguments raises NotImplementedError with the reason.
+
+    Returns:
+      What the variant returned.
+
+    Raises:
+      ValueError: there is no implementation of that name.
+      NotImplementedError: the named implementation is unfit for the arguments.
+    """
+    if implementation is None:
+        preferred = _BY_PLATFORM.get(jax.default_backend(), "xla")
+        try:
+            return _variant(name, preferred, variants)()
+        except NotImplementedError as reason:
+            _report(name, preferred, str(reason))
+            return variants["xla"]()
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation: {implementation!r} is none of {known}")
+    return _variant(name, implementation, variants)()
+
+
+def _variant(
+    name: str, implementation: str, variants: Mapping[str, Callable[[], Any]]
+) -> Callable[[], Any]:
+    if implementation not in variants:
+        raise NotImplementedError(f"{name} has no {implementation} variant")
+    return variants[implementation]
+
+
+def simulated(kernel: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Runs a Mosaic GPU kernel in JAX's simulator of an H100, on a CPU.
+
+    Args:
+      kernel: takes `interpret`.
+      arguments: for the kernel.
+      keywords: for the kernel.
+    """
+    # The simulator is not public yet.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=8)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        return kernel(*arguments, **keywords, interpret=InterpretGPUParams(detect_races=True))
+
+
+@functools.cache
+def _report(name: str, implementation: str, reason: str) -> None:
+    """Says once why XLA code runs in place of a kernel."""
+    logging.getLogger(__name__).info(
+        "%s: XLA code in place of %s: %s", name, implementation, reason
+    )

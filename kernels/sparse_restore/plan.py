@@ -1,0 +1,131 @@
+"""What a restore reads and writes: source pages, and the pieces of them that go to slots."""
+
+import dataclasses
+from typing import no_type_check
+
+import jax
+import numpy as np
+
+from tokendance_jax.kernels.lanes import Array
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Pages to restore from, outside the pool.
+
+    Attributes:
+      k: [layers, pages, page_size, kv_heads, head_dim]; keys in the pool's dtype or int8.
+      v: values, as k.
+      k_scale: f32 [layers, pages, page_size, kv_heads], what int8 keys are multiplied with; else
+        None.
+      v_scale: as k_scale.
+      key_bias: f32 [layers, kv_heads, head_dim], added to keys before they are rotated; or None.
+      rotated: whether keys stand rotated at canonical positions; else they were taken before the
+        rotary embedding, and slot o of a page is rotated by the piece's turn plus o.
+    """
+
+    k: Array
+    v: Array
+    k_scale: Array | None = None
+    v_scale: Array | None = None
+    key_bias: Array | None = None
+    rotated: bool = dataclasses.field(default=True, metadata={"static": True})
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RestorePlan:
+    """Pieces of source pages, page by page: so a page is read once, wherever its pieces go.
+
+    Attributes:
+      page: i32 [pages]; the source pages that are read.
+      begin: i32 [pages + 1]; pieces `begin[i]` to `begin[i + 1]` are those of `page[i]`.
+      first: i32 [pieces]; first slot of the piece in its page.
+      slots: i32 [pieces].
+      target: i32 [pieces]; page * page_size + offset of the first slot. The others follow it.
+      turn: i32 [pieces]; positions by which keys are rotated on: target minus source position, or,
+        of keys that are not rotated yet, the target position of slot 0 of the source page.
+    """
+
+    page: Array
+    begin: Array
+    first: Array
+    slots: Array
+    target: Array
+    turn: Array
+
+    @classmethod
+    def of_slots(
+        cls, source: np.ndarray, target: np.ndarray, turn: np.ndarray, *, page_size: int
+    ) -> "RestorePlan":
+        """Finds the pieces of single slots.
+
+        Args:
+          source: i32 [slots]; page * page_size + offset in the source.
+          target: i32 [slots]; page * page_size + offset in the pool; no slot twice.
+          turn: i32 [slots]; see `RestorePlan.turn`.
+          page_size: slots of a page.
+
+        Returns:
+          The plan, with as many pieces as there are runs of neighbouring slots.
+        """
+        order = np.lexsort((target, source // page_size))
+        source, target, turn = source[order], target[order], turn[order]
+        page = source // page_size
+        new_page = np.diff(page, prepend=-1) != 0
+        # A piece stays in one target page too: a kernel may then write it as one.
+        onward = (np.diff(source) == 1) & (np.diff(target) == 1) & (np.diff(turn) == 0)
+        onward &= target[1:] % page_size != 0
+        new_piece = new_page.copy()
+        new_piece[1:] |= ~onward
+        starts = np.flatnonzero(new_piece)
+        begin = np.append(np.flatnonzero(new_page[starts]), len(starts))
+        columns = (
+            page[new_page],
+            begin,
+            source[starts] % page_size,
+            np.diff(np.append(starts, len(source))),
+            target[starts],
+            turn[starts],
+        )
+        return cls(*(column.astype(np.int32) for column in columns))
+
+    @classmethod
+    def of_pages(cls, source: np.ndarray, target: np.ndarray, *, page_size: int) -> "RestorePlan":
+        """Whole pages to whole pages, as they are.
+
+        Args:
+          source: i32 [pages]; pages of the source, ascending, none twice.
+          target: i32 [pages]; pages of the pool.
+          page_size: slots of a page.
+        """
+        zeros = np.zeros(len(source), np.int32)
+        return cls(
+            page=source.astype(np.int32),
+            begin=np.arange(len(source) + 1, dtype=np.int32),
+            first=zeros,
+            slots=zeros + np.int32(page_size),
+            target=target * np.int32(page_size),
+            turn=zeros,
+        )
+
+    def cut(self, start: int, stop: int) -> "RestorePlan":
+        """The work of pieces `start` to `stop` alone."""
+        stop = min(stop, len(self.first))
+        begin = np.clip(self.begin, start, stop) - start
+        used = np.diff(begin) > 0
+        columns = (x[start:stop] for x in (self.first, self.slots, self.target, self.turn))
+        begin = np.append(begin[:-1][used], stop - start).astype(np.int32)
+        return RestorePlan(np.asarray(self.page)[used], begin, *columns)
+
+    def padded(self, pages: int, pieces: int) -> "RestorePlan":
+        """The same work in arrays of these sizes, which are at least its own."""
+
+        def fill(x: np.ndarray, size: int, mode: str = "constant") -> np.ndarray:
+            return np.pad(x, (0, size - len(x)), mode=mode)
+
+        columns = (fill(x, pieces) for x in (self.first, self.slots, self.target, self.turn))
+        return RestorePlan(fill(self.page, pages), fill(self.begin, pages + 1, "edge"), *columns)

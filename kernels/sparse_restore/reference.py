@@ -1,0 +1,46 @@
+"""The sparse restore in plain jax.numpy, all slots at once: what other paths are tested against."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels.lanes import Array
+from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
+
+
+def sparse_restore_reference(
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    source: Source | None,
+    plan: RestorePlan,
+    *,
+    theta: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Gathers, rotates and scatters. Arguments as `api.sparse_restore`, the plan on the host."""
+    page_size, head_dim = k_pool.shape[2], k_pool.shape[4]
+    origin = Source(k_pool, v_pool) if source is None else source
+    pieces = range(int(np.asarray(plan.begin)[-1]))
+    page = np.repeat(plan.page, np.diff(plan.begin))
+    inside = np.concatenate([np.arange(plan.slots[piece]) for piece in pieces])
+    of_slot = np.repeat(np.arange(len(pieces)), np.asarray(plan.slots)[: len(pieces)])
+    offset = np.asarray(plan.first)[of_slot] + inside
+    target = np.asarray(plan.target)[of_slot] + inside
+    turn = np.asarray(plan.turn)[of_slot] + (0 if origin.rotated else offset)
+    read = (slice(None), page[of_slot], offset)
+    write = (slice(None), target // page_size, target % page_size)
+
+    def plain(x: Array, scale: Array | None) -> jax.Array:
+        """f32 [layers, slots, kv_heads, head_dim]."""
+        number = storage.load(jnp.asarray(x)[read]).astype(jnp.float32)
+        return number if scale is None else number * jnp.asarray(scale)[read][..., None]
+
+    keys, values = plain(origin.k, origin.k_scale), plain(origin.v, origin.v_scale)
+    if origin.key_bias is not None:
+        keys = keys + jnp.asarray(origin.key_bias)[:, None]
+    cos, sin = rope.rotation(jnp.asarray(turn, jnp.int32), theta=theta, head_dim=head_dim)
+    keys = rope.rotate(keys, cos[None, :, None, :], sin[None, :, None, :])
+    return (
+        k_pool.at[write].set(storage.store(keys, k_pool.dtype)),
+        v_pool.at[write].set(storage.store(values, v_pool.dtype)),
+    )

@@ -1,0 +1,100 @@
+"""The fused sparse restore as XLA code: a few pieces at a time, one layer after the other."""
+
+import jax
+import jax.numpy as jnp
+
+from tokendance_jax.kernels import flash, rope, storage
+from tokendance_jax.kernels.lanes import Array
+from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
+
+# Pieces that one step restores: on CPU, their pages stay in the cache from the read to the write.
+STEP_PIECES = 16
+
+
+def sparse_restore_xla(
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    source: Source | None,
+    plan: RestorePlan,
+    *,
+    theta: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Arguments as `api.sparse_restore`."""
+    layers, pages, page_size, _, head_dim = k_pool.shape
+    count = jnp.asarray(plan.begin)[-1]
+    room = -(-plan.first.shape[0] // STEP_PIECES) * STEP_PIECES
+
+    def padded(x: Array) -> jax.Array:
+        return jnp.pad(jnp.asarray(x), (0, room - x.shape[0]))
+
+    number = jnp.arange(room, dtype=jnp.int32)
+    of_page = jnp.searchsorted(
+        jnp.asarray(plan.begin), number, side="right", method="scan_unrolled"
+    )
+    page = jnp.take(jnp.asarray(plan.page), of_page - 1, mode="clip")
+    first, slots, turn = padded(plan.first), padded(plan.slots), padded(plan.turn)
+    offset = jnp.arange(page_size, dtype=jnp.int32)[None, :]
+    inside = offset - first[:, None]
+    written = (inside >= 0) & (inside < slots[:, None]) & (number < count)[:, None]
+    whole = (padded(plan.target) % page_size == 0) & (slots == page_size)
+    whole = whole | (number >= count)
+    target = jnp.where(written, padded(plan.target)[:, None] + inside, pages * page_size)
+
+    rotated = source is None or source.rotated
+    position = turn[:, None] + (jnp.zeros_like(offset[:, :1]) if rotated else offset)
+    cos, sin = rope.rotation(position, theta=theta, head_dim=head_dim)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    # What is not turned keeps its bits: a product with 1 and 0 would lose the sign of zeros.
+    stands = source is None or (
+        source.rotated and source.k_scale is None and source.key_bias is None
+    )
+    copied = (turn == 0) | (number >= count) if stands else None
+
+    def step(index: jax.Array, pools: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        k, v = pools
+        origin = Source(k, v) if source is None else source
+        layer, start = index % layers, index // layers * STEP_PIECES
+
+        def of_step(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, STEP_PIECES)
+
+        def read(x: jax.Array, scale: Array | None) -> jax.Array:
+            if x.dtype == k_pool.dtype:
+                return flash.read_pages(x, layer, of_step(page))
+            number = x[layer, of_step(page)].astype(jnp.float32)
+            return number * jnp.asarray(scale)[layer, of_step(page)][..., None]
+
+        stored = read(jnp.asarray(origin.k), origin.k_scale)
+
+        def turned() -> jax.Array:
+            keys = stored.astype(jnp.float32)
+            if origin.key_bias is not None:
+                keys = keys + jnp.asarray(origin.key_bias)[layer][None, None]
+            return storage.store(rope.rotate(keys, of_step(cos), of_step(sin)), k.dtype)
+
+        if copied is None:
+            keys = turned()
+        else:
+            same = of_step(copied)
+            plain = storage.store(stored, k.dtype)
+            keys = jax.lax.cond(
+                jnp.all(same),
+                lambda: plain,
+                lambda: jnp.where(same[:, None, None, None], plain, turned()),
+            )
+        values = storage.store(read(jnp.asarray(origin.v), origin.v_scale), v.dtype)
+        slot = of_step(target)
+
+        def slots() -> tuple[jax.Array, jax.Array]:
+            to = jnp.full_like(slot, 1) * layer, slot // page_size, slot % page_size
+            return k.at[to].set(keys, mode="drop"), v.at[to].set(values, mode="drop")
+
+        def whole_pages() -> tuple[jax.Array, jax.Array]:
+            to = jnp.full_like(slot[:, 0], 1) * layer, slot[:, 0] // page_size
+            return k.at[to].set(keys, mode="drop"), v.at[to].set(values, mode="drop")
+
+        # XLA's CPU code writes whole pages three times as fast.
+        return jax.lax.cond(jnp.all(of_step(whole)), whole_pages, slots)
+
+    steps = -(-count // STEP_PIECES) * layers
+    return jax.lax.fori_loop(0, steps, step, (k_pool, v_pool))

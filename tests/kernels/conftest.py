@@ -1,0 +1,29 @@
+"""JAX's simulators of kernels are not public yet: what tests need of them stands here alone."""
+
+import pytest
+
+
+class Simulator:
+    """The simulator of Mosaic GPU kernels."""
+
+    def __init__(self):
+        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+
+        self._get_races = interpret_pallas_call.get_races
+        self.reset = gpu_callbacks.reset_gpu_interpret_mode_state
+        self.reset()
+
+    def races(self) -> bool:
+        """Whether the last kernel had threads that read what another was writing."""
+        return self._get_races().races_found
+
+
+@pytest.fixture
+def simulator():
+    """A fresh simulator: after a kernel that failed, it would answer no other."""
+    try:
+        simulator = Simulator()
+    except ImportError as error:
+        pytest.skip(f"this JAX has no simulator of Mosaic GPU kernels: {error}")
+    yield simulator
+    simulator.reset()
