@@ -1,7 +1,12 @@
 """Attention of one new token per lane."""
 
+import functools
+
 import jax
 
+from tokendance_jax.kernels import dispatch
+from tokendance_jax.kernels.decode_attention.mosaic_gpu import decode_attention_mosaic_gpu
+from tokendance_jax.kernels.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 from tokendance_jax.kernels.decode_attention.xla import decode_attention_xla
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 
@@ -16,6 +21,7 @@ def decode_attention(
     groups: GroupTables,
     *,
     theta: float,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Attends one row per lane to the lane's pages, up to the row's own logical position.
 
@@ -31,8 +37,24 @@ def decode_attention(
       tables: block tables of all lanes, without what stands in the groups.
       groups: what several lanes hold; a lane that is not at -1 lies behind all that it sees there.
       theta: base of the rotary frequencies.
+      implementation: see `dispatch.call`.
 
     Returns:
       f32 [lanes, heads, head_dim]; zero where a lane attends to nothing.
+
+    Raises:
+      NotImplementedError: the named implementation cannot take these shapes.
     """
-    return decode_attention_xla(q, k_pool, v_pool, layer, position, tables, groups, theta=theta)
+    arguments = (q, k_pool, v_pool, layer, position, tables, groups)
+    return dispatch.call(
+        "decode_attention",
+        implementation,
+        {
+            "xla": functools.partial(decode_attention_xla, *arguments, theta=theta),
+            "mosaic_gpu": functools.partial(decode_attention_mosaic_gpu, *arguments, theta=theta),
+            "mosaic_tpu": functools.partial(decode_attention_mosaic_tpu, *arguments, theta=theta),
+            "interpret": functools.partial(
+                dispatch.simulated, decode_attention_mosaic_gpu, *arguments, theta=theta
+            ),
+        },
+    )

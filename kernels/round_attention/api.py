@@ -1,8 +1,13 @@
 """Attention of a round's rows through their lanes' block tables."""
 
+import functools
+
 import jax
 
+from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.kernels.round_attention.mosaic_gpu import round_attention_mosaic_gpu
+from tokendance_jax.kernels.round_attention.mosaic_tpu import round_attention_mosaic_tpu
 from tokendance_jax.kernels.round_attention.xla import round_attention_xla
 
 
@@ -16,6 +21,7 @@ def round_attention(
     tiles: RowTiles,
     *,
     theta: float,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Attends rows to the pages of their lanes; a row sees logical positions up to its own.
 
@@ -32,8 +38,24 @@ def round_attention(
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane.
       theta: base of the rotary frequencies.
+      implementation: see `dispatch.call`.
 
     Returns:
       f32 [rows, heads, head_dim]; zero in rows that stand in no tile.
+
+    Raises:
+      NotImplementedError: the named implementation cannot take these shapes.
     """
-    return round_attention_xla(q, k_pool, v_pool, layer, position, tables, tiles, theta=theta)
+    arguments = (q, k_pool, v_pool, layer, position, tables, tiles)
+    return dispatch.call(
+        "round_attention",
+        implementation,
+        {
+            "xla": functools.partial(round_attention_xla, *arguments, theta=theta),
+            "mosaic_gpu": functools.partial(round_attention_mosaic_gpu, *arguments, theta=theta),
+            "mosaic_tpu": functools.partial(round_attention_mosaic_tpu, *arguments, theta=theta),
+            "interpret": functools.partial(
+                dispatch.simulated, round_attention_mosaic_gpu, *arguments, theta=theta
+            ),
+        },
+    )

@@ -6,6 +6,7 @@ import jax
 
 from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.sparse_restore.mosaic_gpu import sparse_restore_mosaic_gpu
+from tokendance_jax.kernels.sparse_restore.mosaic_tpu import sparse_restore_mosaic_tpu
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 from tokendance_jax.kernels.sparse_restore.xla import sparse_restore_xla
 
@@ -51,6 +52,7 @@ def sparse_restore(
         {
             "xla": functools.partial(sparse_restore_xla, *arguments, theta=theta),
             "mosaic_gpu": functools.partial(sparse_restore_mosaic_gpu, *arguments, theta=theta),
+            "mosaic_tpu": functools.partial(sparse_restore_mosaic_tpu, *arguments, theta=theta),
             "interpret": functools.partial(
                 dispatch.simulated, sparse_restore_mosaic_gpu, *arguments, theta=theta
             ),

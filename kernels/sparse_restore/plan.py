@@ -1,7 +1,7 @@
 """What a restore reads and writes: source pages, and the pieces of them that go to slots."""
 
 import dataclasses
-from typing import no_type_check
+from typing import Literal, no_type_check
 
 import jax
 import numpy as np
@@ -114,18 +114,26 @@ class RestorePlan:
 
     def cut(self, start: int, stop: int) -> "RestorePlan":
         """The work of pieces `start` to `stop` alone."""
-        stop = min(stop, len(self.first))
-        begin = np.clip(self.begin, start, stop) - start
+        page, begin, *columns = self._columns()
+        stop = min(stop, len(columns[0]))
+        begin = np.clip(begin, start, stop) - start
         used = np.diff(begin) > 0
-        columns = (x[start:stop] for x in (self.first, self.slots, self.target, self.turn))
         begin = np.append(begin[:-1][used], stop - start).astype(np.int32)
-        return RestorePlan(np.asarray(self.page)[used], begin, *columns)
+        return RestorePlan(page[used], begin, *(column[start:stop] for column in columns))
 
     def padded(self, pages: int, pieces: int) -> "RestorePlan":
         """The same work in arrays of these sizes, which are at least its own."""
 
-        def fill(x: np.ndarray, size: int, mode: str = "constant") -> np.ndarray:
+        def fill(x: np.ndarray, size: int, mode: Literal["constant", "edge"]) -> np.ndarray:
             return np.pad(x, (0, size - len(x)), mode=mode)
 
-        columns = (fill(x, pieces) for x in (self.first, self.slots, self.target, self.turn))
-        return RestorePlan(fill(self.page, pages), fill(self.begin, pages + 1, "edge"), *columns)
+        page, begin, *columns = self._columns()
+        return RestorePlan(
+            fill(page, pages, "constant"),
+            fill(begin, pages + 1, "edge"),
+            *(fill(column, pieces, "constant") for column in columns),
+        )
+
+    def _columns(self) -> list[np.ndarray]:
+        """The arrays of a plan on the host, in the order of its fields."""
+        return [np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)]

@@ -20,13 +20,14 @@ def sparse_restore_reference(
     """Gathers, rotates and scatters. Arguments as `api.sparse_restore`, the plan on the host."""
     page_size, head_dim = k_pool.shape[2], k_pool.shape[4]
     origin = Source(k_pool, v_pool) if source is None else source
-    pieces = range(int(np.asarray(plan.begin)[-1]))
+    plan = jax.tree.map(np.asarray, plan)
+    pieces = int(plan.begin[-1])
     page = np.repeat(plan.page, np.diff(plan.begin))
-    inside = np.concatenate([np.arange(plan.slots[piece]) for piece in pieces])
-    of_slot = np.repeat(np.arange(len(pieces)), np.asarray(plan.slots)[: len(pieces)])
-    offset = np.asarray(plan.first)[of_slot] + inside
-    target = np.asarray(plan.target)[of_slot] + inside
-    turn = np.asarray(plan.turn)[of_slot] + (0 if origin.rotated else offset)
+    inside = np.concatenate([np.arange(slots) for slots in plan.slots[:pieces]])
+    of_slot = np.repeat(np.arange(pieces), plan.slots[:pieces])
+    offset = plan.first[of_slot] + inside
+    target = plan.target[of_slot] + inside
+    turn = plan.turn[of_slot] + (0 if origin.rotated else offset)
     read = (slice(None), page[of_slot], offset)
     write = (slice(None), target // page_size, target % page_size)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,9 @@ COMBINATIONS = [
     *((heads, page_size, "float32") for heads in HEADS for page_size in PAGE_SIZES),
     *((heads, page_size, "uint16") for heads, page_size in zip(HEADS, PAGE_SIZES, strict=True)),
 ]
+
+# Kernels, and the platforms that they are for.
+PLATFORMS = (("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu"))
 
 # (page, frame, first, slots)
 Entry = tuple[int, int, int, int]
@@ -127,6 +131,11 @@ class Case:
             slot, _ = plan.locate(np.arange(len(plan.token_ids), dtype=np.int32), self.page_size)
             read.reshape(-1)[slot] = True
         return read
+
+
+def shape(*shape: int, dtype: str = "int32") -> Any:
+    """An array of shapes alone, to compile for."""
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def sharing(page_size: int) -> Case:

@@ -1,6 +1,7 @@
 """JAX's simulators of kernels are not public yet: what tests need of them stands here alone."""
 
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 
 class Simulator:
@@ -27,3 +28,25 @@ def simulator():
         pytest.skip(f"this JAX has no simulator of Mosaic GPU kernels: {error}")
     yield simulator
     simulator.reset()
+
+
+class TpuSimulator:
+    """The simulator of Mosaic TPU kernels."""
+
+    parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+    def races(self) -> bool:
+        """Whether a copy and another access to the same memory had no order."""
+        from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+        races = interpret_pallas_call.races
+        assert races is not None
+        return races.races_found
+
+
+@pytest.fixture
+def tpu_simulator():
+    """A fresh simulator."""
+    pltpu.reset_tpu_interpret_mode_state()
+    yield TpuSimulator()
+    pltpu.reset_tpu_interpret_mode_state()

@@ -2,6 +2,8 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,13 +14,18 @@ from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.groups import group_tables, shared_block_cost
 from tokendance_jax.collector.plan import Shapes
 from tokendance_jax.kernels.decode_attention import decode_attention
+from tokendance_jax.kernels.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 
 SMALL = cases.HEADS[1]
 PAGES = 200  # of every pool: one program for all cases of a shape
 SEEDS = st.integers(0, 2**32 - 1)
 ENDED = st.sets(st.integers(0, cases.LANES - 1))
 
-program = jax.jit(functools.partial(decode_attention, theta=cases.THETA), static_argnums=3)
+program = jax.jit(
+    functools.partial(decode_attention, theta=cases.THETA),
+    static_argnums=3,
+    static_argnames="implementation",
+)
 
 
 def case_of(lanes, page_size):
@@ -170,3 +177,68 @@ def test_nothing_live_gives_zeros():
     k, v = cases.pools(case, SMALL, "float32")
     out = run(case, cases.queries(cases.LANES, SMALL), k, v, np.full(cases.LANES, -1, np.int32))
     assert not out.any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size"),
+    [(cases.Heads(14, 2, 64), 16), (cases.Heads(10, 2, 128), 32)],
+    ids=str,
+)
+def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, simulator):
+    case = base_round(page_size)
+    groups, tables = split(case)
+    assert groups.count
+    position = case.last_positions()
+    q = cases.queries(cases.LANES, heads)
+    k, v = cases.pools(case, heads, "uint16")
+    inputs = (cases.poisoned(case, pool).view(ml_dtypes.bfloat16) for pool in (k, v))
+    out = program(
+        q,
+        *map(jnp.asarray, inputs),
+        cases.LAYER,
+        position,
+        tables,
+        groups,
+        implementation="interpret",
+    )
+    lane = np.where(position >= 0, np.arange(cases.LANES), cases.LANES).astype(np.int32)
+    cases.assert_close(np.asarray(out), cases.reference(case, q, k, v, position, lane), "uint16")
+    assert not np.asarray(out)[position < 0].any()
+    assert not simulator.races()
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [
+        (cases.Heads(14, 2, 64), 16, "uint16"),
+        (cases.Heads(10, 2, 128), 32, "uint16"),
+        (cases.Heads(8, 4, 128), 16, "float32"),
+    ],
+    ids=str,
+)
+def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
+    check_tpu(heads, page_size, dtype, True)
+
+
+def test_the_tpu_kernel_has_no_races(tpu_simulator):
+    check_tpu(cases.Heads(4, 2, 128), 16, "uint16", tpu_simulator.parameters)
+    assert not tpu_simulator.races()
+
+
+def check_tpu(heads, page_size, dtype, interpret):
+    case = base_round(page_size)
+    groups, tables = split(case)
+    assert groups.count
+    position = case.last_positions()
+    q = cases.queries(cases.LANES, heads)
+    k, v = cases.pools(case, heads, dtype)
+    inputs = (cases.poisoned(case, pool) for pool in (k, v))
+    inputs = (x.view(ml_dtypes.bfloat16) if dtype == "uint16" else x for x in inputs)
+    kernel = functools.partial(decode_attention_mosaic_tpu, theta=cases.THETA, interpret=interpret)
+    out = jax.jit(kernel, static_argnums=3)(
+        q, *map(jnp.asarray, inputs), cases.LAYER, position, tables, groups
+    )
+    lane = np.where(position >= 0, np.arange(cases.LANES), cases.LANES).astype(np.int32)
+    expected = cases.reference(case, q, k, v, position, lane)
+    cases.assert_close(np.asarray(out), expected, dtype)
+    assert not np.asarray(out)[position < 0].any()

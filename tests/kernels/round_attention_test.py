@@ -1,6 +1,8 @@
 import functools
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,11 +11,16 @@ from hypothesis import strategies as st
 from tests.kernels import cases
 from tokendance_jax.kernels.lanes import TILE_ROWS, RowTiles
 from tokendance_jax.kernels.round_attention import round_attention
+from tokendance_jax.kernels.round_attention.mosaic_tpu import round_attention_mosaic_tpu
 
 SMALL = cases.HEADS[1]
 SEEDS = st.integers(0, 2**32 - 1)
 
-program = jax.jit(functools.partial(round_attention, theta=cases.THETA), static_argnums=3)
+program = jax.jit(
+    functools.partial(round_attention, theta=cases.THETA),
+    static_argnums=3,
+    static_argnames="implementation",
+)
 
 
 def run(case, q, k, v):
@@ -73,3 +80,112 @@ def test_rows_may_stand_in_any_order(seed):
     tiles = RowTiles(row, lane, np.asarray(count, np.int32))
     out = program(q[order], k, v, cases.LAYER, case.position[order], case.tables, tiles)
     cases.assert_close(np.asarray(out), in_order[order], "float32")
+
+
+def small_tiles(case, lanes, rows):
+    """Tiles of few rows of some lanes."""
+    row, lane = [], []
+    for index in lanes:
+        own = np.flatnonzero(case.lane == index)
+        for start in range(0, len(own), rows):
+            part = own[start : start + rows]
+            row.append(np.pad(part, (0, rows - len(part)), constant_values=cases.ROWS))
+            lane.append(index)
+    # A tile that is not in use.
+    row.append(np.zeros(rows))
+    return RowTiles(
+        np.stack(row).astype(np.int32),
+        np.array([*lane, 0], np.int32),
+        np.array(len(lane), np.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size"),
+    [(cases.Heads(6, 2, 64), 16), (cases.Heads(10, 2, 128), 32)],
+    ids=str,
+)
+def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, simulator):
+    case, lanes = cases.sharing(page_size), range(1, 6)
+    tiles = small_tiles(case, lanes, 16)
+    q = cases.queries(cases.ROWS, heads)
+    k, v = cases.pools(case, heads, "uint16")
+    inputs = (cases.poisoned(case, pool).view(ml_dtypes.bfloat16) for pool in (k, v))
+    out = program(
+        q,
+        *map(jnp.asarray, inputs),
+        cases.LAYER,
+        case.position,
+        case.tables,
+        tiles,
+        implementation="interpret",
+    )
+    lane = np.where(np.isin(case.lane, lanes), case.lane, cases.LANES)
+    expected = cases.reference(case, q, k, v, case.position, lane)
+    cases.assert_close(np.asarray(out), expected, "uint16")
+    assert not simulator.races()
+
+
+def bits_to_numbers(pool):
+    return jnp.asarray(pool.view(ml_dtypes.bfloat16) if pool.dtype == np.uint16 else pool)
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [
+        (cases.Heads(14, 2, 64), 16, "uint16"),
+        (cases.Heads(10, 2, 128), 32, "uint16"),
+        (cases.Heads(8, 4, 128), 16, "float32"),
+    ],
+    ids=str,
+)
+def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
+    case = cases.sharing(page_size)
+    q = cases.queries(cases.ROWS, heads)
+    k, v = cases.pools(case, heads, dtype)
+    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    kernel = functools.partial(round_attention_mosaic_tpu, theta=cases.THETA, interpret=True)
+    out = jax.jit(kernel, static_argnums=3)(
+        q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
+    )
+    cases.assert_close(
+        np.asarray(out), cases.reference(case, q, k, v, case.position, case.lane), dtype
+    )
+    assert not np.asarray(out)[~case.used].any()
+
+
+def test_the_tpu_kernel_has_no_races(tpu_simulator):
+    case, heads = cases.sharing(16), cases.Heads(4, 2, 128)
+    lanes = range(1, 6)
+    q = cases.queries(cases.ROWS, heads)
+    k, v = cases.pools(case, heads, "uint16")
+    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    kernel = functools.partial(
+        round_attention_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
+    )
+    tiles = small_tiles(case, lanes, 16)
+    out = jax.jit(kernel, static_argnums=3)(
+        q, *inputs, cases.LAYER, case.position, case.tables, tiles
+    )
+    lane = np.where(np.isin(case.lane, lanes), case.lane, cases.LANES)
+    expected = cases.reference(case, q, k, v, case.position, lane)
+    cases.assert_close(np.asarray(out), expected, "uint16")
+    assert not tpu_simulator.races()
+
+
+def test_the_gpu_kernel_takes_no_float32_pool():
+    case = cases.sharing(16)
+    heads = cases.Heads(6, 2, 64)
+    k, v = cases.pools(case, heads, "float32")
+    q = cases.queries(cases.ROWS, heads)
+    with pytest.raises(NotImplementedError, match="tensor cores"):
+        program(
+            q,
+            k,
+            v,
+            cases.LAYER,
+            case.position,
+            case.tables,
+            case.tiles,
+            implementation="mosaic_gpu",
+        )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.kernels import cases
 from tokendance_jax.kernels import rope
 from tokendance_jax.kernels.sparse_restore import RestorePlan, Source, sparse_restore
+from tokendance_jax.kernels.sparse_restore.mosaic_tpu import sparse_restore_mosaic_tpu
 from tokendance_jax.kernels.sparse_restore.reference import sparse_restore_reference
 
 TURNS = st.sampled_from([0, 1, -1, 7, -30, 1000, 100_000, -9_000_000])
@@ -125,6 +126,36 @@ def test_the_gpu_kernel_equals_the_reference_without_races(shape, dtype, kind, s
     assert not simulator.races()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 12, 16, 2, 64), "float32"), ((1, 12, 32, 8, 128), "bfloat16")],
+    ids=str,
+)
+def test_the_tpu_kernel_equals_the_reference(shape, dtype, kind):
+    random = np.random.default_rng(0)
+    k, v = pools(random, shape, dtype)
+    source = source_of(kind, random, shape, dtype)
+    plan = plan_of(pieces_of(shape[2]), shape[2])
+    expected = sparse_restore_reference(k, v, source, plan, theta=cases.THETA)
+    kernel = functools.partial(sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=True)
+    check(jax.jit(kernel)(k, v, source, plan.padded(4, 30)), expected, dtype)
+
+
+def test_the_tpu_kernel_has_no_races(tpu_simulator):
+    shape = (2, 12, 16, 2, 128)
+    random = np.random.default_rng(0)
+    k, v = pools(random, shape, "bfloat16")
+    source = source_of("int8", random, shape, "bfloat16")
+    plan = plan_of(pieces_of(16), 16)
+    expected = sparse_restore_reference(k, v, source, plan, theta=cases.THETA)
+    kernel = functools.partial(
+        sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
+    )
+    check(jax.jit(kernel)(k, v, source, plan.padded(4, 30)), expected, "bfloat16")
+    assert not tpu_simulator.races()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "uint16"])
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -181,7 +212,8 @@ def test_what_is_not_turned_keeps_every_bit(seed):
     # All patterns of bits: zeros with signs, infinities, NaN with their payload.
     random = np.random.default_rng(seed)
     k, v = (random.integers(0, 2**16, SMALL, np.uint16) for _ in "kv")
-    source = Source(*(random.integers(0, 2**16, SMALL, np.uint16) for _ in "kv"))
+    pages_k, pages_v = (random.integers(0, 2**16, SMALL, np.uint16) for _ in "kv")
+    source = Source(pages_k, pages_v)
     slots = np.arange(4, 8, dtype=np.int32)
     plan = RestorePlan.of_slots(slots, slots + 8, np.zeros(4, np.int32), page_size=4)
     found = restore(k, v, source, plan)
@@ -247,7 +279,9 @@ def test_a_donated_pool_is_written_in_place(dtype):
 def test_a_source_that_does_not_fit_is_refused(change, problem):
     random = np.random.default_rng(0)
     k, v = pools(random, SMALL, "float32")
-    source = dataclasses.replace(source_of("pages", random, SMALL, "float32"), **change)
+    source = source_of("pages", random, SMALL, "float32")
+    assert source is not None
+    source = dataclasses.replace(source, **change)
     plan = plan_of([(0, 0, 2, 20, 0)], 4)
     with pytest.raises(ValueError, match=problem):
         sparse_restore(k, v, source, plan, theta=cases.THETA)
