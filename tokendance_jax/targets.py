@@ -178,7 +178,7 @@ def _dumping(folder: str) -> Iterator[None]:
     """Has the compiler of Mosaic GPU write down what it makes."""
     names = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_TO")
     before = {name: os.environ.get(name) for name in names}
-    cached = jax.config.read("jax_enable_compilation_cache")
+    cached = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009 - not declared
     os.environ.update(zip(names, ("1", "1", folder), strict=True))
     # A program from the cache would not be compiled.
     jax.config.update("jax_enable_compilation_cache", False)

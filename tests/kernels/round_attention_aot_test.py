@@ -21,10 +21,11 @@ HEADS = (
 LAYERS, PAGES, LANES, ROWS, TILES, TOKENS = 28, 8192, 32, 2048, 48, 4096
 
 
-def arguments(heads, page_size, dtype="bfloat16"):
+def arguments(heads, page_size, dtype="bfloat16", pages=PAGES):
     # A pool of its own for each size: what was compiled once is not compiled again.
-    pages = PAGES + heads.heads
-    pool = shape(LAYERS, pages, page_size, heads.kv_heads, heads.head_dim, dtype=dtype)
+    pool = shape(
+        LAYERS, pages + heads.heads, page_size, heads.kv_heads, heads.head_dim, dtype=dtype
+    )
     q = shape(ROWS, heads.heads, heads.head_dim, dtype="float32")
     column = shape(LANES, TOKENS // page_size)
     tables = LaneTables(column, column, column, column, column)
@@ -83,7 +84,7 @@ def test_compiles_for_an_h100(heads, page_size):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", HEADS[1:], ids=str)
 def test_compiles_for_a_tpu(heads, dtype, target):
-    shapes = arguments(heads, 16, dtype)
+    shapes = arguments(heads, 16, dtype, pages=1024)  # a v5e has 16 GiB
     compiled = targets.compile_for(targets.TARGETS[target], attend("mosaic_tpu"), *shapes)
     memory, q = compiled.memory_analysis(), shapes[0]
     assert memory is not None
