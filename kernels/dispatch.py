@@ -12,6 +12,17 @@ IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "interpret")
 _BY_PLATFORM = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
 
+def platform_of(implementation: str | None) -> str:
+    """The platform whose pools an implementation reads: "cpu", "gpu" or "tpu".
+
+    Raises:
+      ValueError: there is no implementation of that name.
+    """
+    _check(implementation)
+    named = {kernel: platform for platform, kernel in _BY_PLATFORM.items()} | {"interpret": "gpu"}
+    return named.get(implementation or "", jax.default_backend())
+
+
 def call(name: str, implementation: str | None, variants: Mapping[str, Callable[[], Any]]) -> Any:
     """Runs one variant of a kernel.
 
@@ -29,6 +40,7 @@ def call(name: str, implementation: str | None, variants: Mapping[str, Callable[
       ValueError: there is no implementation of that name.
       NotImplementedError: the named implementation is unfit for the arguments.
     """
+    _check(implementation)
     if implementation is None:
         preferred = _BY_PLATFORM.get(jax.default_backend(), "xla")
         try:
@@ -36,10 +48,13 @@ def call(name: str, implementation: str | None, variants: Mapping[str, Callable[
         except NotImplementedError as reason:
             _report(name, preferred, str(reason))
             return variants["xla"]()
-    if implementation not in IMPLEMENTATIONS:
+    return _variant(name, implementation, variants)()
+
+
+def _check(implementation: str | None) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation: {implementation!r} is none of {known}")
-    return _variant(name, implementation, variants)()
 
 
 def _variant(

@@ -107,11 +107,11 @@ def flash_attention_gpu(
 
     Args:
       q: f32 [tiles, kv_heads, queries, head_dim], rotated at logical positions, not scaled; the
-        number of queries is a multiple of `QUERIES`.
+        number of queries is a multiple of `QUERIES`, or a smaller multiple of 8.
       k_pool: bf16 [layers, pages, page_size, kv_heads, head_dim].
       v_pool: as k_pool.
       layer: index of the layer.
-      limit: i32 [tiles, queries].
+      limit: i32 [tiles, queries], filled up with -1 to a multiple of `QUERIES`.
       steps: what the tiles walk.
       theta: base of the rotary frequencies.
       splits: parts of a tile's steps that different blocks take.
@@ -177,7 +177,12 @@ def flash_attention_gpu(
         column = plgpu.SMEM((STAGES, QUERIES), jnp.int32)
         scratch |= {"frame": column, "held": column}
     walk = functools.partial(
-        _walk, layer * pages * page_size, page_size, splits, interpreted=bool(interpret)
+        _walk,
+        layer * pages * page_size,
+        page_size,
+        splits,
+        min(queries, QUERIES),
+        interpreted=bool(interpret),
     )
 
     def kernel(inputs: dict[str, Ref], out: Ref, lse: Ref) -> None:
@@ -198,7 +203,7 @@ def flash_attention_gpu(
             jax.ShapeDtypeStruct(shape, jnp.float32),
         ),
         mesh=plgpu.Mesh(
-            grid=(queries // QUERIES * splits, kv_heads, tiles),
+            grid=(-(-queries // QUERIES) * splits, kv_heads, tiles),
             grid_names=("block", "head", "tile"),
         ),
         compiler_params=plgpu.CompilerParams(
@@ -229,6 +234,7 @@ def _walk(
     first_slot: int,
     page_size: int,
     splits: int,
+    given: int,
     inputs: dict[str, Ref],
     out: Ref,
     lse: Ref,
@@ -238,12 +244,13 @@ def _walk(
     *,
     interpreted: bool,
 ) -> None:
-    """Attends 64 queries to their part of the steps that their tile sees."""
+    """Attends 64 queries, of which some are given, to their part of what their tile sees."""
     number, head, tile = (jax.lax.axis_index(name) for name in ("block", "head", "tile"))
     split, block = jax.lax.rem(number, splits), jax.lax.div(number, splits)
     steps, count, last = (inputs[name][tile] for name in ("of_tile", "count", "last"))
     begin, end = count * split // splits, count * (split + 1) // splits
     queries, pages = pl.ds(block * QUERIES, QUERIES), SLOTS // page_size
+    rows, wide = pl.ds(block * QUERIES, given), smem["wide"].at[pl.ds(0, given)]
     parts = [pl.ds(start, COLUMNS) for start in range(0, smem["q"].shape[1], COLUMNS)]
 
     def fetch(step: jax.Array) -> None:
@@ -279,13 +286,13 @@ def _walk(
             angle = rope.angles(-frame, *tables)
             cos, sin = (_across(factor, shape) for factor in (jnp.cos(angle), jnp.sin(angle)))
         for index, columns in enumerate(parts):
-            bring(inputs["q"].at[tile, head, queries, columns], smem["wide"])
+            bring(inputs["q"].at[tile, head, rows, columns], wide)
             turned = smem["wide"][...] * cos
             if "q_crossed" in inputs:
-                bring(inputs["q_crossed"].at[tile, head, queries], smem["wide"])
+                bring(inputs["q_crossed"].at[tile, head, rows], wide)
                 turned = turned + smem["wide"][...] * sin
             else:
-                bring(inputs["q"].at[tile, head, queries, parts[1 - index]], smem["wide"])
+                bring(inputs["q"].at[tile, head, rows, parts[1 - index]], wide)
                 turned = turned + smem["wide"][...] * (sin if index else -sin)
             smem["q"][:, columns] = turned.astype(smem["q"].dtype)
         plgpu.commit_smem()
@@ -351,13 +358,13 @@ def _walk(
     score = (maximum + jnp.log2(total)) * np.float32(1 / LOG2E)
     smem["lse"][...] = jnp.where(maximum > flash.MASKED, score, flash.MASKED)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem["lse"], lse.at[split, tile, head, queries])
+    plgpu.copy_smem_to_gmem(smem["lse"].at[pl.ds(0, given)], lse.at[split, tile, head, rows])
     saw = _down(maximum, (QUERIES, COLUMNS)) > flash.MASKED
     total = _down(total, (QUERIES, COLUMNS))
     for part, columns in zip(weighted, parts, strict=True):
         smem["wide"][...] = jnp.where(saw, part / total, jnp.zeros_like(part))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem["wide"], out.at[split, tile, head, queries, columns])
+        plgpu.copy_smem_to_gmem(wide, out.at[split, tile, head, rows, columns])
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -3,11 +3,11 @@
 import dataclasses
 import os
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from tokendance_jax.kernels.dispatch import platform_of
 from tokendance_jax.kernels.storage import storage_dtype
 from tokendance_jax.models.loading import Checkpoint, load_checkpoint
 from tokendance_jax.models.qwen2.config import Qwen2Config
@@ -46,13 +46,21 @@ class Model:
         name, config = checkpoint.name, checkpoint.config
         return cls(name, config, jnp.dtype(dtype), graph, state, tokenizer)
 
-    def kv_spec(self, *, pages: int, page_size: int, dtype: DTypeLike | None = None) -> KVSpec:
-        """Describes a page pool for this model on the default backend.
+    def kv_spec(
+        self,
+        *,
+        pages: int,
+        page_size: int,
+        dtype: DTypeLike | None = None,
+        implementation: str | None = None,
+    ) -> KVSpec:
+        """Describes a page pool for this model.
 
         Args:
           pages: number of pages, page 0 included.
           page_size: token slots in a page.
           dtype: precision of K and V; that of the matrices if None.
+          implementation: the kernels that will read it (see `kernels.dispatch`).
         """
         precision = self.dtype if dtype is None else jnp.dtype(dtype)
         return KVSpec(
@@ -61,7 +69,7 @@ class Model:
             page_size=page_size,
             kv_heads=self.config.num_key_value_heads,
             head_dim=self.config.head_dim,
-            storage=storage_dtype(precision, jax.default_backend()),
+            storage=storage_dtype(precision, platform_of(implementation)),
         )
 
 

@@ -52,7 +52,7 @@ def decode_attention_mosaic_gpu(
         queries = queries.reshape(tiles, width, kv_heads, group, head_dim)
         queries = jnp.moveaxis(queries, 2, 1).reshape(tiles, kv_heads, used, head_dim)
         out, lse = flash_attention_gpu(
-            jnp.pad(queries, [(0, 0), (0, 0), (0, QUERIES - used), (0, 0)]),
+            jnp.pad(queries, [(0, 0), (0, 0), (0, -used % 8), (0, 0)]),
             k_pool,
             v_pool,
             layer,

@@ -1,5 +1,6 @@
 """The engine: serves rounds of agents from one model and one page pool."""
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,7 @@ class RoundEngine:
         max_agents: int = 128,
         decode_steps: int = 8,
         cold: bool = False,
+        implementation: str | None = None,
         programs: Programs | None = None,
     ):
         """Makes an engine with an empty pool.
@@ -81,6 +83,8 @@ class RoundEngine:
           max_agents: most agents in a round.
           decode_steps: tokens that a decode call generates before the host looks at them.
           cold: whether timings count compilation.
+          implementation: which kernels run: "xla", "mosaic_gpu", "mosaic_tpu", or "interpret", the
+            GPU kernels in a simulator; None: those of the platform.
           programs: programs of another engine with the same model and sizes, to share what is
             compiled.
 
@@ -96,7 +100,10 @@ class RoundEngine:
                 raise ValueError(f"{name}: {value} is too small; give at least 1")
         if page_size not in (1 << bit for bit in range(9)):
             raise ValueError(f"page_size: {page_size} is not a power of two of at most 256")
-        page_bytes = model.kv_spec(pages=1, page_size=page_size, dtype=kv_dtype).page_bytes
+        spec = model.kv_spec(
+            pages=1, page_size=page_size, dtype=kv_dtype, implementation=implementation
+        )
+        page_bytes = spec.page_bytes
         pages = kv_memory // page_bytes
         if pages < 2:
             raise ValueError(
@@ -109,7 +116,7 @@ class RoundEngine:
         self._options = options
         self._preamble = np.array(model.tokenizer.encode_text(preamble), np.int32)
         self._salt = salt
-        self._kv_spec = model.kv_spec(pages=pages, page_size=page_size, dtype=kv_dtype)
+        self._kv_spec = dataclasses.replace(spec, pages=pages)
         shapes = Shapes.of(
             row_budget=row_budget,
             max_lanes=max_agents,
@@ -117,9 +124,13 @@ class RoundEngine:
             pages=pages,
             page_size=page_size,
         )
-        self.programs = Programs(model, shapes) if programs is None else programs
-        if self.programs.shapes != shapes:
-            raise ValueError("programs: they were made for other sizes; leave the argument out")
+        if programs is None:
+            programs = Programs(model, shapes, implementation=implementation)
+        self.programs = programs
+        if programs.shapes != shapes or programs.implementation != implementation:
+            raise ValueError(
+                "programs: they were made for other sizes or kernels; leave the argument out"
+            )
         self._decode_steps = decode_steps
         self._cold = cold
         self._reset()

@@ -52,8 +52,9 @@ class Programs:
     up what that took, so that callers can keep it out of their timings. Calls trace nothing.
     """
 
-    def __init__(self, model: Model, shapes: Shapes):
+    def __init__(self, model: Model, shapes: Shapes, *, implementation: str | None = None):
         self.shapes = shapes
+        self.implementation = implementation
         self.compile_s = 0.0
         self._graph = model.graph
         self._state = model.state
@@ -270,7 +271,15 @@ class Programs:
 
         def attend(q: jax.Array, kv: PagedKV, layer: int) -> jax.Array:
             return round_attention(
-                q, kv.k, kv.v, layer, position, plan.tables, plan.tiles, theta=theta
+                q,
+                kv.k,
+                kv.v,
+                layer,
+                position,
+                plan.tables,
+                plan.tiles,
+                theta=theta,
+                implementation=self.implementation,
             )
 
         return attend
@@ -292,7 +301,9 @@ class Programs:
 
     def _link(self, state: nnx.State, kv: PagedKV, plan: RestorePlan) -> PagedKV:
         del state
-        return PagedKV(*sparse_restore(kv.k, kv.v, None, plan, theta=self._config.rope_theta))
+        theta, implementation = self._config.rope_theta, self.implementation
+        pools = sparse_restore(kv.k, kv.v, None, plan, theta=theta, implementation=implementation)
+        return PagedKV(*pools)
 
     def _deviation(
         self, state: nnx.State, kv: PagedKV, plan: RoundPlan, shown: jax.Array
@@ -359,7 +370,17 @@ class Programs:
             rows = Rows(token=at.token, position=position, canonical=position, slot=target)
 
             def attend(q: jax.Array, kv: PagedKV, layer: int) -> jax.Array:
-                return decode_attention(q, kv.k, kv.v, layer, position, tables, groups, theta=theta)
+                return decode_attention(
+                    q,
+                    kv.k,
+                    kv.v,
+                    layer,
+                    position,
+                    tables,
+                    groups,
+                    theta=theta,
+                    implementation=self.implementation,
+                )
 
             hidden, kv = model.hidden(rows, kv, attend)
             chosen = sample(model.logits(hidden), sampling, jnp.asarray(at.generated))

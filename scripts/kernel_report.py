@@ -1,0 +1,233 @@
+"""What the compilers say of the kernels, for accelerators that need not be present.
+
+  python -m scripts.kernel_report --model=7B --model=14B --agents=25
+
+For each kernel: registers, spills, shared memory and blocks at a time from ptxas, temporaries from
+XLA; the bytes that the kernel moves, beside the least that any could move; its operations; and the
+time that bytes and operations would take at the target's published bandwidth and rate. That time is
+a bound, not a measurement. Needs the `aot` extra.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# The compilers would look for devices, and complain that there are none.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from absl import app, flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from scripts import common
+from tokendance_jax import targets
+from tokendance_jax.kernels.decode_attention import decode_attention
+from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, LaneTables, RowTiles
+from tokendance_jax.kernels.round_attention import round_attention
+from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
+from tokendance_jax.models.qwen2.config import Qwen2Config
+
+_MODEL = flags.DEFINE_multi_string("model", ["0.5B", "7B", "14B"], "Published sizes; repeat.")
+_TARGET = flags.DEFINE_multi_enum("target", ["h100"], list(targets.TARGETS), "Targets; repeat.")
+_AGENTS = flags.DEFINE_integer("agents", 25, "Agents.", lower_bound=1)
+_SHARED = flags.DEFINE_integer("shared", 2048, "Tokens that all agents share.", lower_bound=256)
+_OWN = flags.DEFINE_integer("own", 256, "Tokens of each agent's own.", lower_bound=256)
+_ROWS = flags.DEFINE_integer("rows", 128, "Rows of each agent in a prefill.", lower_bound=1)
+_PAGE_SIZE = flags.DEFINE_enum("page_size", "16", ["16", "32"], "Token slots in a page.")
+_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compiles and prints; returns the exit status: 0, or 1 after an error."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
+    console = Console(highlight=False, width=120)  # Markdown, as wide as it is
+    rows: list[dict[str, Any]] = []
+    try:
+        common.check_json_path(_JSON.value)
+        for name in _TARGET.value:
+            for size in _MODEL.value:
+                config = Qwen2Config.preset(size)
+                rows += [report(case, targets.TARGETS[name], size) for case in cases(config)]
+            console.print(_table(name, [row for row in rows if row["target"] == name]))
+    except (targets.TargetUnavailable, ValueError, OSError) as error:
+        print(f"kernel_report: {error}", file=sys.stderr)
+        return 1
+    if _JSON.value:
+        common.write_json(_JSON.value, {"kernels": rows})
+        console.print(f"Written: {_JSON.value}")
+    return 0
+
+
+def cases(config: Qwen2Config) -> list[dict[str, Any]]:
+    """The kernels on a round of the flags' sizes: how to call them, and what they must do.
+
+    Returns:
+      Of each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
+      of every page once for all agents that show it, of queries and of results; `extra`: what it
+      moves beside; and `operations`.
+    """
+    page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
+    layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
+    heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
+    shared, own = (-(-tokens // 256) * 256 for tokens in (_SHARED.value, _OWN.value))
+    page = 2 * page_size * kv_heads * head_dim * 2  # keys and values of one layer, bfloat16
+    shared_pages, own_pages = shared // page_size, own // page_size
+    pages = 1 + shared_pages + agents * (shared_pages + own_pages)
+    pool = _shape(layers, pages, page_size, kv_heads, head_dim, dtype="bfloat16")
+
+    pieces = agents * shared_pages
+    piece = _shape(pieces)
+    plan = RestorePlan(_shape(shared_pages), _shape(shared_pages + 1), piece, piece, piece, piece)
+    restored = {
+        "name": "sparse_restore",
+        "what": f"{agents} mirrors of {shared} tokens, all layers",
+        "call": lambda implementation: (
+            lambda k, v, plan: sparse_restore(
+                k, v, None, plan, theta=theta, implementation=implementation
+            )
+        ),
+        "arguments": (pool, pool, plan),
+        "donate": (0, 1),
+        "floor": layers * page * (shared_pages + pieces),
+        "extra": 4 * (4 * pieces + 2 * shared_pages),
+        # Two products and a sum for each number of a key, and as much for its angle.
+        "operations": layers * pieces * page // 4 * 8,
+    }
+
+    block = block_pages(page_size)
+    entries = _shape(agents, own_pages)
+    tables = LaneTables(entries, entries, entries, entries, entries)
+    blocks = shared_pages // block
+    entry = _shape(blocks, block)
+    member = _shape(blocks, agents, block, dtype="bool")
+    groups = GroupTables(entry, entry, entry, _shape(blocks, agents), member, _shape())
+    q = _shape(agents, heads, head_dim, dtype="float32")
+    queries = 4 * agents * heads * head_dim
+    group = heads // kv_heads
+    # What the GPU kernel writes and reads again: results of parts, and their log-sum-exps.
+    width, filled = 64 // group, -(-group // 8) * 8
+    tiles = -(-agents // width)
+    splits = [max(1, min(8, 132 // (n * kv_heads))) for n in (agents, tiles)]
+    parts = splits[0] * agents * filled + splits[1] * tiles * 64
+    decoded = {
+        "name": "decode_attention",
+        "what": f"{agents} lanes, {shared} shared and {own} own tokens, one layer",
+        "call": lambda implementation: (
+            lambda q, k, v, position, tables, groups: decode_attention(
+                q, k, v, 0, position, tables, groups, theta=theta, implementation=implementation
+            )
+        ),
+        "arguments": (q, pool, pool, _shape(agents), tables, groups),
+        "donate": (),
+        "floor": page * (shared_pages + agents * own_pages) + 2 * queries,
+        "extra": 2 * 4 * kv_heads * parts * (head_dim + 1),
+        "operations": 4 * agents * heads * head_dim * (shared + own),
+    }
+
+    rows = agents * _ROWS.value
+    context = shared + own
+    count = agents * -(-_ROWS.value // TILE_ROWS)
+    column = _shape(agents, context // page_size)
+    lanes = LaneTables(column, column, column, column, column)
+    row_tiles = RowTiles(_shape(count, TILE_ROWS), _shape(count), _shape())
+    q = _shape(rows, heads, head_dim, dtype="float32")
+    queries = 4 * rows * heads * head_dim
+    attended = {
+        "name": "round_attention",
+        "what": f"{agents} lanes of {_ROWS.value} rows at {context} tokens, one layer",
+        "call": lambda implementation: (
+            lambda q, k, v, position, tables, tiles: round_attention(
+                q, k, v, 0, position, tables, tiles, theta=theta, implementation=implementation
+            )
+        ),
+        "arguments": (q, pool, pool, _shape(rows), lanes, row_tiles),
+        "donate": (),
+        "floor": page * (shared_pages + agents * own_pages) + 2 * queries,
+        "extra": 0,
+        "operations": 4 * rows * heads * head_dim * (context - _ROWS.value // 2),
+    }
+    return [restored, decoded, attended]
+
+
+def report(case: dict[str, Any], target: targets.Target, size: str) -> dict[str, Any]:
+    """Compiles one kernel for a target.
+
+    Returns:
+      What the table shows, in bytes, operations and seconds.
+    """
+    gpu = target.platform == "cuda"
+    call = case["call"]("mosaic_gpu" if gpu else "mosaic_tpu")
+    if gpu:
+        compiled, kernels = targets.gpu_kernels(
+            target, call, *case["arguments"], donate=case["donate"]
+        )
+    else:
+        compiled = targets.compile_for(target, call, *case["arguments"], donate=case["donate"])
+        kernels = []
+    memory = compiled.memory_analysis()
+    moved = case["floor"] + case["extra"]
+    return {
+        "kernel": case["name"],
+        "what": case["what"],
+        "model": size,
+        "target": target.name,
+        "registers": max((kernel.registers for kernel in kernels), default=None),
+        "spill_bytes": sum(kernel.spill_bytes for kernel in kernels) if gpu else None,
+        "shared_bytes": max((kernel.shared_bytes for kernel in kernels), default=None),
+        "blocks_per_core": min((kernel.blocks_per_core for kernel in kernels), default=None),
+        "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
+        "bytes": moved,
+        "floor_bytes": case["floor"],
+        "operations": case["operations"],
+        "bound_s": max(moved / target.bandwidth, case["operations"] / target.rate),
+    }
+
+
+def _shape(*shape: int, dtype: str = "int32") -> Any:
+    return jax.ShapeDtypeStruct(shape, np.dtype(dtype) if dtype != "bfloat16" else "bfloat16")
+
+
+def _table(target: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=f"Kernels on {target}", box=box.MARKDOWN, show_edge=True)
+    for column in ("kernel", "model"):
+        table.add_column(column, no_wrap=True)
+    for column in (
+        "registers",
+        "spills",
+        "shared KB",
+        "blocks",
+        "MB moved",
+        "/ floor",
+        "GFLOP",
+        "bound us",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+
+        def number(name: str, scale: float = 1.0, row: dict[str, Any] = row) -> str:
+            return "-" if row[name] is None else f"{row[name] / scale:,.0f}"
+
+        table.add_row(
+            row["kernel"],
+            row["model"],
+            number("registers"),
+            number("spill_bytes"),
+            number("shared_bytes", 1e3),
+            number("blocks_per_core"),
+            f"{row['bytes'] / 1e6:,.1f}",
+            f"{row['bytes'] / row['floor_bytes']:.2f}",
+            f"{row['operations'] / 1e9:,.1f}",
+            f"{row['bound_s'] * 1e6:,.1f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+
+import tokendance_jax as td
+from tokendance_jax.collector.policies import PolicyOptions
+from tokendance_jax.demo import demo_tokenizer_json
+from tokendance_jax.demo.model import DEMO_CONFIG
+from tokendance_jax.model import Model
+from tokendance_jax.models.loading import Checkpoint
+from tokendance_jax.models.qwen2.random import random_parameters
+
+pytest_plugins = ["tests.kernels.conftest"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Heads as the kernels take them."""
+    config = dataclasses.replace(DEMO_CONFIG, num_hidden_layers=2, head_dim=64)
+    return Model.from_checkpoint(
+        Checkpoint(
+            config=config,
+            params=random_parameters(config, "bfloat16"),
+            tokenizer_json=demo_tokenizer_json(),
+            chat_template=None,
+            stop_ids=(),
+            name="tiny",
+        ),
+        "bfloat16",
+    )
+
+
+def moment(index):
+    """Two agents with own text of different length, two blocks and a question."""
+    blocks = tuple(
+        td.Segment("shared", f"{index}/{name}", text=f"{name} said in round {index}: {text}\n")
+        for name, text in (
+            ("Ann", "the boats leave at dawn and the nets are dry"),
+            ("Bo", "the mill is closed until the rain is over"),
+        )
+    )
+    prompts = []
+    for name, mine in (("Ann", "I keep the lighthouse."), ("Bo", "I mend nets. I am old.")):
+        own = td.Segment("history", f"{index}/own/{name}", text=mine + "\n")
+        task = td.Segment("task", f"{index}/task/{name}", text=f"What now, {name}?\n")
+        prompts.append(td.AgentPrompt(name, (own, *blocks, task)))
+    return td.Round(tuple(prompts), max_new_tokens=3, index=index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["tokendance", "blend"])
+def test_simulated_kernels_serve_the_tokens_of_xla_code(model, policy, simulator):
+    answers = {}
+    for implementation in ("xla", "interpret"):
+        engine = td.RoundEngine(
+            model,
+            policy=policy,
+            options=PolicyOptions(selection="head", head_pages=1),
+            kv_memory=1 << 20,
+            row_budget=128,
+            max_agents=4,
+            decode_steps=2,
+            implementation=implementation,
+        )
+        results = [engine.serve(moment(index)) for index in range(2)]
+        assert all(result.ledger.reused_tokens > 0 for result in results[1:])
+        answers[implementation] = [agent.token_ids for r in results for agent in r.agents]
+    assert len(answers["xla"][0]) == 3
+    assert answers["interpret"] == answers["xla"]
+    assert not simulator.races()

@@ -1,0 +1,36 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["h100", "tpu-v5e"])
+def test_reports_what_the_compilers_say(tmp_path, target):
+    path = tmp_path / "report.json"
+    # Heads of 128: narrower ones are copied on TPUs.
+    command = "--model=1.5B", "--agents=2", f"--target={target}", f"--json={path}"
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.kernel_report", *command],
+        env=os.environ | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["kernels"]
+    names = ["sparse_restore", "decode_attention", "round_attention"]
+    assert [row["kernel"] for row in rows] == names
+    assert all(name in done.stdout for name in names)
+    for row in rows:
+        assert row["bytes"] >= row["floor_bytes"] > 0
+        assert row["bound_s"] > 0
+        if target == "h100":
+            assert row["spill_bytes"] == 0
+            assert 0 < row["registers"] <= 255
+        else:
+            assert row["registers"] is None
+    restored = rows[0]
+    assert restored["bytes"] < 1.1 * restored["floor_bytes"]
