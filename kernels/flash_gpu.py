@@ -58,6 +58,20 @@ class Steps:
     last: jax.Array
 
 
+def check_pool(k_pool: jax.Array) -> None:
+    """Raises NotImplementedError for pools that the attention kernels cannot read."""
+    _, _, page_size, _, head_dim = k_pool.shape
+    if k_pool.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"a pool of {k_pool.dtype}: tensor cores would round its numbers to 10 bits"
+        )
+    if head_dim not in (64, 128) or page_size not in (8, 16, 32, 64):
+        raise NotImplementedError(
+            f"pages of {page_size} slots with heads of {head_dim}: the kernel takes pages of 8 to "
+            "64 slots and heads of 64 or 128"
+        )
+
+
 def lane_steps(tables: LaneTables, page_size: int, lane: jax.Array, last: jax.Array) -> Steps:
     """The steps of lanes' own tables.
 
@@ -121,21 +135,9 @@ def flash_attention_gpu(
       The output f32 [splits, tiles, kv_heads, queries, head_dim] over each part, zero where a query
       saw nothing of it, and the log-sum-exp of its scores f32 [splits, tiles, kv_heads, queries],
       there `flash.MASKED`.
-
-    Raises:
-      NotImplementedError: the pool is not bfloat16, or its shape does not fit.
     """
     tiles, kv_heads, queries, head_dim = q.shape
     _, pages, page_size, _, _ = k_pool.shape
-    if k_pool.dtype != jnp.bfloat16:
-        raise NotImplementedError(
-            f"a pool of {k_pool.dtype}: tensor cores would round its numbers to 10 bits"
-        )
-    if head_dim not in (64, 128) or page_size not in (8, 16, 32, 64):
-        raise NotImplementedError(
-            f"pages of {page_size} slots with heads of {head_dim}: the kernel takes pages of 8 to "
-            "64 slots and heads of 64 or 128"
-        )
     # In units of log2, so that the softmax takes powers of two.
     scaled = q * np.float32(LOG2E / math.sqrt(head_dim))
     shared = steps.held is not None

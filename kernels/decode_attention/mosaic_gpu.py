@@ -9,6 +9,7 @@ from tokendance_jax.kernels.flash_gpu import (
     QUERIES,
     SLOTS,
     Steps,
+    check_pool,
     flash_attention_gpu,
     lane_steps,
     merge_parts,
@@ -38,6 +39,7 @@ def decode_attention_mosaic_gpu(
     A tile of the shared blocks has the queries of several lanes, each turned into its own frame; a
     tile of own pages has those of one.
     """
+    check_pool(k_pool)
     lanes, heads, head_dim = q.shape
     page_size, kv_heads = k_pool.shape[2:4]
     group = heads // kv_heads

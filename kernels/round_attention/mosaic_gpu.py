@@ -5,7 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels.flash_gpu import QUERIES, flash_attention_gpu, lane_steps
+from tokendance_jax.kernels.flash_gpu import (
+    QUERIES,
+    check_pool,
+    flash_attention_gpu,
+    lane_steps,
+)
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles
 
 
@@ -22,6 +27,7 @@ def round_attention_mosaic_gpu(
     interpret: Any = False,
 ) -> jax.Array:
     """Arguments as `api.round_attention`; `interpret` takes parameters of the simulator."""
+    check_pool(k_pool)
     rows, heads, head_dim = q.shape
     kv_heads = k_pool.shape[3]
     group, (count, tile_rows) = heads // kv_heads, tiles.row.shape

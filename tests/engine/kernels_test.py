@@ -10,8 +10,6 @@ from tokendance_jax.model import Model
 from tokendance_jax.models.loading import Checkpoint
 from tokendance_jax.models.qwen2.random import random_parameters
 
-pytest_plugins = ["tests.kernels.conftest"]
-
 
 @pytest.fixture(scope="module")
 def model():
