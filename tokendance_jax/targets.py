@@ -93,6 +93,8 @@ def device(target: Target) -> jax.Device:
     """
     # libtpu asks a metadata server of Google's cloud who it is, for minutes, unless told not to.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # It is for one process at a time, as a TPU is; compilers do not get in each other's way.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = {"target_config": _H100, "topology": target.topology} if target.name == "h100" else {}
     try:
         topology = topologies.get_topology_desc(
