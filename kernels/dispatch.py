@@ -23,32 +23,42 @@ def platform_of(implementation: str | None) -> str:
     return named.get(implementation or "", jax.default_backend())
 
 
-def call(name: str, implementation: str | None, variants: Mapping[str, Callable[[], Any]]) -> Any:
-    """Runs one variant of a kernel.
+def call(
+    name: str,
+    implementation: str | None,
+    kernels: Mapping[str, Callable[..., Any]],
+    *arguments: Any,
+    **keywords: Any,
+) -> Any:
+    """Runs one implementation of a kernel.
 
     Args:
       name: name of the kernel, for messages.
       implementation: one of `IMPLEMENTATIONS`; None: what the default platform has, and XLA code
         where that declares itself unfit for the arguments.
-      variants: the variants that there are, without arguments. A variant that cannot take the
+      kernels: the implementations that there are, but for "interpret". One that cannot take the
         arguments raises NotImplementedError with the reason.
+      arguments: for the kernel.
+      keywords: for the kernel.
 
     Returns:
-      What the variant returned.
+      What the kernel returned.
 
     Raises:
       ValueError: there is no implementation of that name.
       NotImplementedError: the named implementation is unfit for the arguments.
     """
     _check(implementation)
-    if implementation is None:
-        preferred = _BY_PLATFORM.get(jax.default_backend(), "xla")
-        try:
-            return _variant(name, preferred, variants)()
-        except NotImplementedError as reason:
-            _report(name, preferred, str(reason))
-            return variants["xla"]()
-    return _variant(name, implementation, variants)()
+    if implementation == "interpret":
+        return _simulated(kernels["mosaic_gpu"], *arguments, **keywords)
+    if implementation is not None:
+        return kernels[implementation](*arguments, **keywords)
+    preferred = _BY_PLATFORM.get(jax.default_backend(), "xla")
+    try:
+        return kernels[preferred](*arguments, **keywords)
+    except NotImplementedError as reason:
+        _report(name, preferred, str(reason))
+        return kernels["xla"](*arguments, **keywords)
 
 
 def _check(implementation: str | None) -> None:
@@ -57,15 +67,7 @@ def _check(implementation: str | None) -> None:
         raise ValueError(f"implementation: {implementation!r} is none of {known}")
 
 
-def _variant(
-    name: str, implementation: str, variants: Mapping[str, Callable[[], Any]]
-) -> Callable[[], Any]:
-    if implementation not in variants:
-        raise NotImplementedError(f"{name} has no {implementation} variant")
-    return variants[implementation]
-
-
-def simulated(kernel: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+def _simulated(kernel: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """Runs a Mosaic GPU kernel in JAX's simulator of an H100, on a CPU.
 
     Args:

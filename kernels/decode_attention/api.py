@@ -1,7 +1,5 @@
 """Attention of one new token per lane."""
 
-import functools
-
 import jax
 
 from tokendance_jax.kernels import dispatch
@@ -45,16 +43,20 @@ def decode_attention(
     Raises:
       NotImplementedError: the named implementation cannot take these shapes.
     """
-    arguments = (q, k_pool, v_pool, layer, position, tables, groups)
     return dispatch.call(
         "decode_attention",
         implementation,
         {
-            "xla": functools.partial(decode_attention_xla, *arguments, theta=theta),
-            "mosaic_gpu": functools.partial(decode_attention_mosaic_gpu, *arguments, theta=theta),
-            "mosaic_tpu": functools.partial(decode_attention_mosaic_tpu, *arguments, theta=theta),
-            "interpret": functools.partial(
-                dispatch.simulated, decode_attention_mosaic_gpu, *arguments, theta=theta
-            ),
+            "xla": decode_attention_xla,
+            "mosaic_gpu": decode_attention_mosaic_gpu,
+            "mosaic_tpu": decode_attention_mosaic_tpu,
         },
+        q,
+        k_pool,
+        v_pool,
+        layer,
+        position,
+        tables,
+        groups,
+        theta=theta,
     )

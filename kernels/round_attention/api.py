@@ -1,7 +1,5 @@
 """Attention of a round's rows through their lanes' block tables."""
 
-import functools
-
 import jax
 
 from tokendance_jax.kernels import dispatch
@@ -46,16 +44,20 @@ def round_attention(
     Raises:
       NotImplementedError: the named implementation cannot take these shapes.
     """
-    arguments = (q, k_pool, v_pool, layer, position, tables, tiles)
     return dispatch.call(
         "round_attention",
         implementation,
         {
-            "xla": functools.partial(round_attention_xla, *arguments, theta=theta),
-            "mosaic_gpu": functools.partial(round_attention_mosaic_gpu, *arguments, theta=theta),
-            "mosaic_tpu": functools.partial(round_attention_mosaic_tpu, *arguments, theta=theta),
-            "interpret": functools.partial(
-                dispatch.simulated, round_attention_mosaic_gpu, *arguments, theta=theta
-            ),
+            "xla": round_attention_xla,
+            "mosaic_gpu": round_attention_mosaic_gpu,
+            "mosaic_tpu": round_attention_mosaic_tpu,
         },
+        q,
+        k_pool,
+        v_pool,
+        layer,
+        position,
+        tables,
+        tiles,
+        theta=theta,
     )

@@ -1,7 +1,5 @@
 """Restoring pages into the pool: from the pool itself, or from pages at rest."""
 
-import functools
-
 import jax
 
 from tokendance_jax.kernels import dispatch
@@ -45,18 +43,19 @@ def sparse_restore(
     """
     if source is not None:
         _check(k_pool, source)
-    arguments = (k_pool, v_pool, source, plan)
     return dispatch.call(
         "sparse_restore",
         implementation,
         {
-            "xla": functools.partial(sparse_restore_xla, *arguments, theta=theta),
-            "mosaic_gpu": functools.partial(sparse_restore_mosaic_gpu, *arguments, theta=theta),
-            "mosaic_tpu": functools.partial(sparse_restore_mosaic_tpu, *arguments, theta=theta),
-            "interpret": functools.partial(
-                dispatch.simulated, sparse_restore_mosaic_gpu, *arguments, theta=theta
-            ),
+            "xla": sparse_restore_xla,
+            "mosaic_gpu": sparse_restore_mosaic_gpu,
+            "mosaic_tpu": sparse_restore_mosaic_tpu,
         },
+        k_pool,
+        v_pool,
+        source,
+        plan,
+        theta=theta,
     )
 
 
