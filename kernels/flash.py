@@ -77,7 +77,7 @@ def attend_block(
     q: jax.Array,
     keys: jax.Array,
     values: jax.Array,
-    seen: jax.Array,
+    seen: jax.Array | None,
 ) -> Carry:
     """One step of the online softmax (Milakov and Gimelshein, 2018; FlashAttention, 2022).
 
@@ -87,7 +87,7 @@ def attend_block(
       keys: [slots, width_k].
       values: [slots, width], finite wherever they are not seen.
       seen: bool, broadcastable to [queries, slots] after a reshape of the leading axis: its first
-        axis divides the queries.
+        axis divides the queries; None: all queries see all slots.
 
     Returns:
       The carry after this block.
@@ -100,9 +100,9 @@ def attend_block(
         preferred_element_type=jnp.float32,
         precision=precision(keys.dtype),
     )
-    groups = seen.shape[0]
-    scores = jnp.where(seen[:, None, :], scores.reshape(groups, -1, scores.shape[1]), MASKED)
-    scores = scores.reshape(-1, scores.shape[-1])
+    if seen is not None:
+        shape = seen.shape[0], -1, scores.shape[1]
+        scores = jnp.where(seen[:, None, :], scores.reshape(shape), MASKED).reshape(scores.shape)
     new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
     weights = jnp.exp(scores - new_maximum[:, None])
     shrink = jnp.exp(maximum - new_maximum)

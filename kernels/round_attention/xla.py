@@ -1,13 +1,19 @@
 """Round attention as XLA code: loops over row tiles and over the key blocks that each sees."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokendance_jax.kernels import flash, storage
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles
 
-# Rows of a small tile: what is left of a lane behind its full tiles is often little.
-SMALL_TILE = 32
+# Rows of small tiles: what is left of a lane behind its full tiles is often little.
+SMALL_TILES = (32, 64)
+
+# Queries turned into the frame of the block before, and the online softmax of each KV head.
+Carry = tuple[jax.Array, tuple[flash.Carry, ...]]
 
 
 def round_attention_xla(
@@ -23,7 +29,7 @@ def round_attention_xla(
 ) -> jax.Array:
     """Reads each key block once per tile of rows; arguments as `api.round_attention`.
 
-    Both loops have the plan's own bounds: padding rows, unused tiles and the part of a table that
+    All loops have the plan's own bounds: padding rows, unused tiles and the part of a table that
     no row of a tile may see cost nothing, whatever the bucket.
     """
     rows, heads, head_dim = q.shape
@@ -32,63 +38,79 @@ def round_attention_xla(
     pages = flash.block_pages(page_size)
     lanes = tables.page.shape[0]
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
-    block_start = jnp.min(slot_position, axis=2)  # [lanes, blocks]
-    frame = jnp.asarray(tables.frame).reshape(lanes, -1, pages)[:, :, 0]
-    moved = jnp.concatenate(
-        [jnp.ones((lanes, 1), jnp.bool_), frame[:, 1:] != frame[:, :-1]], axis=1
-    )
+    block_start, block_stop = jnp.min(slot_position, axis=2), jnp.max(slot_position, axis=2)
+    block_frame = jnp.asarray(tables.frame).reshape(lanes, -1, pages)[:, :, 0]
 
-    def tile(index: jax.Array, tile_rows: int, out: jax.Array) -> jax.Array:
+    def tile(index: jax.Array, tile_rows: int) -> jax.Array:
+        """The output of a tile's first rows [tile_rows, heads, head_dim]."""
         row, lane = tiles.row[index, :tile_rows], tiles.lane[index]
         row_position = jnp.take(position, row, mode="clip")
         last = jnp.max(jnp.where(row < rows, row_position, -1))
+        least = jnp.min(jnp.where(row < rows, row_position, np.iinfo(np.int32).max))
         q_tile = jnp.take(q, row, axis=0, mode="clip") * head_dim**-0.5
         # [kv_heads, tile_rows * group, head_dim]: one product per KV head.
         q_tile = q_tile.reshape(tile_rows, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
         q_tile = q_tile.reshape(kv_heads, tile_rows * group, head_dim)
 
-        def block(
-            index: jax.Array, carry: tuple[jax.Array, tuple[flash.Carry, ...]]
-        ) -> tuple[jax.Array, tuple[flash.Carry, ...]]:
+        # Blocks that all rows see whole come first: a mask would take a quarter of their time.
+        whole, seen = block_stop[lane] <= least, block_start[lane] <= last
+        order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
+        frame = block_frame[lane, order]
+        moved = jnp.concatenate([jnp.ones((1,), jnp.bool_), frame[1:] != frame[:-1]])
+
+        def block(index: jax.Array, carry: Carry, *, masked: bool) -> Carry:
             turned, softmax = carry
-            keys, values, frame = flash.read_block(k_pool, v_pool, layer, tables, lane, index)
+            keys, values, frame = flash.read_block(
+                k_pool, v_pool, layer, tables, lane, order[index]
+            )
             # Most blocks have the frame of the block before, and a rotation costs most of a
             # block's product.
             turned = jax.lax.cond(
-                moved[lane, index],
+                moved[index],
                 lambda: flash.rotate_back(q_tile, frame, theta=theta).astype(keys.dtype),
                 lambda: turned,
             )
-            key_position = slot_position[lane, index]
-            # Slots that no row sees may hold anything; a weight of zero would keep a NaN.
-            written = (key_position <= last)[:, None, None]
-            values = jnp.where(written, values, jnp.zeros((), values.dtype))
-            seen = key_position[None, :] <= row_position[:, None]
+            mask = None
+            if masked:
+                key_position = slot_position[lane, order[index]]
+                # Slots that no row sees may hold anything; a weight of zero would keep a NaN.
+                written = (key_position <= last)[:, None, None]
+                values = jnp.where(written, values, jnp.zeros((), values.dtype))
+                mask = key_position[None, :] <= row_position[:, None]
             return turned, tuple(
                 flash.attend_block(
-                    softmax[head], turned[head], keys[:, head], values[:, head], seen
+                    softmax[head], turned[head], keys[:, head], values[:, head], mask
                 )
                 for head in range(kv_heads)
             )
 
-        blocks = jnp.sum((block_start[lane] <= last).astype(jnp.int32))
-        start = (
+        whole_blocks, blocks = (jnp.sum(x.astype(jnp.int32)) for x in (whole, seen))
+        carry = (
             jnp.zeros(q_tile.shape, storage.value_dtype(k_pool.dtype)),
             tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads)),
         )
-        _, softmax = jax.lax.fori_loop(0, blocks, block, start)
-        o_tile = jnp.stack([flash.finish(head) for head in softmax])
-        o_tile = o_tile.reshape(kv_heads, tile_rows, group, head_dim).transpose(1, 0, 2, 3)
-        return out.at[row].set(o_tile.reshape(tile_rows, heads, head_dim), mode="drop")
-
-    def fitting_tile(index: jax.Array, out: jax.Array) -> jax.Array:
-        if tiles.row.shape[1] <= SMALL_TILE:
-            return tile(index, tiles.row.shape[1], out)
-        return jax.lax.cond(
-            tiles.row[index, SMALL_TILE] == rows,
-            lambda: tile(index, SMALL_TILE, out),
-            lambda: tile(index, tiles.row.shape[1], out),
+        carry = jax.lax.fori_loop(0, whole_blocks, functools.partial(block, masked=False), carry)
+        carry = jax.lax.fori_loop(
+            whole_blocks, blocks, functools.partial(block, masked=True), carry
         )
+        out = jnp.stack([flash.finish(head) for head in carry[1]])
+        out = out.reshape(kv_heads, tile_rows, group, head_dim).transpose(1, 0, 2, 3)
+        return out.reshape(tile_rows, heads, head_dim)
+
+    most = tiles.row.shape[1]
+    sizes = [*(size for size in SMALL_TILES if size < most), most]
+    used = jnp.sum((tiles.row < rows).astype(jnp.int32), axis=1)
+    size_of = jnp.sum((used[:, None] > np.array(sizes[:-1])[None, :]).astype(jnp.int32), axis=1)
+
+    def sized_tile(size: int, index: jax.Array) -> jax.Array:
+        return jnp.pad(tile(index, size), [(0, most - size), (0, 0), (0, 0)])
+
+    branches = [functools.partial(sized_tile, size) for size in sizes]
+
+    def step(index: jax.Array, out: jax.Array) -> jax.Array:
+        found = jax.lax.switch(size_of[index], branches, index)
+        # Behind the switch: inside it, all of `out` would be copied for every tile.
+        return out.at[tiles.row[index]].set(found, mode="drop")
 
     out = jnp.zeros((rows, heads, head_dim), jnp.float32)
-    return jax.lax.fori_loop(0, tiles.count, fitting_tile, out)
+    return jax.lax.fori_loop(0, tiles.count, step, out)
