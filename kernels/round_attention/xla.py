@@ -89,7 +89,12 @@ def round_attention_xla(
             jnp.zeros(q_tile.shape, storage.value_dtype(k_pool.dtype)),
             tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads)),
         )
-        carry = jax.lax.fori_loop(0, whole_blocks, functools.partial(block, masked=False), carry)
+        if tile_rows > max(SMALL_TILES):  # few small tiles would pay for compiling another loop
+            carry = jax.lax.fori_loop(
+                0, whole_blocks, functools.partial(block, masked=False), carry
+            )
+        else:
+            whole_blocks = 0
         carry = jax.lax.fori_loop(
             whole_blocks, blocks, functools.partial(block, masked=True), carry
         )

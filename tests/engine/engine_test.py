@@ -48,6 +48,9 @@ def test_policies_give_the_same_tokens_over_rounds(engine, dense):
     for prefix, full in zip(engine.run(demo_trace()), dense.run(demo_trace()), strict=True):
         assert ids(prefix) == ids(full)
         assert full.ledger.reused_tokens == 0
+        lengths = [agent.ledger.prompt_tokens for agent in full.agents]
+        assert full.ledger.attended == sum(n * (n + 1) // 2 for n in lengths)
+        assert (prefix.ledger.attended < full.ledger.attended) == (prefix.index > 0)
         assert (prefix.ledger.reused_tokens > 0) == (prefix.index > 0)
 
 

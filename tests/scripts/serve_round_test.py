@@ -22,6 +22,7 @@ FIELDS = {
     "distinct_tokens": int,
     "unique_tokens": int,
     "token_layers": float,
+    "attended": float,
     "computed_tokens": int,
     "reused_tokens": int,
     "plan_s": float,

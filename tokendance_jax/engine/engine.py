@@ -468,6 +468,7 @@ class RoundEngine:
             preamble_tokens=opened.preamble_tokens,
             base_tokens=cost.base_tokens,
             token_layers=cost.token_layers / self.programs.layers,
+            attended=cost.attended / self.programs.layers,
             kv_bytes_held=len(holders.keys() | bases) * self.page_bytes,
             kv_bytes_rest=rest.compression(**sizes).stored_bytes,
         )

@@ -24,11 +24,13 @@ class Cost:
       base_tokens: tokens computed for bases.
       token_layers: tokens times the layers that each ran through, looks included; a look at the K
         and V of one layer counts as their share of the layer's weights.
+      attended: keys that the rows attended to, in each layer that they ran through.
     """
 
     tokens: np.ndarray
     base_tokens: int = 0
     token_layers: float = 0.0
+    attended: int = 0
 
 
 class Prefill:
@@ -173,6 +175,8 @@ class Prefill:
     def _count(self, lanes: Sequence[LanePlan], seats: Sequence[int], layers: float) -> None:
         """Adds rows to the cost; a look has no seats, as it computes no token to its end."""
         self.cost.token_layers += layers * sum(len(lane.computed) for lane in lanes)
+        # A row sees its own key too. Part of a layer, at the end of a look, attends to nothing.
+        self.cost.attended += int(layers) * sum(int((lane.computed + 1).sum()) for lane in lanes)
         for lane, seat in zip(lanes, seats, strict=False):
             if seat == NOBODY:
                 self.cost.base_tokens += len(lane.computed)

@@ -87,6 +87,8 @@ class RoundLedger:
       computed_tokens: those of the agents, and of the bases.
       token_layers: tokens computed times the layers that each ran through, looks included, over the
         model's layers: the work of so many tokens.
+      attended: keys that computed tokens attended to, in all layers, over the model's layers: the
+        work of attention, which token-layers do not hold.
       kv_bytes_held: bytes of all pages that the round filled, each once.
       kv_bytes_rest: bytes of the round at rest: the base once, and all mirrors.
     """
@@ -97,6 +99,7 @@ class RoundLedger:
     unique_tokens: int
     computed_tokens: int
     token_layers: float
+    attended: float
     reused_tokens: int
     decoded_tokens: int
     kv_bytes_dense: int
@@ -164,6 +167,7 @@ def round_ledger(
     preamble_tokens: int,
     base_tokens: int,
     token_layers: float,
+    attended: float,
     kv_bytes_held: int,
     kv_bytes_rest: int,
 ) -> RoundLedger:
@@ -176,6 +180,7 @@ def round_ledger(
       preamble_tokens: tokens in front of the bases.
       base_tokens: tokens computed for bases.
       token_layers: see `RoundLedger`.
+      attended: see `RoundLedger`.
       kv_bytes_held: see `RoundLedger`.
       kv_bytes_rest: see `RoundLedger`.
     """
@@ -191,6 +196,7 @@ def round_ledger(
         unique_tokens=preamble_tokens + distinct_tokens(prompts, exact_hits),
         computed_tokens=base_tokens + total("computed_tokens"),
         token_layers=token_layers,
+        attended=attended,
         reused_tokens=total("reused_tokens"),
         decoded_tokens=total("decoded_tokens"),
         kv_bytes_dense=total("kv_bytes_dense"),
