@@ -9,6 +9,11 @@ from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 # Key blocks of lanes' own tables that are read in one step. On CPU 8 take 0.7 of the time of one by
 # one, and 4 take 0.75; but blocks that the last step lacks are paid for.
 STEP_BLOCKS = 8
+# Shared key blocks that are read at once where all lanes see them whole.
+PLAIN_BLOCKS = 4
+
+# The online softmax of each KV head.
+Softmax = tuple[flash.Carry, ...]
 
 
 def decode_attention_xla(
@@ -178,7 +183,14 @@ def _shared_blocks(
     seen = (held[:, :, :, None] & valid[:, None, :, :]).reshape(blocks, lanes, -1)
     valid = valid.reshape(blocks, -1)
     cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
-    moved = jnp.any(frame[1:] != frame[:-1], axis=1)
+    # Blocks that all lanes see whole, in the frames of the first, come first: several of them are
+    # one, and need no mask. Idle lanes are left out below.
+    idle = (position < 0)[None, :, None]
+    plain = jnp.all((seen | idle) & valid[:, None, :], axis=(1, 2))
+    plain &= jnp.all(frame == frame[:1], axis=1)
+    plain &= jnp.arange(blocks, dtype=jnp.int32) < groups.count
+    order = jnp.argsort(~plain)
+    moved = jnp.any(frame[order[1:]] != frame[order[:-1]], axis=1)
     moved = jnp.concatenate([jnp.ones((1,), jnp.bool_), moved])
 
     def turn(block: jax.Array) -> jax.Array:
@@ -186,35 +198,47 @@ def _shared_blocks(
         turned = turned.reshape(lanes, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
         return turned.reshape(kv_heads, lanes * group, head_dim)
 
-    def step(
-        block: jax.Array, carry: tuple[jax.Array, tuple[flash.Carry, ...]]
-    ) -> tuple[jax.Array, tuple[flash.Carry, ...]]:
-        turned, softmax = carry
-        # Most blocks have the frames of the block before.
-        turned = jax.lax.cond(moved[block], lambda: turn(block), lambda: turned)
-        keys = flash.read_pages(k_pool, layer, page[block]).reshape(-1, kv_heads, head_dim)
-        values = flash.read_pages(v_pool, layer, page[block]).reshape(-1, kv_heads, head_dim)
-        values = jnp.where(valid[block][:, None, None], values, jnp.zeros((), values.dtype))
-        return turned, tuple(
-            flash.attend_block(
-                softmax[head],
-                turned[head].astype(keys.dtype),
-                keys[:, head],
-                values[:, head],
-                seen[block],
+    def attend(
+        softmax: Softmax, turned: jax.Array, block: jax.Array, mask: jax.Array | None
+    ) -> Softmax:
+        """Attends to a block, or to several of them at once."""
+        keys, values = (
+            flash.read_pages(pool, layer, page[block]).reshape(-1, kv_heads, head_dim)
+            for pool in (k_pool, v_pool)
+        )
+        if mask is not None:
+            values = jnp.where(valid[block][:, None, None], values, jnp.zeros((), values.dtype))
+        return tuple(
+            flash.attend_block(part, turned_head, keys[:, head], values[:, head], mask)
+            for head, (part, turned_head) in enumerate(
+                zip(softmax, turned.astype(keys.dtype), strict=True)
             )
-            for head in range(kv_heads)
         )
 
-    start = (
-        jnp.zeros((kv_heads, lanes * group, head_dim), jnp.float32),
-        tuple(flash.start(lanes * group, head_dim) for _ in range(kv_heads)),
-    )
-    _, softmax = jax.lax.fori_loop(0, groups.count, step, start)
+    def plain_step(index: jax.Array, softmax: Softmax) -> Softmax:
+        some = jax.lax.dynamic_slice_in_dim(order, index * wide, wide)
+        return attend(softmax, first_turned, some, None)
+
+    def step(index: jax.Array, carry: tuple[jax.Array, Softmax]) -> tuple[jax.Array, Softmax]:
+        turned, softmax = carry
+        block = order[index]
+        # Most blocks have the frames of the block before.
+        turned = jax.lax.cond(moved[index], lambda: turn(block), lambda: turned)
+        return turned, attend(softmax, turned, block, seen[block])
+
+    wide = min(PLAIN_BLOCKS, blocks)
+    plain_steps = jnp.sum(plain.astype(jnp.int32)) // wide
+    first_turned = turn(jnp.int32(0))
+    softmax = tuple(flash.start(lanes * group, head_dim) for _ in range(kv_heads))
+    softmax = jax.lax.fori_loop(0, plain_steps, plain_step, softmax)
+    carry = first_turned, softmax
+    _, softmax = jax.lax.fori_loop(plain_steps * wide, groups.count, step, carry)
 
     def by_lane(*heads: jax.Array) -> jax.Array:
         """Brings [lanes * group, ...] of each KV head into the order of lanes."""
         stacked = jnp.stack(heads).reshape(kv_heads, lanes, group, *heads[0].shape[1:])
         return jnp.swapaxes(stacked, 0, 1).reshape(-1, *heads[0].shape[1:])
 
-    return jax.tree.map(by_lane, *softmax)
+    maximum, total, weighted = jax.tree.map(by_lane, *softmax)
+    # What an idle lane met in blocks without a mask counts for nothing (`flash.merge`).
+    return jnp.where(jnp.repeat(position < 0, heads), flash.MASKED, maximum), total, weighted
