@@ -33,10 +33,7 @@ def round_attention_xla(
     lanes = tables.page.shape[0]
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
     block_start = jnp.min(slot_position, axis=2)  # [lanes, blocks]
-    frame = jnp.asarray(tables.frame).reshape(lanes, -1, pages)[:, :, 0]
-    moved = jnp.concatenate(
-        [jnp.ones((lanes, 1), jnp.bool_), frame[:, 1:] != frame[:, :-1]], axis=1
-    )
+    frame, moved = flash.block_frames(tables, page_size)
 
     def tile(index: jax.Array, tile_rows: int, out: jax.Array) -> jax.Array:
         row, lane = tiles.row[index, :tile_rows], tiles.lane[index]
@@ -51,12 +48,14 @@ def round_attention_xla(
             index: jax.Array, carry: tuple[jax.Array, tuple[flash.Carry, ...]]
         ) -> tuple[jax.Array, tuple[flash.Carry, ...]]:
             turned, softmax = carry
-            keys, values, frame = flash.read_block(k_pool, v_pool, layer, tables, lane, index)
-            # Most blocks have the frame of the block before, and a rotation costs most of a
-            # block's product.
+            keys, values = (
+                flash.read_block(pool, layer, tables, lane, index) for pool in (k_pool, v_pool)
+            )
             turned = jax.lax.cond(
                 moved[lane, index],
-                lambda: flash.rotate_back(q_tile, frame, theta=theta).astype(keys.dtype),
+                lambda: flash.rotate_back(q_tile, frame[lane, index], theta=theta).astype(
+                    keys.dtype
+                ),
                 lambda: turned,
             )
             key_position = slot_position[lane, index]
