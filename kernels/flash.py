@@ -38,26 +38,38 @@ def read_pages(pool: jax.Array, layer: int | jax.Array, page: jax.Array) -> jax.
 
 
 def read_block(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    layer: int,
-    tables: LaneTables,
-    lane: jax.Array,
-    block: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    pool: jax.Array, layer: int, tables: LaneTables, lane: jax.Array, block: jax.Array
+) -> jax.Array:
     """Gathers one key block of one lane.
 
     Returns:
-      keys and values [slots, kv_heads, head_dim] in the pool's precision, and the block's frame
-      i32 [].
+      keys or values [slots, kv_heads, head_dim], in the pool's precision.
     """
-    pages = block_pages(k_pool.shape[2])
+    pages = block_pages(pool.shape[2])
     page = jax.lax.dynamic_slice(tables.page, (lane, block * pages), (1, pages))[0]
-    frame = tables.frame[lane, block * pages]
-    keys, values = (
-        read_pages(pool, layer, page).reshape(-1, *pool.shape[3:]) for pool in (k_pool, v_pool)
-    )
-    return keys, values, frame
+    return read_pages(pool, layer, page).reshape(-1, *pool.shape[3:])
+
+
+def block_frames(tables: LaneTables, page_size: int) -> jax.Array:
+    """The frame of each key block, i32 [lanes, blocks]."""
+    lanes = tables.page.shape[0]
+    return jnp.asarray(tables.frame).reshape(lanes, -1, block_pages(page_size))[:, :, 0]
+
+
+def moved(frame: jax.Array) -> jax.Array:
+    """Where a block has another frame than the block before, or none is before it.
+
+    Most blocks have the frame of the block before, and to rotate queries costs most of a block's
+    product.
+
+    Args:
+      frame: i32 [..., blocks].
+
+    Returns:
+      bool [..., blocks].
+    """
+    first = jnp.ones((*frame.shape[:-1], 1), jnp.bool_)
+    return jnp.concatenate([first, frame[..., 1:] != frame[..., :-1]], axis=-1)
 
 
 def rotate_back(q: jax.Array, frame: jax.Array, *, theta: float) -> jax.Array:

@@ -10,8 +10,8 @@ timed in turns, and the ratio is the median over the turns, so that a busy machi
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,12 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 from rich.console import Console
-from rich.table import Table
 
-from scripts import common
-from tokendance_jax import host
+from scripts import common, measure
 from tokendance_jax.collector.exact import Dense
 from tokendance_jax.collector.groups import empty_groups
 from tokendance_jax.collector.plan import Shapes, pack
 from tokendance_jax.engine.programs import DecodeState, Programs
-from tokendance_jax.engine.sampling import sampling_arrays
 from tokendance_jax.model import Model
 from tokendance_jax.models.qwen2.model import matmul
 from tokendance_jax.paged import PagePool
@@ -73,16 +70,16 @@ class Timing:
 
 def main(argv: Sequence[str]) -> int:
     """Measures and prints; returns the exit status."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    common.quiet_logs()
-    host.tune_allocator()
+    return measure.run(argv, _measure, json=_JSON.value)
+
+
+def _measure(console: Console) -> dict[str, Any]:
     timings: list[Timing] = []
     for dtype in _DTYPE.value:
         model = common.sized_model(_MODEL.value, dtype)
         timings += [time_prefill(model), time_decode(model)]
         del model
-    table = Table("what", "precision", "ms", "products alone, ms", "ratio", "tokens/s")
+    table = measure.table("what", "precision", "ms", "products alone, ms", "ratio", "tokens/s")
     for timing in timings:
         table.add_row(
             timing.what,
@@ -92,11 +89,8 @@ def main(argv: Sequence[str]) -> int:
             f"{timing.ratio:.2f}",
             f"{timing.tokens_per_s:,.0f}",
         )
-    Console(highlight=False).print(table)
-    if _JSON.value:
-        rows = [{**dataclasses.asdict(t), "ratio": t.ratio} for t in timings]
-        common.write_json(_JSON.value, {"timings": rows})
-    return 0
+    console.print(table)
+    return {"timings": [{**dataclasses.asdict(t), "ratio": t.ratio} for t in timings]}
 
 
 class Bench:
@@ -127,15 +121,7 @@ class Bench:
         self.groups = empty_groups(
             lanes=self.seats, entries=self.plan.tables.page.shape[1], page_size=page_size
         )
-        self.sampling = sampling_arrays(
-            self.seats,
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-            keys=[np.zeros(2, np.uint32)] * agents,
-            limits=[prompt + room] * agents,
-            stop_ids=[],
-        )
+        self.sampling = measure.greedy(self.seats, agents)
 
     def prefill(self) -> jax.Array:
         """Computes all prompts and chooses the first tokens."""
@@ -165,16 +151,7 @@ def time_decode(model: Model) -> Timing:
     agents, context, steps = _AGENTS.value, _CONTEXT.value, _STEPS.value
     bench = Bench(model, agents=agents, prompt=context, room=steps)
     bench.prefill()
-    slot = np.full((bench.seats, steps), bench.shapes.no_slot, np.int32)
-    for seat, lane in enumerate(bench.lanes):
-        ahead = context + np.arange(steps, dtype=np.int32)
-        slot[seat], _ = lane.locate(ahead, bench.shapes.page_size)
-    state = DecodeState(
-        token=np.zeros(bench.seats, np.int32),
-        position=np.full(bench.seats, context, np.int32),
-        live=np.arange(bench.seats) < agents,
-        generated=np.ones(bench.seats, np.int32),
-    )
+    state, slot = measure.behind_prompts(bench.lanes, steps, seats=bench.seats, shapes=bench.shapes)
     products = matrix_products(model, rows=bench.seats, head_rows=bench.seats, repeat=steps)
     what = f"decode step of {agents} agents at {context} tokens"
     program = lambda: bench.decode(state, slot)  # noqa: E731
@@ -235,14 +212,8 @@ def _in_turns(
     tokens: int,
     parts: int,
 ) -> Timing:
-    """Times both in turns, after one call of each; `parts` steps are in a call."""
-    program_s, products_s = [], []
-    for turn in range(_TURNS.value + 1):
-        for call, seconds in ((program, program_s), (products, products_s)):
-            started = time.perf_counter()
-            jax.block_until_ready(call())
-            if turn:
-                seconds.append((time.perf_counter() - started) / parts)
+    """Times both in turns; `parts` steps are in a call."""
+    program_s, products_s = measure.in_turns([program, products], turns=_TURNS.value, parts=parts)
     return Timing(what, model.dtype.name, program_s, products_s, tokens)
 
 

@@ -10,23 +10,20 @@ their attention alone are timed in turns; the ratio is the median over the turns
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from rich.console import Console
-from rich.table import Table
 
-from scripts import common
-from tokendance_jax import host
+from scripts import common, measure
 from tokendance_jax.collector.groups import group_tables
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import Shapes
-from tokendance_jax.engine.programs import DecodeState, Programs
-from tokendance_jax.engine.sampling import sampling_arrays
+from tokendance_jax.engine.programs import Programs
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
@@ -74,19 +71,18 @@ class Result:
 
 def main(argv: Sequence[str]) -> int:
     """Measures and prints; returns the exit status."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    common.quiet_logs()
-    host.tune_allocator()
+    return measure.run(argv, _measure, json=_JSON.value)
+
+
+def _measure(console: Console) -> dict[str, Any]:
     results: list[Result] = []
     for dtype in _DTYPE.value:
         model = common.sized_model(_MODEL.value, dtype)
-        results += measure(model)
+        results += time_steps(model)
         del model
     title = f"{_AGENTS.value} agents, {_SHARED.value} shared and {_PRIVATE.value} own tokens"
-    table = Table(
-        "what", "precision", "shared, ms", "copies, ms", "ratio", "difference", title=title
-    )
+    columns = "precision", "shared, ms", "copies, ms", "ratio", "difference"
+    table = measure.table("what", *columns, title=title)
     for result in results:
         table.add_row(
             result.what,
@@ -96,14 +92,11 @@ def main(argv: Sequence[str]) -> int:
             f"{result.ratio:.2f}",
             f"{result.difference:.1e}",
         )
-    Console(highlight=False).print(table)
-    if _JSON.value:
-        rows = [{**dataclasses.asdict(r), "ratio": r.ratio} for r in results]
-        common.write_json(_JSON.value, {"timings": rows})
-    return 0
+    console.print(table)
+    return {"timings": [{**dataclasses.asdict(r), "ratio": r.ratio} for r in results]}
 
 
-def measure(model: Model) -> list[Result]:
+def time_steps(model: Model) -> list[Result]:
     """Times attention alone and whole steps."""
     shared, copied, shapes, copies = _rounds(model)
     spec = model.kv_spec(pages=shapes.pages, page_size=_PAGE_SIZE)
@@ -119,8 +112,11 @@ def measure(model: Model) -> list[Result]:
     kv = PagedKV(k=pool(), v=pool())
     tables = [group_tables(lanes, shapes) for lanes in (shared, copied)]
     seats = tables[0][1].page.shape[0]
-    position = np.full(seats, -1, np.int32)
-    position[: _AGENTS.value] = [len(lane.token_ids) for lane in shared]
+    ahead = [
+        measure.behind_prompts(lanes, _STEPS.value, seats=seats, shapes=shapes)
+        for lanes in (shared, copied)
+    ]
+    state = ahead[0][0]
     shape = seats, model.config.num_attention_heads, model.config.head_dim
     q = jnp.asarray(draw.standard_normal(shape, np.float32))
     layers, theta = model.config.num_hidden_layers, model.config.rope_theta
@@ -128,7 +124,7 @@ def measure(model: Model) -> list[Result]:
     @jax.jit
     def attention(q: jax.Array, kv: PagedKV, tables: LaneTables, groups: GroupTables) -> jax.Array:
         # A chain, so that the layers follow each other as they do in a step.
-        x, at = q, jnp.asarray(position)
+        x, at = q, jnp.asarray(state.position)
         for layer in range(layers):
             x = q + decode_attention(x, kv.k, kv.v, layer, at, tables, groups, theta=theta)
         return x
@@ -139,34 +135,12 @@ def measure(model: Model) -> list[Result]:
     results = [_in_turns("attention of a step", model, calls, 1, difference)]
 
     programs = Programs(model, shapes)
-    sampling = sampling_arrays(
-        seats,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        keys=[np.zeros(2, np.uint32)] * _AGENTS.value,
-        limits=[1 << 20] * _AGENTS.value,
-        stop_ids=[],
-    )
-    live = position >= 0
-    state = DecodeState(
-        token=np.zeros(seats, np.int32),
-        position=position,
-        live=live,
-        generated=np.ones(seats, np.int32),
-    )
-    slots = []
-    for lanes in (shared, copied):
-        slot = np.full((seats, _STEPS.value), shapes.no_slot, np.int32)
-        for seat, lane in enumerate(lanes):
-            ahead = position[seat] + np.arange(_STEPS.value, dtype=np.int32)
-            slot[seat], _ = lane.locate(ahead, _PAGE_SIZE)
-        slots.append(slot)
+    sampling = measure.greedy(seats, _AGENTS.value)
 
     def step(index: int) -> jax.Array:
         nonlocal kv
-        groups, own = tables[index]
-        kv, tokens = programs.decode(kv, state, own, groups, slots[index], sampling)
+        (groups, own), (_, slot) = tables[index], ahead[index]
+        kv, tokens = programs.decode(kv, state, own, groups, slot, sampling)
         return tokens
 
     steps = [lambda: step(0), lambda: step(1)]
@@ -222,15 +196,9 @@ def _in_turns(
     parts: int,
     difference: float,
 ) -> Result:
-    """Times two calls in turns, after one of each; `parts` steps are in a call."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(_TURNS.value + 1):
-        for call, found in zip(calls, seconds, strict=True):
-            started = time.perf_counter()
-            jax.block_until_ready(call())
-            if turn:
-                found.append((time.perf_counter() - started) / parts)
-    return Result(what, model.dtype.name, *seconds, difference)
+    """Times two calls in turns; `parts` steps are in a call."""
+    shared, copied = measure.in_turns(calls, turns=_TURNS.value, parts=parts)
+    return Result(what, model.dtype.name, shared, copied, difference)
 
 
 if __name__ == "__main__":

@@ -10,24 +10,19 @@ than later ones and other work on the machine only adds, so the least of several
 
 import dataclasses
 import gc
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from scripts import common
+from scripts import common, measure
 from tokendance_jax import host
 from tokendance_jax.collector.policies import POLICIES, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.programs import Programs
 from tokendance_jax.model import Model
-from tokendance_jax.models.loading import CheckpointError
-from tokendance_jax.paged import OutOfPages
 from tokendance_jax.prompt import PromptError, Trace
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
@@ -52,36 +47,25 @@ _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 
 def main(argv: Sequence[str]) -> int:
     """Measures and prints; returns the exit status: 0, or 1 after an error."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    common.quiet_logs()
-    host.tune_allocator()
+    return measure.run(argv, _measure, json=_JSON.value)
+
+
+def _measure(console: Console) -> dict[str, Any]:
     host.cache_compilations(None)
-    console = Console(highlight=False)
     rows: list[dict[str, Any]] = []
-    try:
-        common.check_json_path(_JSON.value)
-        whole = common.trace_of(_TRACE.value, _TRACE_NAME.value)
-        if _ROUND.value >= len(whole.rounds):
-            raise PromptError(f"round: the trace ends before round {_ROUND.value}")
-        model = common.model_of(_MODEL.value, _DTYPE.value)
-        for agents in _AGENTS.value:
-            trace = common.cut_trace(
-                whole, rounds=_ROUND.value + 1, agents=agents, max_new_tokens=1
-            )
-            measured = measure(model, trace)
-            console.print(_table(trace, measured))
-            rows += measured
-    except (CheckpointError, PromptError, OutOfPages, OSError, ValueError) as error:
-        print(f"bench_round: {error}", file=sys.stderr)
-        return 1
-    if _JSON.value:
-        common.write_json(_JSON.value, {"prefill": rows})
-        console.print(f"Written: {escape(_JSON.value)}")
-    return 0
+    whole = common.trace_of(_TRACE.value, _TRACE_NAME.value)
+    if _ROUND.value >= len(whole.rounds):
+        raise PromptError(f"round: the trace ends before round {_ROUND.value}")
+    model = common.model_of(_MODEL.value, _DTYPE.value)
+    for agents in _AGENTS.value:
+        trace = common.cut_trace(whole, rounds=_ROUND.value + 1, agents=agents, max_new_tokens=1)
+        measured = time_policies(model, trace)
+        console.print(_table(trace, measured))
+        rows += measured
+    return {"prefill": rows}
 
 
-def measure(model: Model, trace: Trace) -> list[dict[str, Any]]:
+def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
     """Times the last round of a trace under all policies, in turns.
 
     Args:
@@ -132,16 +116,13 @@ def measure(model: Model, trace: Trace) -> list[dict[str, Any]]:
 
 def _table(trace: Trace, rows: Sequence[dict[str, Any]]) -> Table:
     first = _name(rows[0])
-    table = Table(
-        title=escape(f"{trace.name}, round {_ROUND.value}, {rows[0]['agents']} agents"),
-        caption=escape(f"work: token-layers over those of {first}; time: seconds likewise"),
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
+    columns = "token-layers", "prefill s", "per second", "work", "time", "time / work"
+    table = measure.table(
+        "policy",
+        *columns,
+        title=f"{trace.name}, round {_ROUND.value}, {rows[0]['agents']} agents",
+        caption=f"work: token-layers over those of {first}; time: seconds likewise",
     )
-    table.add_column("policy", no_wrap=True)
-    for column in ("token-layers", "prefill s", "per second", "work", "time", "time / work"):
-        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         work = row["token_layers"] / rows[0]["token_layers"]
         time = row["prefill_s"] / rows[0]["prefill_s"]

@@ -10,14 +10,13 @@ arithmetic: differences below it mean nothing.
 import dataclasses
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import app, flags
 from rich.console import Console
-from rich.table import Table
 
-from scripts import common
-from tokendance_jax import host
+from scripts import common, measure
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.prompt import Trace, tokenize_round
 from tokendance_jax.quality import agreement
@@ -35,17 +34,16 @@ _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 
 def main(argv: Sequence[str]) -> int:
     """Measures and prints; returns the exit status."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    common.quiet_logs()
-    host.tune_allocator()
+    return measure.run(argv, _measure, json=_JSON.value)
+
+
+def _measure(console: Console) -> dict[str, Any]:
     trace = common.cut_trace(
         common.trace_of(_TRACE.value, _TRACE_NAME.value),
         rounds=_ROUNDS.value,
         agents=_AGENTS.value,
         max_new_tokens=0,
     )
-    console = Console(highlight=False)
     variants = {
         "float32": ("float32", "float32", 2048),
         "float32, rows in smaller calls": ("float32", "float32", 256),
@@ -57,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"Computing: {name}")
         logits[name] = _logits(trace, dtype, kv_dtype, row_budget)
     reference = logits.pop("float32")
-    table = Table("against dense float32", "positions", "mean KL", "p95 KL", "top-1")
+    columns = "positions", "mean KL", "p95 KL", "top-1"
+    table = measure.table("against dense float32", *columns)
     rows = []
     for name, other in logits.items():
         result = agreement(reference, other)
@@ -70,9 +69,7 @@ def main(argv: Sequence[str]) -> int:
             f"{result.top1:.4f}",
         )
     console.print(table)
-    if _JSON.value:
-        common.write_json(_JSON.value, {"trace": trace.name, "precision": rows})
-    return 0
+    return {"trace": trace.name, "precision": rows}
 
 
 def _logits(trace: Trace, dtype: str, kv_dtype: str, row_budget: int) -> list[np.ndarray]:

@@ -11,26 +11,23 @@ rows in other buckets) and the audit (bases whose pages are in a wrong order mus
 
 import dataclasses
 import gc
+import importlib
 import itertools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import app, flags
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts import common
+from scripts import common, measure
 from tokendance_jax import host
 from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.programs import Programs
 from tokendance_jax.model import Model
-from tokendance_jax.models.loading import CheckpointError
-from tokendance_jax.paged import OutOfPages
 from tokendance_jax.prompt import (
     PromptError,
     Round,
@@ -104,35 +101,28 @@ _NOISE, _SHUFFLED = "dense, other buckets", "shuffled bases"
 
 def main(argv: Sequence[str]) -> int:
     """Measures and prints; returns the exit status: 0, or 1 after an error."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    common.quiet_logs()
-    host.tune_allocator()
+    return measure.run(argv, _measure, json=_JSON.value)
+
+
+def _measure(console: Console) -> dict[str, Any]:
     host.cache_compilations(None)
-    console = Console(highlight=False)
-    try:
-        common.check_json_path(_JSON.value)
-        trace = common.trace_of(_TRACE.value, _TRACE_NAME.value)
-        stop = _FIRST_ROUND.value + _ROUNDS.value if _ROUNDS.value else 0
-        trace = common.cut_trace(trace, rounds=stop, agents=_AGENTS.value, max_new_tokens=0)
-        rounds = trace.rounds[_FIRST_ROUND.value :]
-        if not rounds:
-            raise PromptError(f"first_round: the trace ends before round {_FIRST_ROUND.value}")
-        model = common.model_of(_MODEL.value, _DTYPE.value)
-        measured = measure(model, trace, rounds, _variants(), console)
-    except (CheckpointError, PromptError, OutOfPages, OSError, ValueError) as error:
-        print(f"eval_quality: {error}", file=sys.stderr)
-        return 1
+    if _PLOT.value:
+        importlib.import_module("matplotlib")  # that it is missing shows before the work is done
+    trace = common.trace_of(_TRACE.value, _TRACE_NAME.value)
+    stop = _FIRST_ROUND.value + _ROUNDS.value if _ROUNDS.value else 0
+    trace = common.cut_trace(trace, rounds=stop, agents=_AGENTS.value, max_new_tokens=0)
+    rounds = trace.rounds[_FIRST_ROUND.value :]
+    if not rounds:
+        raise PromptError(f"first_round: the trace ends before round {_FIRST_ROUND.value}")
+    model = common.model_of(_MODEL.value, _DTYPE.value)
+    measured = compare_variants(model, trace, rounds, _variants(), console)
     rows = _rows(trace.name, measured)
     console.print(_table(rows))
     console.print(_detail(rows))
-    if _JSON.value:
-        common.write_json(_JSON.value, {"policies": rows})
-        console.print(f"Written: {escape(_JSON.value)}")
     if _PLOT.value:
         plot({trace.name: rows}, _PLOT.value)
         console.print(f"Written: {escape(_PLOT.value)}")
-    return 0
+    return {"policies": rows}
 
 
 def _variants() -> list[Variant]:
@@ -148,7 +138,7 @@ def _variants() -> list[Variant]:
     return variants
 
 
-def measure(
+def compare_variants(
     model: Model,
     trace: Trace,
     rounds: Sequence[Round],
@@ -292,10 +282,8 @@ def _rows(trace: str, measured: dict[Variant | str, Measured]) -> list[dict[str,
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     dense = rows[0]["token_layers"]
     title = f"{rows[0]['trace']}: {rows[0]['positions']} positions against dense"
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("policy", no_wrap=True)
-    for column in ("mean\nKL", "p95\nKL", "top-1", "first\ndivergence", "token-layers\nof dense"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = "mean\nKL", "p95\nKL", "top-1", "first\ndivergence", "token-layers\nof dense"
+    table = measure.table("policy", *columns, title=title)
     for row in rows[1:]:
         table.add_row(
             row["name"],
@@ -311,8 +299,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 def _detail(rows: Sequence[dict[str, Any]]) -> Table:
     """Mean KL by round and by agent: whether errors grow, and whom they hit."""
     by_round, by_agent = rows[0]["kl_by_round"], rows[0]["kl_by_agent"]
-    table = Table(title="mean KL", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("policy", no_wrap=True)
+    table = measure.table("policy", title="mean KL")
     for name in [*(f"round {index}" for index in by_round), *by_agent]:
         table.add_column(escape(name), justify="right", overflow="fold")
     for row in rows[1:]:

@@ -9,21 +9,22 @@ a bound, not a measurement. Needs the `aot` extra.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-# The compilers would look for devices, and complain that there are none.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if __name__ == "__main__":
+    # The compilers would look for devices, and complain that there are none.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts import common
+from scripts import measure
 from tokendance_jax import targets
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.flash import block_pages
@@ -44,29 +45,25 @@ _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 
 def main(argv: Sequence[str]) -> int:
     """Compiles and prints; returns the exit status: 0, or 1 after an error."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    common.quiet_logs()
-    console = Console(highlight=False, width=120)  # Markdown, as wide as it is
+    return measure.run(argv, _measure, json=_JSON.value, width=120)  # Markdown, as wide as it is
+
+
+def _measure(console: Console) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    try:
-        common.check_json_path(_JSON.value)
-        for name in _TARGET.value:
-            for size in _MODEL.value:
-                config = Qwen2Config.preset(size)
-                rows += [report(case, targets.TARGETS[name], size) for case in cases(config)]
-            console.print(_table(name, [row for row in rows if row["target"] == name]))
-    except (targets.TargetUnavailable, ValueError, OSError) as error:
-        print(f"kernel_report: {error}", file=sys.stderr)
-        return 1
-    if _JSON.value:
-        common.write_json(_JSON.value, {"kernels": rows})
-        console.print(f"Written: {_JSON.value}")
-    return 0
+    for name in _TARGET.value:
+        for size in _MODEL.value:
+            config = Qwen2Config.preset(size)
+            rows += [report(case, targets.TARGETS[name], size) for case in cases(config)]
+        console.print(_table(name, [row for row in rows if row["target"] == name]))
+    return {"kernels": rows}
 
 
-def cases(config: Qwen2Config) -> list[dict[str, Any]]:
+def cases(config: Qwen2Config, dtype: str = "bfloat16") -> list[dict[str, Any]]:
     """The kernels on a round of the flags' sizes: how to call them, and what they must do.
+
+    Args:
+      config: sizes of the model.
+      dtype: precision of the pool.
 
     Returns:
       Of each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
@@ -77,10 +74,11 @@ def cases(config: Qwen2Config) -> list[dict[str, Any]]:
     layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
     heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
     shared, own = (-(-tokens // 256) * 256 for tokens in (_SHARED.value, _OWN.value))
-    page = 2 * page_size * kv_heads * head_dim * 2  # keys and values of one layer, bfloat16
+    # Bytes of keys and values of one layer.
+    page = 2 * page_size * kv_heads * head_dim * jnp.dtype(dtype).itemsize
     shared_pages, own_pages = shared // page_size, own // page_size
     pages = 1 + shared_pages + agents * (shared_pages + own_pages)
-    pool = _shape(layers, pages, page_size, kv_heads, head_dim, dtype="bfloat16")
+    pool = _shape(layers, pages, page_size, kv_heads, head_dim, dtype=dtype)
 
     pieces = agents * shared_pages
     piece = _shape(pieces)
@@ -98,7 +96,7 @@ def cases(config: Qwen2Config) -> list[dict[str, Any]]:
         "floor": layers * page * (shared_pages + pieces),
         "extra": 4 * (4 * pieces + 2 * shared_pages),
         # Two products and a sum for each number of a key, and as much for its angle.
-        "operations": layers * pieces * page // 4 * 8,
+        "operations": layers * pieces * page_size * kv_heads * head_dim * 8,
     }
 
     block = block_pages(page_size)

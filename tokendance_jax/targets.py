@@ -84,6 +84,16 @@ TARGETS = {
 }
 
 
+# What JAX calls the devices.
+_KINDS = {"NVIDIA H100 80GB HBM3": "h100", "TPU v5 lite": "tpu-v5e", "TPU v6 lite": "tpu-v6e"}
+
+
+def present() -> Target | None:
+    """The target that JAX's default device is; None where it is none of them."""
+    name = _KINDS.get(jax.devices()[0].device_kind)
+    return None if name is None else TARGETS[name]
+
+
 @functools.cache
 def device(target: Target) -> jax.Device:
     """A device of the target to compile for; it runs nothing.

@@ -190,8 +190,7 @@ def _shared_blocks(
     plain &= jnp.all(frame == frame[:1], axis=1)
     plain &= jnp.arange(blocks, dtype=jnp.int32) < groups.count
     order = jnp.argsort(~plain)
-    moved = jnp.any(frame[order[1:]] != frame[order[:-1]], axis=1)
-    moved = jnp.concatenate([jnp.ones((1,), jnp.bool_), moved])
+    moved = jnp.any(flash.moved(frame[order].T), axis=0)
 
     def turn(block: jax.Array) -> jax.Array:
         turned = rope.rotate(q, cos[block][:, None, :], sin[block][:, None, :])

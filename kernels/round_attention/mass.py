@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels import flash
+from tokendance_jax.kernels import flash, storage
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles
 
 
@@ -40,6 +40,8 @@ def attention_mass(
     lanes, entries = tables.page.shape
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
     first_position = jnp.min(slot_position, axis=2)  # [lanes, blocks]
+    frame = flash.block_frames(tables, page_size)
+    moved = flash.moved(frame)
 
     def tile(index: jax.Array, mass: jax.Array) -> jax.Array:
         row, lane = tiles.row[index], tiles.lane[index]
@@ -49,10 +51,21 @@ def attention_mass(
         q_tile = q_tile.reshape(-1, kv_heads, group, head_dim)
         blocks = jnp.sum((first_position[lane] <= jnp.max(row_position)).astype(jnp.int32))
 
-        def scores(block: jax.Array) -> jax.Array:
-            """f32 [tile_rows, kv_heads, group, slots]; MASKED where a row does not see a slot."""
-            keys, _, frame = flash.read_block(k_pool, k_pool, layer, tables, lane, block)
-            turned = flash.rotate_back(q_tile, frame, theta=theta).astype(keys.dtype)
+        def scores(block: jax.Array, turned: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Meets a block with queries that stand in the frame of the block before.
+
+            Returns:
+              The queries in this block's frame, and f32 [tile_rows, kv_heads, group, slots]: MASKED
+              where a row does not see a slot.
+            """
+            keys = flash.read_block(k_pool, layer, tables, lane, block)
+            turned = jax.lax.cond(
+                moved[lane, block],
+                lambda: flash.rotate_back(q_tile, frame[lane, block], theta=theta).astype(
+                    keys.dtype
+                ),
+                lambda: turned,
+            )
             product = jnp.einsum(
                 "rkgh,skh->rkgs",
                 turned,
@@ -61,28 +74,34 @@ def attention_mass(
                 precision=flash.precision(keys.dtype),
             )
             seen = slot_position[lane, block][None, :] <= row_position[:, None]
-            return jnp.where(seen[:, None, None, :], product, flash.MASKED)
+            return turned, jnp.where(seen[:, None, None, :], product, flash.MASKED)
 
         def normalise(
-            block: jax.Array, carry: tuple[jax.Array, jax.Array]
-        ) -> tuple[jax.Array, jax.Array]:
-            maximum, total = carry
-            score = scores(block)
+            block: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            turned, maximum, total = carry
+            turned, score = scores(block, turned)
             higher = jnp.maximum(maximum, score.max(axis=-1))
             weights = jnp.exp(score - higher[..., None]).sum(axis=-1)
-            return higher, total * jnp.exp(maximum - higher) + weights
+            return turned, higher, total * jnp.exp(maximum - higher) + weights
 
-        start = jnp.full(q_tile.shape[:3], flash.MASKED), jnp.zeros(q_tile.shape[:3], jnp.float32)
-        maximum, total = jax.lax.fori_loop(0, blocks, normalise, start)
+        unturned = jnp.zeros(q_tile.shape, storage.value_dtype(k_pool.dtype))
+        masked = jnp.full(q_tile.shape[:3], flash.MASKED)
+        start = unturned, masked, jnp.zeros_like(masked)
+        _, maximum, total = jax.lax.fori_loop(0, blocks, normalise, start)
 
-        def add(block: jax.Array, mass: jax.Array) -> jax.Array:
-            weights = jnp.exp(scores(block) - maximum[..., None]) / total[..., None]
+        def add(
+            block: jax.Array, carry: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            turned, mass = carry
+            turned, score = scores(block, turned)
+            weights = jnp.exp(score - maximum[..., None]) / total[..., None]
             weights = jnp.where(used[:, None, None, None], weights, jnp.zeros_like(weights))
             of_entry = weights.sum(axis=(0, 1, 2)).reshape(1, pages, page_size).sum(axis=2)
             at = (lane, block * pages)
             held = jax.lax.dynamic_slice(mass, at, (1, pages))
-            return jax.lax.dynamic_update_slice(mass, held + of_entry, at)
+            return turned, jax.lax.dynamic_update_slice(mass, held + of_entry, at)
 
-        return jax.lax.fori_loop(0, blocks, add, mass)
+        return jax.lax.fori_loop(0, blocks, add, (unturned, mass))[1]
 
     return jax.lax.fori_loop(0, tiles.count, tile, jnp.zeros((lanes, entries), jnp.float32))

@@ -39,7 +39,7 @@ def round_attention_xla(
     lanes = tables.page.shape[0]
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
     block_start, block_stop = jnp.min(slot_position, axis=2), jnp.max(slot_position, axis=2)
-    block_frame = jnp.asarray(tables.frame).reshape(lanes, -1, pages)[:, :, 0]
+    block_frame = flash.block_frames(tables, page_size)
 
     def tile(index: jax.Array, tile_rows: int) -> jax.Array:
         """The output of a tile's first rows [tile_rows, heads, head_dim]."""
@@ -56,18 +56,17 @@ def round_attention_xla(
         whole, seen = block_stop[lane] <= least, block_start[lane] <= last
         order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
         frame = block_frame[lane, order]
-        moved = jnp.concatenate([jnp.ones((1,), jnp.bool_), frame[1:] != frame[:-1]])
+        moved = flash.moved(frame)
 
         def block(index: jax.Array, carry: Carry, *, masked: bool) -> Carry:
             turned, softmax = carry
-            keys, values, frame = flash.read_block(
-                k_pool, v_pool, layer, tables, lane, order[index]
+            keys, values = (
+                flash.read_block(pool, layer, tables, lane, order[index])
+                for pool in (k_pool, v_pool)
             )
-            # Most blocks have the frame of the block before, and a rotation costs most of a
-            # block's product.
             turned = jax.lax.cond(
                 moved[index],
-                lambda: flash.rotate_back(q_tile, frame, theta=theta).astype(keys.dtype),
+                lambda: flash.rotate_back(q_tile, frame[index], theta=theta).astype(keys.dtype),
                 lambda: turned,
             )
             mask = None

@@ -8,14 +8,14 @@ a bundle, which is computed once behind a neutral preamble; agents read the base
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from tokendance_jax.collector.bases import BaseStore, Placed, content_key
-from tokendance_jax.collector.exact import Prefix, pages_for
+from tokendance_jax.collector.bases import Placed, content_key
+from tokendance_jax.collector.exact import pages_for
 from tokendance_jax.collector.lane import LanePlan, with_rows
 from tokendance_jax.collector.order import canonical_order
 from tokendance_jax.collector.parts import Part, Run, asked_until, parts_of, run_of, shared_keys
@@ -24,15 +24,14 @@ from tokendance_jax.collector.policy import (
     Compute,
     Look,
     OpenRound,
-    Policy,
     Scores,
     Steps,
     no_steps,
 )
+from tokendance_jax.collector.reuse import BaseReuse
 from tokendance_jax.collector.selection import Scored, Selection, deviations
 from tokendance_jax.collector.table import agent_table
 from tokendance_jax.paged.page_pool import PagePool
-from tokendance_jax.paged.prefix_cache import PrefixCache
 from tokendance_jax.prompt.tokenized import TokenizedPrompt, TokenSpan
 
 Base = Literal["joint", "joint-agent", "alone", "isolated"]
@@ -72,7 +71,7 @@ class _OpenCollective(OpenRound):
     reserved: Int32[np.ndarray, " reserved"] = dataclasses.field(default_factory=lambda: _NO_PAGES)
 
 
-class Collective(Policy):
+class Collective(BaseReuse):
     """One base for the round, and for every agent what is its own: the policy `tokendance`."""
 
     # Private text, the own block, the blocks before it and behind it, the task.
@@ -112,15 +111,11 @@ class Collective(Policy):
             raise ValueError(
                 "selection: base 'joint-agent' has a look of its own; choose head, none, own or all"
             )
-        self._pool = pool
-        self._page_size = page_size
+        kind = "joint" if base == "joint-agent" else base
+        super().__init__(pool, page_size, namespace, kind=kind, salt=salt)
         self._base = base
         self._selection = selection
         self._preamble = preamble
-        self._cache = PrefixCache(pool, page_size, namespace, salt)
-        self._exact = Prefix(pool, self._cache, page_size)
-        kind = "joint" if base == "joint-agent" else base
-        self._store = BaseStore(pool, page_size, namespace, kind=kind, salt=salt)
         look = "deviation" if base == "joint-agent" else selection.look
         self.programs = ("prefill",) if look is None else ("prefill", look)
         self.bases = 1 if base.startswith("joint") else sys.maxsize
@@ -149,24 +144,14 @@ class Collective(Policy):
     def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
         """Keeps bases and exact pages findable, and gives every reference back."""
         assert isinstance(opened, _OpenCollective)
-        seats = {lane.seat for lane in opened.collective}
-        for seat, lane in enumerate(opened.lanes):
-            if seat not in seats:
-                self._exact.close_lane(lane, None if written is None else written[seat])
-                continue
-            if written is None:
-                slot, _ = lane.locate(lane.computed, self._page_size)
-                self._cache.forget(np.unique(slot // self._page_size))
-            self._pool.release(lane.page)
         for lane in opened.collective:
             self._pool.release(lane.spare)
         self._pool.release(opened.reserved)
-        for lane in opened.bases:
-            self._store.close(lane, failed=written is None)
+        super().close(opened, written)
 
-    def base_pages(self) -> Int32[np.ndarray, " pages"]:
-        """Pages of the bases that later rounds may read; see `Policy.base_pages`."""
-        return self._store.pages()
+    def _reusing(self, opened: OpenRound) -> Collection[int]:
+        assert isinstance(opened, _OpenCollective)
+        return {lane.seat for lane in opened.collective}
 
     def _open_bases(
         self, opened: _OpenCollective, prompts: Sequence[TokenizedPrompt]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.lane import LanePlan, fill_key_blocks, key_block_columns
 from tokendance_jax.collector.plan import Shapes
 from tokendance_jax.kernels.flash import block_pages
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
@@ -38,15 +38,9 @@ def group_tables(lanes: Sequence[LanePlan], shapes: Shapes) -> tuple[GroupTables
     """
     width, seats = block_pages(shapes.page_size), shapes.lanes.fit(len(lanes))
     owner = np.repeat(np.arange(len(lanes)), [len(lane.page) for lane in lanes])
-    start = [np.cumsum(lane.slots) - lane.slots for lane in lanes]
-    table = np.concatenate(
-        [
-            np.stack([lane.page, lane.frame, lane.first, lane.slots, at])
-            for lane, at in zip(lanes, start, strict=True)
-        ],
-        axis=1,
-    )
-    entries = shapes.entries.fit(int(_columns(owner, table[1], width).max(initial=-1)) + 1)
+    table = np.concatenate([lane.entries() for lane in lanes], axis=1)
+    last = key_block_columns(owner, table[1], width).max(initial=-1)
+    entries = shapes.entries.fit(int(last) + 1)
 
     held, number = _shared(lanes, owner, table, shapes.page_size)
     member = np.zeros((number.max(initial=-1) + 1, seats), np.bool_)
@@ -70,12 +64,9 @@ def group_tables(lanes: Sequence[LanePlan], shapes: Shapes) -> tuple[GroupTables
     rest = np.ones(len(owner), np.bool_)
     rest[held] = False
     owner, table = owner[rest], table[:, rest]
-    tables = np.zeros((5, seats, entries), np.int32)
-    column = _columns(owner, table[1], width)
-    # An empty entry has the frame of its block.
-    tables[1].reshape(seats, -1, width)[owner, column // width] = table[1, :, None]
-    tables[:, owner, column] = table
-    return groups, LaneTables(*tables)
+    column = owner * entries + key_block_columns(owner, table[1], width)
+    tables = fill_key_blocks(table, column, seats * entries, width)
+    return groups, LaneTables(*tables.reshape(5, seats, entries))
 
 
 def empty_groups(*, lanes: int, entries: int, page_size: int) -> GroupTables:
@@ -90,19 +81,6 @@ def empty_groups(*, lanes: int, entries: int, page_size: int) -> GroupTables:
         member=np.zeros((blocks, lanes, width), np.bool_),
         count=np.asarray(0, np.int32),
     )
-
-
-def _columns(
-    owner: Int[np.ndarray, " entries"], frame: Int[np.ndarray, " entries"], width: int
-) -> Int[np.ndarray, " entries"]:
-    """Column of each entry in its owner's table: a new key block where the frame changes."""
-    fresh = np.ones(len(owner), np.bool_)
-    fresh[1:] = (np.diff(owner) != 0) | (np.diff(frame) != 0)
-    begin = np.flatnonzero(fresh)
-    length = np.diff(begin, append=len(owner))
-    padded = -(-length // width) * width
-    column = np.arange(len(owner)) + np.repeat(np.cumsum(padded) - padded - begin, length)
-    return column - column[np.searchsorted(owner, owner)]
 
 
 def _shared(
@@ -166,7 +144,7 @@ def _key_blocks(
             begin = entry
             begins.append(begin)
     run = np.searchsorted(begins, index, side="right")
-    column = _columns(np.zeros_like(run), run, width)
+    column = key_block_columns(np.zeros_like(run), run, width)
     newest = last[np.flatnonzero(np.diff(column // width, append=-1))]
     frame = np.take_along_axis(frame, np.maximum(newest, 0), axis=0)
     return column, np.where(newest >= 0, frame, np.zeros_like(frame))

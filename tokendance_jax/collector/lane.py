@@ -64,8 +64,13 @@ class LanePlan:
         slot = self.page[entry] * page_size + self.first[entry] + position - start
         return slot.astype(np.int32), (position - self.frame[entry]).astype(np.int32)
 
+    def entries(self) -> Int32[np.ndarray, "5 entries"]:
+        """The table as rows page, frame, first, slots, start: logical position of the first."""
+        start = (np.cumsum(self.slots) - self.slots).astype(np.int32)
+        return np.stack([self.page, self.frame, self.first, self.slots, start])
+
     def table(self, block_entries: int) -> Int32[np.ndarray, "5 padded_entries"]:
-        """The entries as rows page, frame, first, slots, start, with one frame to a key block.
+        """The entries with one frame to a key block.
 
         Args:
           block_entries: entries of a key block.
@@ -74,15 +79,44 @@ class LanePlan:
           i32 [5, entries], a multiple of `block_entries` long; empty entries fill up a block where
           the frame changes and at the end.
         """
-        start = (np.cumsum(self.slots) - self.slots).astype(np.int32)
-        entries = np.stack([self.page, self.frame, self.first, self.slots, start])
-        runs = np.split(entries, np.flatnonzero(np.diff(self.frame)) + 1, axis=1)
-        padded = []
-        for run in runs:
-            empty = np.zeros((5, -run.shape[1] % block_entries), np.int32)
-            empty[1] = run[1, 0] if run.shape[1] else 0
-            padded.append(np.concatenate([run, empty], axis=1))
-        return np.concatenate(padded, axis=1)
+        column = key_block_columns(np.zeros_like(self.page), self.frame, block_entries)
+        size = -(-(int(column.max(initial=-1)) + 1) // block_entries) * block_entries
+        return fill_key_blocks(self.entries(), column, size, block_entries)
+
+
+def key_block_columns(
+    owner: Int[np.ndarray, " entries"], frame: Int[np.ndarray, " entries"], block_entries: int
+) -> Int[np.ndarray, " entries"]:
+    """Column of each entry in its owner's table: a new key block where the frame changes.
+
+    Args:
+      owner: whose table each entry is of; entries of one owner stand together.
+      frame: frame of each entry.
+      block_entries: entries of a key block.
+    """
+    fresh = np.ones(len(owner), np.bool_)
+    fresh[1:] = (np.diff(owner) != 0) | (np.diff(frame) != 0)
+    begin = np.flatnonzero(fresh)
+    length = np.diff(begin, append=len(owner))
+    padded = -(-length // block_entries) * block_entries
+    column = np.arange(len(owner)) + np.repeat(np.cumsum(padded) - padded - begin, length)
+    return column - column[np.searchsorted(owner, owner)]
+
+
+def fill_key_blocks(
+    entries: Int[np.ndarray, "5 entries"],
+    column: Int[np.ndarray, " entries"],
+    size: int,
+    block_entries: int,
+) -> Int32[np.ndarray, "5 size"]:
+    """Puts entries of `LanePlan.entries` into columns of a table of this size.
+
+    An empty entry has the frame of its key block, and is zero but for that.
+    """
+    table = np.zeros((5, size), np.int32)
+    table[1].reshape(-1, block_entries)[column // block_entries] = entries[1, :, None]
+    table[:, column] = entries
+    return table
 
 
 def with_rows(lane: LanePlan, positions: Int[np.ndarray, " computed"]) -> LanePlan:

@@ -39,7 +39,7 @@ class Shapes:
     ) -> "Shapes":
         """Buckets up to the given budgets, for contexts of at most `max_tokens`."""
         block = block_pages(page_size)
-        most = -(-max_tokens // (block * page_size)) * block
+        most = cls.entries_of(max_tokens, page_size)
         return cls(
             rows=Buckets(min(64, row_budget), row_budget),
             # Four lanes decode in the time of one: one-row bfloat16 products are slow on CPU.
@@ -48,6 +48,12 @@ class Shapes:
             pages=pages,
             page_size=page_size,
         )
+
+    @staticmethod
+    def entries_of(tokens: int, page_size: int) -> int:
+        """Table entries that hold so many tokens in one frame: whole key blocks."""
+        block = block_pages(page_size)
+        return -(-tokens // (block * page_size)) * block
 
     @property
     def no_slot(self) -> int:

@@ -8,13 +8,13 @@ of it, and keep a dense cache per agent.
 import abc
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int32
 
-from tokendance_jax.collector.bases import BaseStore, Placed, content_key
-from tokendance_jax.collector.exact import Prefix, pages_for
+from tokendance_jax.collector.bases import Placed, content_key
+from tokendance_jax.collector.exact import pages_for
 from tokendance_jax.collector.lane import LanePlan, with_rows
 from tokendance_jax.collector.policy import (
     NOBODY,
@@ -22,14 +22,13 @@ from tokendance_jax.collector.policy import (
     Link,
     Look,
     OpenRound,
-    Policy,
     Rest,
     Steps,
     no_steps,
 )
+from tokendance_jax.collector.reuse import BaseReuse
 from tokendance_jax.collector.selection import deviations
 from tokendance_jax.paged.page_pool import PagePool
-from tokendance_jax.paged.prefix_cache import PrefixCache
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
 _NO_TOKENS = np.zeros(0, np.int32)
@@ -47,7 +46,7 @@ class _OpenRequests(OpenRound):
         return [seat for seat, link in enumerate(self.links) if link is not None]
 
 
-class PerRequest(Policy):
+class PerRequest(BaseReuse):
     """What both have in common: isolated bases, dense lanes, links from the one to the other."""
 
     programs = ("prefill", "link")
@@ -62,11 +61,7 @@ class PerRequest(Policy):
           namespace: what K and V depend on beside the tokens.
           salt: secret of a tenant.
         """
-        self._pool = pool
-        self._page_size = page_size
-        self._cache = PrefixCache(pool, page_size, namespace, salt)
-        self._exact = Prefix(pool, self._cache, page_size)
-        self._store = BaseStore(pool, page_size, namespace, kind="isolated", salt=salt)
+        super().__init__(pool, page_size, namespace, kind="isolated", salt=salt)
 
     def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
         """Takes the bases' pages, then a dense lane for every agent; see `Policy.open`."""
@@ -99,22 +94,9 @@ class PerRequest(Policy):
             self.close(opened, None)
             raise
 
-    def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
-        """Keeps bases and exact pages findable, and gives every reference back."""
+    def _reusing(self, opened: OpenRound) -> Collection[int]:
         assert isinstance(opened, _OpenRequests)
-        for seat, (lane, link) in enumerate(zip(opened.lanes, opened.links, strict=False)):
-            if link is None:
-                self._exact.close_lane(lane, None if written is None else written[seat])
-                continue
-            if written is None:
-                self._cache.forget(lane.page[opened.exact_hits[seat] // self._page_size :])
-            self._pool.release(lane.page)
-        for lane in opened.bases:
-            self._store.close(lane, failed=written is None)
-
-    def base_pages(self) -> Int32[np.ndarray, " pages"]:
-        """Pages of the bases that later rounds may read; see `Policy.base_pages`."""
-        return self._store.pages()
+        return opened.linked
 
     def _open_lane(
         self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]

@@ -194,10 +194,10 @@ class Programs:
           steps: tokens of a decode call.
         """
         shapes = self.shapes
-        block = block_pages(shapes.page_size)
-        entries = -(-tokens // (block * shapes.page_size)) * block
+        entries = shapes.entries_of(tokens, shapes.page_size)
         # Another key block begins where the frame changes.
-        room = max(0, min(policy.frames * block, shapes.entries.budget - entries))
+        blocks = policy.frames * block_pages(shapes.page_size)
+        room = max(0, min(blocks, shapes.entries.budget - entries))
         most = shapes.entries.fit(entries + room)
         for rows in shapes.rows.sizes if "link" in policy.programs else ():
             nothing = np.zeros(0, np.int32)

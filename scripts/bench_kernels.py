@@ -1,0 +1,197 @@
+"""Times the kernels on the device that is present, beside other ways to do the same work.
+
+  python -m scripts.bench_kernels
+  python -m scripts.bench_kernels --model=7B --kernel=decode_attention --dtype=bfloat16
+
+Each implementation of a kernel, XLA code among them, and JAX's own Pallas ops where they can do the
+work. Values come first: what differs from the reference gets no time. All ways of a kernel are
+timed in turns, and ratios are medians over the turns. Bytes are the least that any way could move,
+of one call; a share of a device's published bandwidth and rate stands beside them where these are
+known. Calls of a kernel that reads one layer follow each other through all layers.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scripts import kernel_report, measure
+from scripts.kernel_subjects import SUBJECTS, Program, Subject
+from scripts.kernel_work import Work
+from tokendance_jax import targets
+from tokendance_jax.kernels.dispatch import IMPLEMENTATIONS
+from tokendance_jax.kernels.lanes import KEY_BLOCK
+from tokendance_jax.models.qwen2.config import Qwen2Config
+
+FLAGS = flags.FLAGS
+# The sizes of a round are those of the report, whose counts of bytes and operations serve here.
+for _name in ("model", "agents", "shared", "own", "rows", "page_size", "json"):
+    flags.declare_key_flag(_name)
+FLAGS.set_default("model", ["0.5B"])
+_KERNEL = flags.DEFINE_multi_enum(
+    "kernel", list(SUBJECTS), list(SUBJECTS), "Kernels to time; repeat the flag."
+)
+_IMPLEMENTATION = flags.DEFINE_multi_enum(
+    "implementation",
+    None,
+    [name for name in IMPLEMENTATIONS if name != "interpret"],
+    "Implementations to time; repeat the flag; by default XLA code and those for the device.",
+)
+_DTYPE = flags.DEFINE_multi_enum(
+    "dtype", ["bfloat16"], ["float32", "bfloat16"], "Precisions of the pool; repeat the flag."
+)
+_LAYERS = flags.DEFINE_integer("layers", 0, "Layers of the pool; 0: the model's.", lower_bound=0)
+_TURNS = flags.DEFINE_integer("turns", 5, "How often each is timed.", lower_bound=1)
+
+# Largest difference from the reference, over its largest number. A bfloat16 number is rounded by
+# 2**-9, a rotated key once more, and queries and weights that meet it likewise.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
+
+
+class WrongValues(ValueError):
+    """What a kernel gave is not what its reference gives."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Times and prints; returns the exit status: 0, or 1 after an error."""
+    return measure.run(argv, _measure, json=FLAGS.json, width=110)
+
+
+def _measure(console: Console) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for size in FLAGS.model:
+        config = Qwen2Config.preset(size)
+        layers = min(_LAYERS.value, config.num_hidden_layers) or config.num_hidden_layers
+        config = dataclasses.replace(config, num_hidden_layers=layers)
+        for dtype in _DTYPE.value:
+            shared, own = (-(-x // KEY_BLOCK) * KEY_BLOCK for x in (FLAGS.shared, FLAGS.own))
+            work = Work(config, dtype, int(FLAGS.page_size), FLAGS.agents, shared, own, FLAGS.rows)
+            cases = {case["name"]: case for case in kernel_report.cases(config, dtype)}
+            found: list[dict[str, Any]] = []
+            for kernel in dict.fromkeys(_KERNEL.value):
+                subject = SUBJECTS[kernel](work, cases)
+                timed = time_subject(subject, _implementations(), TOLERANCE[dtype], _TURNS.value)
+                names = {"kernel": kernel, "model": size, "dtype": dtype}
+                found += [names | row for row in timed]
+            _print(console, found)
+            rows += found
+    wrong = [
+        f"{row['kernel']} by {row['implementation']}"
+        for row in rows
+        if row["wrong"] and row["implementation"] in IMPLEMENTATIONS
+    ]
+    if wrong:
+        raise WrongValues(f"{', '.join(wrong)}: not the values of the reference; no time is shown")
+    return {"device": jax.devices()[0].device_kind, "kernels": rows}
+
+
+def _implementations() -> list[str]:
+    platform = {"gpu": ["mosaic_gpu"], "tpu": ["mosaic_tpu"]}.get(jax.default_backend(), [])
+    return _IMPLEMENTATION.value or ["xla", *platform]
+
+
+def time_subject(
+    subject: Subject, implementations: Sequence[str], tolerance: float, turns: int
+) -> list[dict[str, Any]]:
+    """Checks all ways to do a kernel's work, and times those that give the right values.
+
+    Args:
+      subject: the kernel at work.
+      implementations: those that are wanted.
+      tolerance: the largest error of right values.
+      turns: how often each is timed.
+
+    Returns:
+      For each way its name, error, seconds of a call in every turn, and the median over the turns
+      of its time to that of the first; or why it was not timed, and whether its values are wrong.
+    """
+    rows, ready = [], []
+    ways = [name for name in implementations if name in subject.implementations]
+    for name in [*ways, *subject.rivals]:
+        row: dict[str, Any] = {"implementation": name, "what": subject.what}
+        row |= {"reason": None, "wrong": False}
+        rows.append(row)
+        error, program = _checked(subject, name)
+        if isinstance(program, str):
+            row["reason"] = program
+        elif error <= tolerance:  # which NaN is not
+            row["error"] = error
+            ready.append((row, program))
+        else:
+            row |= {"reason": f"wrong values: an error of {error:.1e}", "wrong": True}
+    calls = [program.timed for _, program in ready]
+    seconds = measure.in_turns(calls, turns=turns, parts=subject.calls)
+    for (row, _), found in zip(ready, seconds, strict=True):
+        pairs = zip(found, seconds[0], strict=True)
+        median = statistics.median(found)
+        row |= {
+            "seconds": found,
+            "ratio": statistics.median(mine / first for mine, first in pairs),
+            "bytes": subject.bytes,
+            "operations": subject.operations,
+            "bytes_per_s": subject.bytes / median,
+            "operations_per_s": subject.operations / median,
+        }
+    return rows
+
+
+def _checked(subject: Subject, name: str) -> tuple[float, Program | str]:
+    """A way to do the work and its error, or why it cannot."""
+    rival = subject.rivals.get(name)
+    if isinstance(rival, str):
+        return 0.0, rival
+    # JAX's ops refuse what they cannot take by errors of any kind.
+    unfit = NotImplementedError if rival is None else Exception
+    try:
+        program = subject.program(name) if rival is None else rival()
+        return subject.error(jax.block_until_ready(program.check())), program
+    except unfit as error:
+        return 0.0, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    console.print(_table(rows))
+    for row in rows:
+        if row["reason"]:
+            name = f"{row['kernel']}, {row['implementation']}"
+            console.print(escape(f"{name}: {row['reason']}"))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    present, device = targets.present(), jax.devices()[0].device_kind
+    bandwidth = present.bandwidth if present else None
+    # The published rate is that of bfloat16 products.
+    rate = present.rate if present and rows[0]["dtype"] == "bfloat16" else None
+    model, dtype = rows[0]["model"], rows[0]["dtype"]
+    columns = "ms", "/ first", "GB/s", "of peak", "GFLOP/s", "of peak", "error"
+    title = f"{model}, {dtype}, on {device}: one call"
+    table = measure.table("kernel", "by", *columns, title=title)
+
+    def share(value: float, most: float | None) -> str:
+        return "-" if most is None else f"{value / most:.0%}"
+
+    for row in rows:
+        if row["reason"]:
+            continue
+        table.add_row(
+            row["kernel"],
+            row["implementation"],
+            f"{1e3 * statistics.median(row['seconds']):,.3f}",
+            f"{row['ratio']:.2f}",
+            f"{row['bytes_per_s'] / 1e9:,.1f}",
+            share(row["bytes_per_s"], bandwidth),
+            f"{row['operations_per_s'] / 1e9:,.1f}",
+            share(row["operations_per_s"], rate),
+            f"{row['error']:.1e}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    app.run(main)

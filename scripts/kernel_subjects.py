@@ -1,0 +1,312 @@
+"""The kernels at work: what is timed, beside what, and what it must give.
+
+A kernel is added by a function of the work that returns a `Subject`, and its name in `SUBJECTS`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scripts import kernel_rivals
+from scripts.kernel_rivals import Attend
+from scripts.kernel_work import PATCHES, Work
+from tokendance_jax.kernels import storage
+from tokendance_jax.kernels.decode_attention import decode_attention
+from tokendance_jax.kernels.kv_write import kv_write
+from tokendance_jax.kernels.round_attention import attention_mass, round_attention
+from tokendance_jax.kernels.round_attention.reference import (
+    attention_mass_reference,
+    round_attention_reference,
+)
+from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
+from tokendance_jax.kernels.sparse_restore.reference import sparse_restore_reference
+
+MOSAIC = ("xla", "mosaic_gpu", "mosaic_tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One way to do a kernel's work.
+
+    Attributes:
+      check: gives what is compared with the reference.
+      timed: does the work `Subject.calls` times.
+    """
+
+    check: Callable[[], Any]
+    timed: Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A kernel at work.
+
+    Attributes:
+      what: the work of one call.
+      bytes: the least that one call moves.
+      operations: of one call.
+      calls: calls in a timed program.
+      implementations: those that the kernel has.
+      program: by the name of an implementation. It raises NotImplementedError, or its `check` does,
+        where the implementation is unfit.
+      rivals: what else does the work, by name: a program, or why there is none here.
+      error: of what a `check` gave: the largest difference from the reference, over its largest
+        number.
+    """
+
+    what: str
+    bytes: int
+    operations: int
+    calls: int
+    implementations: tuple[str, ...]
+    program: Callable[[str], Program]
+    rivals: Mapping[str, Callable[[], Program] | str]
+    error: Callable[[Any], float]
+
+
+class _InPlace:
+    """Programs that write pools in place: all into one copy, the pools themselves stay."""
+
+    def __init__(self, pools: tuple[jax.Array, ...]):
+        self._pools = pools
+        self._copy: tuple[jax.Array, ...] = ()
+
+    def program(self, call: Callable[..., tuple[jax.Array, ...]]) -> Program:
+        """Of a call that takes the pools donated, and returns them."""
+
+        def again() -> tuple[jax.Array, ...]:
+            self._copy = call(*self._copy)
+            return self._copy
+
+        def check() -> tuple[jax.Array, ...]:
+            self._copy = ()
+            self._copy = tuple(jnp.copy(pool) for pool in self._pools)
+            return again()
+
+        return Program(check, again)
+
+
+def _error(found: jax.Array, expected: jax.Array) -> jax.Array:
+    found, expected = (storage.load(x).astype(jnp.float32) for x in (found, expected))
+    return jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected))
+
+
+def sparse_restore_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
+    """All layers of everybody's copy of the base, with patches, keys turned."""
+    plan, theta, pools = work.restore(), work.config.rope_theta, work.pools
+    layers, _, *page_shape = pools[0].shape
+    in_place = _InPlace(pools)
+
+    def program(implementation: str) -> Program:
+        def restore(k: jax.Array, v: jax.Array, plan: RestorePlan) -> tuple[jax.Array, jax.Array]:
+            return sparse_restore(k, v, None, plan, theta=theta, implementation=implementation)
+
+        jitted = jax.jit(restore, donate_argnums=(0, 1))
+        return in_place.program(lambda k, v: jitted(k, v, plan))
+
+    @jax.jit
+    def error_of_layer(pools: Any, found: Any, layer: jax.Array) -> jax.Array:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=layer, slice_size=1)
+        k, v = (cut(pool) for pool in pools)
+        expected = sparse_restore_reference(k, v, None, plan, theta=theta)
+        errors = [_error(cut(x), y) for x, y in zip(found, expected, strict=True)]
+        return jnp.max(jnp.stack(errors))
+
+    def error(found: tuple[jax.Array, ...]) -> float:
+        return max(float(error_of_layer(pools, found, jnp.int32(at))) for at in range(layers))
+
+    page = 2 * int(np.prod(page_shape)) * pools[0].dtype.itemsize
+    return Subject(
+        what=f"{work.agents} mirrors of {work.shared} tokens, {PATCHES} pages of each its own",
+        bytes=layers * page * (len(plan.page) + len(plan.first)),
+        operations=cases["sparse_restore"]["operations"],
+        calls=1,
+        implementations=MOSAIC,
+        program=program,
+        rivals={
+            "three steps": lambda: in_place.program(kernel_rivals.three_steps(work)),
+            "jax.experimental.pallas": "it has no op that restores pages",
+        },
+        error=error,
+    )
+
+
+def _attention(
+    work: Work,
+    case: Mapping[str, Any],
+    implementations: tuple[str, ...],
+    attend: Callable[[str], Attend],
+    rivals: Mapping[str, Callable[[], Attend] | str],
+    *,
+    rows: int,
+    expected: Callable[[jax.Array, int], jax.Array],
+) -> Subject:
+    """A kernel that takes queries and reads one layer: timed through all layers.
+
+    Each layer's queries need the result of the layer before, so that layers follow each other, and
+    none finds its pages in a cache.
+    """
+    layers = work.config.num_hidden_layers
+    q, middle = work.queries(rows), layers // 2
+
+    def program(attend: Attend) -> Program:
+        once = jax.jit(attend.call, static_argnames="layer")
+
+        @jax.jit
+        def through_all_layers(q: jax.Array, *arguments: Any) -> jax.Array:
+            x = q
+            for layer in range(layers):
+                out = attend.call(x, *arguments, layer=layer)
+                # Results that are no queries only order the layers.
+                x = q + (out if out.shape == q.shape else jnp.min(out) * np.float32(1e-30))
+            return x
+
+        return Program(
+            check=lambda: once(q, *attend.arguments, layer=middle),
+            timed=lambda: through_all_layers(q, *attend.arguments),
+        )
+
+    def of_rival(rival: Callable[[], Attend] | str) -> Callable[[], Program] | str:
+        return rival if isinstance(rival, str) else lambda: program(rival())
+
+    return Subject(
+        what=case["what"],
+        bytes=case["floor"],
+        operations=case["operations"],
+        calls=layers,
+        implementations=implementations,
+        program=lambda name: program(attend(name)),
+        rivals={name: of_rival(rival) for name, rival in rivals.items()},
+        error=lambda found: float(_error(found, expected(q, middle))),
+    )
+
+
+def decode_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
+    """The next row of every agent."""
+    groups, tables = work.decode
+
+    def attend(implementation: str) -> Attend:
+        def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
+            k, v, *rest = arguments
+            keywords = {"theta": work.config.rope_theta, "implementation": implementation}
+            return decode_attention(q, k, v, layer, *rest, **keywords)
+
+        return Attend(call, (*work.pools, work.last, tables, groups))
+
+    lane = np.arange(work.agents, dtype=np.int32)
+    return _attention(
+        work,
+        cases["decode_attention"],
+        MOSAIC,
+        attend,
+        kernel_rivals.decode(work),
+        rows=work.agents,
+        expected=lambda q, layer: work.expected(
+            round_attention_reference, work.pools, q, layer, work.last, lane
+        ),
+    )
+
+
+def round_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
+    """The rows of a prefill."""
+    plan = work.prefill
+
+    def attend(implementation: str) -> Attend:
+        def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
+            k, v, *rest = arguments
+            keywords = {"theta": work.config.rope_theta, "implementation": implementation}
+            return round_attention(q, k, v, layer, *rest, **keywords)
+
+        return Attend(call, (*work.pools, plan.rows.position, plan.tables, plan.tiles))
+
+    return _attention(
+        work,
+        cases["round_attention"],
+        MOSAIC,
+        attend,
+        kernel_rivals.prefill(work),
+        rows=len(plan.lane),
+        expected=lambda q, layer: work.expected(
+            round_attention_reference, work.pools, q, layer, plan.rows.position, plan.lane
+        ),
+    )
+
+
+def attention_mass_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
+    """How much the rows of a prefill attend to each entry: the products with keys, twice."""
+    plan, case = work.prefill, cases["round_attention"]
+    k = work.pools[0]
+
+    def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
+        k, *rest = arguments
+        return attention_mass(q, k, layer, *rest, theta=work.config.rope_theta)
+
+    def expected(q: jax.Array, layer: int) -> jax.Array:
+        rows = work.expected(
+            attention_mass_reference, (k,), q, layer, plan.rows.position, plan.lane
+        )
+        return jnp.zeros(plan.tables.page.shape, jnp.float32).at[plan.lane].add(rows)
+
+    # Neither values nor results of queries' size.
+    queries = 4 * len(plan.lane) * work.config.num_attention_heads * work.config.head_dim
+    floor = (case["floor"] - 2 * queries) // 2 + queries
+    return _attention(
+        work,
+        {**case, "floor": floor},
+        ("xla",),
+        lambda _: Attend(call, (k, plan.rows.position, plan.tables, plan.tiles)),
+        {"jax.experimental.pallas": "it has no op that sums weights"},
+        rows=len(plan.lane),
+        expected=expected,
+    )
+
+
+def kv_write_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
+    """The keys of a prefill's rows, through all layers."""
+    del cases
+    slot, keys = np.asarray(work.prefill.rows.slot), work.pools[0]
+    layers, _, page_size, *head_shape = keys.shape
+    value = jax.random.normal(jax.random.key(2), (len(slot), *head_shape))
+
+    def write(pool: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+        for layer in range(layers):
+            pool = kv_write(pool, layer, slot, value)
+        return pool
+
+    jitted = jax.jit(write, donate_argnums=0)
+    program = _InPlace((keys,)).program(lambda pool: (jitted(pool, slot, value),))
+
+    def error(found: tuple[jax.Array, ...]) -> float:
+        stored = np.asarray(storage.store(value, keys.dtype))
+        worst = 0.0
+        for layer in range(layers):
+            expected = np.array(keys[layer])
+            expected[slot // page_size, slot % page_size] = stored
+            worst = max(worst, float(_error(found[0][layer], jnp.asarray(expected))))
+        return worst
+
+    numbers = len(slot) * int(np.prod(head_shape))
+    return Subject(
+        what=f"keys of {len(slot)} rows, one layer",
+        bytes=numbers * (4 + keys.dtype.itemsize) + 4 * len(slot),
+        operations=0,
+        calls=layers,
+        implementations=("xla",),
+        program=lambda _: program,
+        rivals={"jax.experimental.pallas": "it has no op that writes rows"},
+        error=error,
+    )
+
+
+SUBJECTS: dict[str, Callable[[Work, Mapping[str, Mapping[str, Any]]], Subject]] = {
+    "sparse_restore": sparse_restore_subject,
+    "round_attention": round_attention_subject,
+    "decode_attention": decode_attention_subject,
+    "kv_write": kv_write_subject,
+    "attention_mass": attention_mass_subject,
+}

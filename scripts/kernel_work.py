@@ -1,0 +1,188 @@
+"""A round's pages, tables and rows at the sizes of a model, for kernels to work on."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokendance_jax.collector.buckets import Buckets
+from tokendance_jax.collector.groups import group_tables
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.plan import RoundPlan, Shapes, pack
+from tokendance_jax.collector.policies import PolicyOptions
+from tokendance_jax.kernels import storage
+from tokendance_jax.kernels.lanes import KEY_BLOCK, Array, GroupTables, LaneTables
+from tokendance_jax.kernels.sparse_restore import RestorePlan
+from tokendance_jax.models.qwen2.config import Qwen2Config
+
+# Pages that every mirror has in place of the first ones of the base.
+PATCHES = PolicyOptions().head_pages
+# Rows that a reference takes at a time: it gathers all keys of each.
+_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Agents that share a base, each in a frame of its own, and compute the end of their own text.
+
+    In the pool stand page 0, the base, and of every agent its own pages, patches, and room for a
+    copy of the base.
+
+    Attributes:
+      config: sizes of the model; its layers are those of the pool.
+      dtype: precision of the pool, "float32" or "bfloat16".
+      page_size: token slots in a page.
+      agents: lanes.
+      shared: tokens of the base; whole key blocks.
+      own: tokens of each agent's own, behind the base; whole key blocks.
+      rows: how many of them each agent computes.
+
+    Raises:
+      ValueError: an agent would compute more rows than it has tokens of its own.
+    """
+
+    config: Qwen2Config
+    dtype: str
+    page_size: int
+    agents: int
+    shared: int
+    own: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.rows > self.own:
+            raise ValueError(f"rows: {self.rows} of {self.own} own tokens; give fewer")
+        if self.shared % KEY_BLOCK or self.own % KEY_BLOCK:
+            raise ValueError(f"shared, own: give multiples of {KEY_BLOCK}")
+
+    @property
+    def base(self) -> np.ndarray:
+        """i32 [shared pages]."""
+        return 1 + np.arange(self.shared // self.page_size, dtype=np.int32)
+
+    def pages_of(self, agent: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """An agent's own pages, its patches, and the pages of its copy of the base."""
+        counts = self.own // self.page_size, PATCHES, len(self.base)
+        start = 1 + len(self.base) + agent * sum(counts)
+        pages = np.arange(start, start + sum(counts), dtype=np.int32)
+        own, patches, copy = np.split(pages, np.cumsum(counts)[:-1])
+        return own, patches, copy
+
+    def frame_of(self, agent: int) -> int:
+        """The frame of the base in an agent's lane, as if private texts were of any length."""
+        return 1 + agent
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Buckets of exactly this size."""
+        rows, entries = self.agents * self.rows, (self.shared + self.own) // self.page_size
+        return Shapes(
+            rows=Buckets(rows, rows),
+            lanes=Buckets(self.agents, self.agents),
+            entries=Buckets(entries, entries),
+            pages=int(self.pages_of(self.agents)[0][0]),
+            page_size=self.page_size,
+        )
+
+    @cached_property
+    def pools(self) -> tuple[jax.Array, jax.Array]:
+        """Random K and V [layers, pages, page_size, kv_heads, head_dim], in the storage dtype."""
+        c = self.config
+        stored = storage.storage_dtype(jnp.dtype(self.dtype), jax.default_backend())
+        shape = self.shapes.pages, self.page_size, c.num_key_value_heads, c.head_dim
+
+        @jax.jit
+        def draw(keys: jax.Array) -> jax.Array:
+            return jax.lax.map(
+                lambda key: storage.store(jax.random.normal(key, shape), stored), keys
+            )
+
+        keys = jax.random.split(jax.random.key(0), (2, c.num_hidden_layers))
+        return draw(keys[0]), draw(keys[1])
+
+    def lanes(self, *, copied: bool = False) -> list[LanePlan]:
+        """Everybody's lane; `copied`: over the copies of the base, which lie in frame 0."""
+        lanes = []
+        for agent in range(self.agents):
+            own, _, copy = self.pages_of(agent)
+            page = np.concatenate([copy if copied else self.base, own])
+            frame = np.zeros_like(page)
+            frame[: len(copy)] = 0 if copied else self.frame_of(agent)
+            tokens = self.shared + self.own
+            lanes.append(
+                LanePlan(
+                    token_ids=np.zeros(tokens, np.int32),
+                    computed=np.arange(tokens - self.rows, tokens, dtype=np.int32),
+                    page=page,
+                    frame=frame,
+                    first=np.zeros_like(page),
+                    slots=np.full_like(page, self.page_size),
+                    base=np.zeros_like(page),
+                )
+            )
+        return lanes
+
+    @cached_property
+    def prefill(self) -> RoundPlan:
+        """Everybody's rows in one call."""
+        (plan,) = pack(self.lanes(), self.shapes)
+        return plan
+
+    @cached_property
+    def decode(self) -> tuple[GroupTables, LaneTables]:
+        """What the planner has everybody read together, and by itself."""
+        return group_tables(self.lanes(), self.shapes)
+
+    @cached_property
+    def last(self) -> np.ndarray:
+        """i32 [agents]: position of the row that each decodes."""
+        return np.full(self.agents, self.shared + self.own - 1, np.int32)
+
+    def restore(self, *, patched: bool = True) -> RestorePlan:
+        """Everybody's copy of the base, with patches or without, keys turned by the frame."""
+        columns = []
+        for agent in range(self.agents):
+            _, patches, copy = self.pages_of(agent)
+            source = self.base.copy()
+            if patched:
+                source[: len(patches)] = patches[: len(source)]
+            columns.append((source, copy, np.full_like(copy, self.frame_of(agent))))
+        source, target, turn = (np.concatenate(column) for column in zip(*columns, strict=True))
+        offset = np.arange(self.page_size, dtype=np.int32)
+        source, target = (
+            (page[:, None] * self.page_size + offset[None, :]).reshape(-1)
+            for page in (source, target)
+        )
+        turn = np.repeat(turn, self.page_size)
+        return RestorePlan.of_slots(source, target, turn, page_size=self.page_size)
+
+    def queries(self, rows: int) -> jax.Array:
+        """Random f32 [rows, heads, head_dim]."""
+        shape = rows, self.config.num_attention_heads, self.config.head_dim
+        return jax.random.normal(jax.random.key(1), shape)
+
+    def expected(
+        self,
+        reference: Callable[..., jax.Array],
+        pools: Sequence[jax.Array],
+        q: jax.Array,
+        layer: int,
+        position: Array,
+        lane: Array,
+    ) -> jax.Array:
+        """What a reference of round attention gives for rows, of which it takes a few at a time."""
+        theta = self.config.rope_theta
+
+        @jax.jit
+        def call(pools: Sequence[jax.Array], rows: Any, tables: LaneTables) -> jax.Array:
+            def one(row: tuple[jax.Array, ...]) -> jax.Array:
+                q, *at = (x[None] for x in row)
+                return reference(q, *pools, layer, *at, tables, theta=theta)[0]
+
+            return jax.lax.map(one, rows, batch_size=_ROWS)
+
+        return call(pools, (q, position, lane), self.prefill.tables)

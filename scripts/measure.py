@@ -1,0 +1,133 @@
+"""The frame of the scripts that measure: errors, results, calls timed in turns, tables."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scripts import common
+from tokendance_jax import host
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.plan import Shapes
+from tokendance_jax.engine.programs import DecodeState
+from tokendance_jax.engine.sampling import SamplingArrays, sampling_arrays
+from tokendance_jax.paged import OutOfPages
+from tokendance_jax.targets import TargetUnavailable
+
+
+def run(
+    argv: Sequence[str],
+    measure: Callable[[Console], dict[str, Any]],
+    *,
+    json: str | None,
+    width: int | None = None,
+) -> int:
+    """Runs a measurement, and writes down what it found.
+
+    Args:
+      argv: the script and what flags left of its arguments: nothing.
+      measure: prints what it finds, and returns it for the file.
+      json: the file, or None.
+      width: columns of the console; None: the terminal's.
+
+    Returns:
+      The exit status: 0, or 1 after an error, of which the message alone is shown.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
+    host.tune_allocator()
+    console = Console(highlight=False, width=width)
+    try:
+        common.check_json_path(json)
+        found = measure(console)
+    except (OutOfPages, TargetUnavailable, OSError, ValueError) as error:
+        print(f"{Path(argv[0]).stem}: {error}", file=sys.stderr)
+        return 1
+    if json:
+        common.write_json(json, found)
+        console.print(f"Written: {escape(json)}")
+    return 0
+
+
+def in_turns(
+    calls: Sequence[Callable[[], Any]], *, turns: int, parts: int = 1
+) -> list[list[float]]:
+    """Times calls in turns, after one of each, so that a busy machine slows all alike.
+
+    Args:
+      calls: what to time; the arrays that a call returns are waited for.
+      turns: how often each is timed.
+      parts: how many equal parts a call has.
+
+    Returns:
+      Of each call, the seconds of a part in every turn.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(turns + 1):
+        for call, found in zip(calls, seconds, strict=True):
+            started = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                found.append((time.perf_counter() - started) / parts)
+    return seconds
+
+
+def table(first: str, *others: str, title: str | None = None, caption: str | None = None) -> Table:
+    """An empty table of names, and of figures to the right of them."""
+    made = Table(
+        title=title and escape(title),
+        caption=caption and escape(caption),
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    made.add_column(first, no_wrap=True)
+    for column in others:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
+
+
+def greedy(seats: int, agents: int) -> SamplingArrays:
+    """How agents sample that go on greedily, for ever, in so many seats."""
+    return sampling_arrays(
+        seats,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        keys=[np.zeros(2, np.uint32)] * agents,
+        limits=[1 << 20] * agents,
+        stop_ids=[],
+    )
+
+
+def behind_prompts(
+    lanes: Sequence[LanePlan], steps: int, *, seats: int, shapes: Shapes
+) -> tuple[DecodeState, np.ndarray]:
+    """Where lanes stand behind their prompts, in so many seats, and the slots of their next tokens.
+
+    Returns:
+      The state, and i32 [seats, steps].
+    """
+    position = np.full(seats, -1, np.int32)
+    slot = np.full((seats, steps), shapes.no_slot, np.int32)
+    for seat, lane in enumerate(lanes):
+        position[seat] = len(lane.token_ids)
+        ahead = position[seat] + np.arange(steps, dtype=np.int32)
+        slot[seat], _ = lane.locate(ahead, shapes.page_size)
+    state = DecodeState(
+        token=np.zeros(seats, np.int32),
+        position=position,
+        live=position >= 0,
+        generated=np.ones(seats, np.int32),
+    )
+    return state, slot

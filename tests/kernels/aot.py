@@ -1,0 +1,93 @@
+"""What the attention kernels' compilations for accelerators have in common."""
+
+import jax
+import pytest
+
+from tests.kernels import cases
+from tests.kernels.cases import shape
+from tokendance_jax import targets
+from tokendance_jax.kernels.lanes import LaneTables
+
+# Heads of Qwen2.5: 0.5B, 1.5B, 3B, 7B, 14B and 32B, 72B.
+HEADS = (
+    cases.Heads(14, 2, 64),
+    cases.Heads(12, 2, 128),
+    cases.Heads(16, 2, 128),
+    cases.Heads(28, 4, 128),
+    cases.Heads(40, 8, 128),
+    cases.Heads(64, 8, 128),
+)
+LAYERS, PAGES = 28, 8192
+
+on_platforms = pytest.mark.parametrize(("implementation", "platform"), cases.PLATFORMS)
+
+
+def for_tpus(test):
+    """Runs a test for two TPUs, precisions and the heads that they take as they are."""
+    for names, values in (
+        ("target", ["tpu-v5e", "tpu-v6e"]),
+        ("dtype", ["float32", "bfloat16"]),
+        ("heads", HEADS[1:]),
+    ):
+        test = pytest.mark.parametrize(names, values, ids=str)(test)
+    return pytest.mark.aot(test)
+
+
+def pool_of(heads, page_size, dtype="bfloat16", pages=PAGES):
+    """A pool of its own for each size: what was compiled once is not compiled again."""
+    pages += heads.heads
+    return shape(LAYERS, pages, page_size, heads.kv_heads, heads.head_dim, dtype=dtype)
+
+
+def queries_of(rows, heads):
+    return shape(rows, heads.heads, heads.head_dim, dtype="float32")
+
+
+def tables_of(lanes, entries):
+    column = shape(lanes, entries)
+    return LaneTables(column, column, column, column, column)
+
+
+def attend(kernel, implementation):
+    """One layer of a kernel, as a program of its arrays."""
+
+    def program(q, k, v, *arguments):
+        return kernel(q, k, v, 3, *arguments, theta=cases.THETA, implementation=implementation)
+
+    return program
+
+
+def check_lowers(kernel, implementation, platform, shapes):
+    program = jax.jit(attend(kernel, implementation)).trace(*shapes)
+    assert "custom_call" in program.lower(lowering_platforms=(platform,)).as_text()
+
+
+def compile_for_an_h100(kernel, shapes, page_size):
+    """Compiles a kernel and checks each program of it. Returns them, and what memory they need."""
+    h100 = targets.TARGETS["h100"]
+    compiled, programs = targets.gpu_kernels(h100, attend(kernel, "mosaic_gpu"), *shapes)
+    for program in programs:
+        assert program.spill_bytes == program.stack_bytes == 0
+        assert program.shared_bytes <= h100.scratch
+        assert program.blocks_per_core >= 2
+        # Both products on tensor cores.
+        assert program.count(r"wgmma\.mma_async\S*\.bf16\.bf16") >= 8
+        # Keys, values, queries and results move by bulk copies; threads load entries of tables.
+        copies = program.count(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global")
+        assert copies >= 2 * 64 // page_size
+        assert program.count(r"\bst\.global") == 0
+        assert program.count(r"\bld\.global") == program.count(r"\bld\.global\.[bsu]32\b")
+    return programs, memory_of(compiled)
+
+
+def compile_for_a_tpu(kernel, shapes, target):
+    """Compiles a kernel. Returns what memory it needs."""
+    return memory_of(
+        targets.compile_for(targets.TARGETS[target], attend(kernel, "mosaic_tpu"), *shapes)
+    )
+
+
+def memory_of(compiled):
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory
