@@ -4,8 +4,12 @@
 
 Every policy serves the rounds before the measured one first, so that its caches hold what they
 would. The ratio of two policies' times stands beside the ratio of their token-layers: tokens times
-the layers that they ran through. Compilation is left out. A program's first execution is slower
-than later ones and other work on the machine only adds, so the least of several turns counts.
+the layers that they ran through. These do not hold attention, which is more for a row at the end of
+a long prompt than for one in the middle: the ratio of all operations stands beside them too.
+
+Compilation is left out. A program's first execution is slower than later ones and other work on the
+machine only adds, so the least of several turns counts. What takes long runs its programs many
+times in one turn, and is timed once.
 """
 
 import dataclasses
@@ -22,7 +26,9 @@ from tokendance_jax import host
 from tokendance_jax.collector.policies import POLICIES, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.programs import Programs
+from tokendance_jax.engine.result import RoundLedger
 from tokendance_jax.model import Model
+from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.prompt import PromptError, Trace
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
@@ -42,6 +48,7 @@ _HEAD_PAGES = flags.DEFINE_multi_integer(
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
 _ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
 _TURNS = flags.DEFINE_integer("turns", 2, "How often each is timed; in turns.", lower_bound=1)
+_LONG = flags.DEFINE_float("long", 20, "Seconds of prefill from which one turn is enough.")
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 
 
@@ -86,6 +93,8 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
     programs: Programs | None = None
     for _ in range(_TURNS.value):
         for policy, pages in variants:
+            if max(seconds[policy, pages], default=0) > _LONG.value:
+                continue
             selection = "head" if pages else "none"
             engine = RoundEngine(
                 model,
@@ -107,6 +116,7 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
                 "agents": len(trace.rounds[-1].agents),
                 "prefill_s": min(seconds[policy, pages]),
                 "plan_s": result.timings.plan_s,
+                "operations": operations(model.config, result.ledger),
                 **dataclasses.asdict(result.ledger),
             }
             del engine
@@ -114,26 +124,34 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def operations(config: Qwen2Config, ledger: RoundLedger) -> float:
+    """Operations of a prefill: products with the matrices of the layers, and attention."""
+    token_layers, attended = (
+        x * config.num_hidden_layers for x in (ledger.token_layers, ledger.attended)
+    )
+    q = config.num_attention_heads * config.head_dim
+    return 2 * token_layers * config.layer_weights + 4 * attended * q
+
+
 def _table(trace: Trace, rows: Sequence[dict[str, Any]]) -> Table:
     first = _name(rows[0])
-    columns = "token-layers", "prefill s", "per second", "work", "time", "time / work"
+    columns = "token-layers", "prefill s", "work", "operations", "time", "time / work"
     table = measure.table(
         "policy",
         *columns,
+        "time / op.",
         title=f"{trace.name}, round {_ROUND.value}, {rows[0]['agents']} agents",
-        caption=f"work: token-layers over those of {first}; time: seconds likewise",
+        caption=f"work: token-layers over those of {first}; operations, time: likewise",
     )
     for row in rows:
         work = row["token_layers"] / rows[0]["token_layers"]
+        operated = row["operations"] / rows[0]["operations"]
         time = row["prefill_s"] / rows[0]["prefill_s"]
         table.add_row(
             _name(row),
             f"{row['token_layers']:,.0f}",
             f"{row['prefill_s']:.2f}",
-            f"{row['token_layers'] / row['prefill_s']:,.0f}",
-            f"{work:.2f}",
-            f"{time:.2f}",
-            f"{time / work:.2f}",
+            *(f"{ratio:.2f}" for ratio in (work, operated, time, time / work, time / operated)),
         )
     return table
 

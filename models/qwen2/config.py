@@ -41,6 +41,12 @@ class Qwen2Config:
     def __post_init__(self) -> None:
         self._validate("Qwen2Config")
 
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of a layer: half the operations that they take for a token."""
+        q, kv = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
+        return self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
+
     @classmethod
     def preset(cls, name: str) -> "Qwen2Config":
         """Returns the sizes of a published Qwen2.5 Instruct model.

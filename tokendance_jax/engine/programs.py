@@ -80,10 +80,9 @@ class Programs:
         """Layers that a look runs rows through, and of the one it looks at, its weights' share."""
         c = self._config
         kv, q = (heads * c.head_dim for heads in (c.num_key_value_heads, c.num_attention_heads))
-        layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
         if what == "deviation":
-            return 1 + c.hidden_size * 2 * kv / layer
-        return self.layers // 2 + c.hidden_size * (q + 2 * kv) / layer
+            return 1 + c.hidden_size * 2 * kv / c.layer_weights
+        return self.layers // 2 + c.hidden_size * (q + 2 * kv) / c.layer_weights
 
     def prefill(
         self, kv: PagedKV, hidden: Float[jax.Array, "seats width"], plan: RoundPlan

@@ -40,6 +40,10 @@ def test_presets_have_the_published_sizes(name: str, parameters: int, tied: bool
     assert sum(map(math.prod, parameter_shapes(config).values())) == parameters
     assert config.tie_word_embeddings is tied
     assert ("lm_head.weight" in parameter_shapes(config)) is not tied
+    layer = [
+        shape for path, shape in parameter_shapes(config).items() if path.startswith("layers.0.")
+    ]
+    assert config.layer_weights == sum(math.prod(shape) for shape in layer if len(shape) == 2)
 
 
 def test_unknown_preset_names_the_known_ones():
