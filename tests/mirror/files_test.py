@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.mirror.rounds import SPECS, Sample, assert_same_bits, lane_plan, pool
-from tokendance_jax.mirror import MirrorError, encode, restore_mirrors, save_mirrors
+from tests.mirror.rounds import SPECS, THETA, Sample, aligned, assert_same_bits, lane_plan, pool
+from tokendance_jax.mirror import MirrorError, Quantised, encode, restore_mirrors, save_mirrors
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = Sample(
@@ -22,9 +22,14 @@ SAMPLE = Sample(
 )
 
 
-def example(storage="float32", seed=0):
-    spec = SPECS[storage]
-    return encode(SAMPLE.lanes, SAMPLE.lengths, pool(SAMPLE, spec, seed=seed))
+def example(storage="float32", seed=0, form=None):
+    sample = aligned(SAMPLE)
+    return encode(sample.lanes, sample.lengths, pool(sample, SPECS[storage], seed=seed), form=form)
+
+
+def int8_example():
+    bias = np.random.default_rng(0).standard_normal((2, 2, 4)).astype(np.float32)
+    return example("uint16", form=Quantised(bias, THETA))
 
 
 @pytest.fixture
@@ -49,6 +54,23 @@ def test_round_trip_is_exact(tmp_path, storage, on_device):
     restored = restore_mirrors(target)
     assert_same_bits(restored, mirrors)
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(restored))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_int8_mirrors_come_back_with_all_that_restores_them(tmp_path, on_device):
+    mirrors = int8_example()
+    target = tmp_path / "saved"
+    save_mirrors(target, jax.tree.map(jnp.asarray, mirrors) if on_device else mirrors)
+    restored = restore_mirrors(target)
+    assert_same_bits(restored, mirrors)
+    assert restored.form is not None
+    assert restored.form.theta == THETA
+    # Another theta would turn keys to other positions.
+    path = target / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["content"]["quantised"]["theta"] = 1e6
+    path.write_text(json.dumps(manifest))
+    assert restore_error(target).startswith(f"{path}: sha256: is not that of the content; ")
 
 
 def test_existing_folder_is_kept(saved):
