@@ -30,7 +30,7 @@ from tokendance_jax.mirror import (
     decode_pages,
     encode,
 )
-from tokendance_jax.mirror.transfer import _read_quantised
+from tokendance_jax.mirror.transfer import _read
 from tokendance_jax.paged import KVSpec, PagedKV, PagePool
 
 STORAGE = st.sampled_from(["float32", "uint16"])
@@ -324,6 +324,6 @@ def test_encoding_needs_little_memory_beside_the_pool():
         jax.ShapeDtypeStruct((16, 16), np.bool_),
         numbers,
     )
-    needs = _read_quantised.lower(*arguments).compile().memory_analysis()
+    needs = _read.lower(*arguments).compile().memory_analysis()
     pool_bytes = 2 * array.size * array.dtype.itemsize
     assert needs.temp_size_in_bytes < 0.1 * pool_bytes

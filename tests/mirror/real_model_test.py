@@ -185,7 +185,7 @@ def test_a_continuation_behind_int8_pages_is_that_behind_the_live_pages(live, tm
         f"{whole.form_ratio:.3f} of the exact form, {whole.round_ratio:.2f} of dense, "
         f"{whole.mirror_ratio:.2f} of dense for each mirror"
     )
-    assert whole.form_ratio > 1.8
+    assert whole.form_ratio > (1.85 if live.spec.storage.itemsize == 2 else 3.7)
 
     reference = score(live, None)
     save_mirrors(tmp_path / "int8", int8)
@@ -213,3 +213,10 @@ def test_a_continuation_behind_int8_pages_is_that_behind_the_live_pages(live, tm
         found[name] = agreement(reference, score(live, mirrors))
         print(f"{name}: {found[name]}")
     assert found["exact"].kl_mean == 0
+    # Measured: 2.9e-4 nats with a bfloat16 pool, 1.7e-4 with a float32 pool; with the key bias 4 and
+    # 5 times as much, with rotated keys 12 and 18 times.
+    int8 = found["int8"]
+    assert int8.kl_mean < 1e-3
+    assert int8.top1 > 0.97
+    assert found["int8, key bias left on"].kl_mean > 2 * int8.kl_mean
+    assert found["int8, keys as they lie"].kl_mean > 5 * int8.kl_mean

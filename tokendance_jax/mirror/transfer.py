@@ -55,7 +55,6 @@ def read_pages(
     Raises:
       MirrorError: a number to quantise is not finite.
     """
-    read = partial(_read, kv) if form is None else partial(_read_quantised, kv, form)
     layers, _, *slot_shape = kv.k.shape
     shape = layers, len(pages), *slot_shape
     k, v = (np.empty(shape, kv.k.dtype if form is None else np.int8) for _ in "kv")
@@ -64,7 +63,7 @@ def read_pages(
         out = StoredPages(k, v, *(np.empty(shape[:-1], np.float32) for _ in "kv"))
     for group in groups(len(pages)):
         ids = pages[group]
-        part = read(padded(ids, 0), padded(used[ids], 0), padded(position[ids], 0))
+        part = _read(kv, form, padded(ids, 0), padded(used[ids], 0), padded(position[ids], 0))
         for whole, some in zip(jax.tree.leaves(out), jax.tree.leaves(part), strict=True):
             whole[:, group] = np.asarray(some)[:, : len(ids)]
     for name in ("k_scale", "v_scale") if form is not None else ():
@@ -131,19 +130,18 @@ def turns(
 
 
 @jax.jit
-def _read(kv: PagedKV, pages: jax.Array, used: jax.Array, position: jax.Array) -> StoredPages:
-    del position
-    mask = used[None, :, :, None, None]
-    k, v = (jnp.where(mask, x[:, pages], jnp.zeros((), x.dtype)) for x in (kv.k, kv.v))
-    return StoredPages(k, v)
-
-
-@jax.jit
-def _read_quantised(
-    kv: PagedKV, form: Quantised, pages: jax.Array, used: jax.Array, position: jax.Array
+def _read(
+    kv: PagedKV,
+    form: Quantised | None,
+    pages: jax.Array,
+    used: jax.Array,
+    position: jax.Array,
 ) -> StoredPages:
     mask = used[None, :, :, None, None]
-    k, v = (storage.load(x[:, pages]).astype(jnp.float32) for x in (kv.k, kv.v))
+    k, v = kv.k[:, pages], kv.v[:, pages]
+    if form is None:
+        return StoredPages(*(jnp.where(mask, x, jnp.zeros((), x.dtype)) for x in (k, v)))
+    k, v = (storage.load(x).astype(jnp.float32) for x in (k, v))
     k, v = (jnp.where(mask, x, 0.0) for x in (before_rotation(k, position, form), v))
     (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
     return StoredPages(k, v, k_scale, v_scale)
