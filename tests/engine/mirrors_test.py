@@ -1,5 +1,7 @@
 """Rounds at rest, by the engine: taken out of its pool, and restored into it."""
 
+from typing import Literal
+
 import jax
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ from tokendance_jax.paged import OutOfPages
 THETA = tiny().config.rope_theta
 
 
-def served(moment, policy="tokendance", mirrors="int8"):
+def served(moment, policy="tokendance", mirrors: Literal["exact", "int8"] = "int8"):
     engine = small_engine(policy, PolicyOptions(head_pages=1))
     result = engine.serve(moment, chat=False, mirrors=mirrors)
     assert engine.pool.live == 0
-    return engine, result
+    assert result.mirrors is not None
+    return engine, result, result.mirrors
 
 
 def dense_of(mirrors):
@@ -31,28 +34,30 @@ def dense_of(mirrors):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_int8_mirrors_of_every_policy_are_near_the_exact_ones(policy):
     # Whatever pages a round shares, copies or goes on in, their positions are known.
-    exact, int8 = (served(mixed(), policy, form)[1] for form in ("exact", "int8"))
+    _, exact, exact_mirrors = served(mixed(), policy, "exact")
+    _, int8, int8_mirrors = served(mixed(), policy, "int8")
     assert int8.texts == exact.texts
-    assert exact.mirrors.form is None
-    bias = np.abs(int8.mirrors.form.key_bias).max(axis=-1)[:, None, :, None]
-    for one, other in zip(dense_of(int8.mirrors), dense_of(exact.mirrors), strict=True):
+    assert exact_mirrors.form is None
+    assert int8_mirrors.form is not None
+    bias = np.abs(int8_mirrors.form.key_bias).max(axis=-1)[:, None, :, None]
+    for one, other in zip(dense_of(int8_mirrors), dense_of(exact_mirrors), strict=True):
         # A key without its rotation and bias is at most this large, and two numbers are rounded.
         for found, held, shift in zip(one, other, (bias, 0), strict=True):
             largest = np.linalg.norm(held, axis=-1, keepdims=True) + shift
             assert (np.abs(found - held) <= largest / 127).all()
             assert (found != held).any()
-    for result in (exact, int8):
-        assert result.ledger.kv_bytes_rest == result.mirrors.nbytes
+    for result, mirrors in ((exact, exact_mirrors), (int8, int8_mirrors)):
+        assert result.ledger.kv_bytes_rest == mirrors.nbytes
         own = sum(agent.ledger.kv_bytes_mirror for agent in result.agents)
-        base = result.mirrors.base, result.mirrors.form
-        assert own == result.mirrors.nbytes - sum(x.nbytes for x in jax.tree.leaves(base))
+        base = sum(x.nbytes for x in jax.tree.leaves((mirrors.base, mirrors.form)))
+        assert own == mirrors.nbytes - base
     assert int8.ledger.kv_bytes_dense == exact.ledger.kv_bytes_dense
 
 
 @pytest.mark.parametrize("form", ["exact", "int8"])
 def test_restored_pages_are_the_mirrors_and_are_given_back(form):
     moment = gathering()
-    mirrors = served(moment, mirrors=form)[1].mirrors
+    _, _, mirrors = served(moment, mirrors=form)
     engine = small_engine("tokendance", PolicyOptions())
     lanes = engine.restore(mirrors)
     layers, _, size, *head = engine._kv.k.shape
@@ -79,8 +84,7 @@ def test_unknown_mirrors_are_refused():
 
 def test_an_engine_that_cannot_restore_serves_on(monkeypatch):
     moment = gathering()
-    mirrors = served(moment)[1].mirrors
-    engine, expected = served(moment)
+    engine, expected, mirrors = served(moment)
     held = engine.pool.allocate(engine.pool.total - 4)
     with pytest.raises(OutOfPages):
         engine.restore(mirrors)

@@ -165,14 +165,14 @@ def test_bytes_are_the_layouts(sample, storage):
     mirrors = encoded(sample, spec)
     exact = encode(sample.lanes, sample.lengths, pool(sample, spec))
     layout = MirrorLayout.of_lanes(sample.lanes, sample.lengths)
-    sizes = {"page_size": PAGE_SIZE, "page_bytes": spec.page_bytes}
-    whole = layout.compression(**sizes, form=FORM)
+    size, page_bytes = PAGE_SIZE, spec.page_bytes
+    whole = layout.compression(page_size=size, page_bytes=page_bytes, form=FORM)
     assert mirrors.nbytes == whole.stored_bytes
     assert exact.nbytes == whole.exact_bytes
     assert whole.form_ratio == exact.nbytes / mirrors.nbytes
-    assert layout.compression(**sizes).form_ratio == 1
-    assert layout.compression(**sizes).dense_bytes == whole.dense_bytes
-    own = layout.mirror_compression(**sizes, form=FORM)
+    plain = layout.compression(page_size=size, page_bytes=page_bytes)
+    assert (plain.form_ratio, plain.dense_bytes) == (1, whole.dense_bytes)
+    own = layout.mirror_compression(page_size=size, page_bytes=page_bytes, form=FORM)
     for mirror, one in zip(mirrors.mirrors, own, strict=True):
         assert sum(leaf.nbytes for leaf in jax.tree.leaves(mirror)) == one.own_bytes
 
@@ -220,7 +220,9 @@ def test_a_mirror_without_tokens_has_no_pages():
     sample = dataclasses.replace(EXAMPLE, lengths=[11, 0, 8])
     mirrors = encoded(sample, spec)
     assert (mirrors.mirrors[1].private.count, mirrors.mirrors[1].patch.count) == (0, 0)
-    assert mirrors.mirrors[1].private.k_scale.shape == (2, 0, PAGE_SIZE, 2)
+    scales = mirrors.mirrors[1].private.k_scale
+    assert scales is not None
+    assert scales.shape == (2, 0, PAGE_SIZE, 2)
     pages = PagePool(spec.pages)
     restored, lanes = decode_pages(mirrors, poisoned(spec), pages)
     assert lanes[1].page.size == 0
@@ -314,16 +316,11 @@ def test_the_gpu_kernel_restores_what_xla_code_restores(form, simulator):
 
 
 def test_encoding_needs_little_memory_beside_the_pool():
-    array = jax.ShapeDtypeStruct((24, 2048, 16, 2, 64), np.uint16)
+    spec = KVSpec(24, 2048, 16, 2, 64, np.dtype(np.uint16))  # never allocated
     form = Quantised(np.zeros((24, 2, 64), np.float32), 1e6)
-    numbers = jax.ShapeDtypeStruct((16, 16), np.int32)
-    arguments = (
-        PagedKV(array, array),
-        form,
-        jax.ShapeDtypeStruct((16,), np.int32),
-        jax.ShapeDtypeStruct((16, 16), np.bool_),
-        numbers,
-    )
-    needs = _read.lower(*arguments).compile().memory_analysis()
-    pool_bytes = 2 * array.size * array.dtype.itemsize
-    assert needs.temp_size_in_bytes < 0.1 * pool_bytes
+    pages = np.zeros(16, np.int32)
+    used = np.zeros((16, 16), np.bool_)
+    program = _read.lower(spec.abstract(), form, pages, used, used.astype(np.int32)).compile()
+    needs = program.memory_analysis()
+    assert needs is not None
+    assert needs.temp_size_in_bytes < 0.1 * spec.pages * spec.page_bytes

@@ -213,8 +213,8 @@ def test_a_continuation_behind_int8_pages_is_that_behind_the_live_pages(live, tm
         found[name] = agreement(reference, score(live, mirrors))
         print(f"{name}: {found[name]}")
     assert found["exact"].kl_mean == 0
-    # Measured: 2.9e-4 nats with a bfloat16 pool, 1.7e-4 with a float32 pool; with the key bias 4 and
-    # 5 times as much, with rotated keys 12 and 18 times.
+    # Measured: 2.9e-4 nats with a bfloat16 pool, 1.7e-4 with a float32 pool; with the bias 4 and 5
+    # times as much, with rotated keys 12 and 18 times.
     int8 = found["int8"]
     assert int8.kl_mean < 1e-3
     assert int8.top1 > 0.97
