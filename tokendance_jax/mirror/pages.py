@@ -26,10 +26,9 @@ class StoredPages:
     """K and V of some pages, outside the pool. Unused slots are 0.
 
     Attributes:
-      k: [layers, pages, page_size, kv_heads, head_dim]; in the pool's storage dtype, rotated at
-        canonical positions, or, of quantised pages, int8: what the key bias and the rotary
-        embedding were not added to yet, over `k_scale`.
-      v: values, of the same shape and dtype; int8 over `v_scale`.
+      k: [layers, pages, page_size, kv_heads, head_dim]; keys in the pool's storage dtype, rotated
+        at canonical positions; or int8: keys before bias and rotation, in steps of `k_scale`.
+      v: values, of the same shape and dtype; int8 in steps of `v_scale`.
       k_scale: f32 [layers, pages, page_size, kv_heads] where `k` is int8, else None.
       v_scale: as k_scale.
     """
@@ -61,8 +60,9 @@ class Quantised:
     """Pages as symmetric 8-bit integers, with a scale for each token and head.
 
     Keys are taken back to what they were before the rotary embedding, and the model's bias is taken
-    off them: it is hundreds of times larger than what differs from token to token, and a rotation
-    spreads it over all positions. So one step would be coarser than the keys themselves.
+    off them. In the first layer of Qwen2.5-Coder-0.5B it is 145 where the rest of the keys has a
+    standard deviation of 0.7, so with it one step would be 1.1; and a rotation spreads it over all
+    numbers of a head.
 
     Attributes:
       key_bias: f32 [layers, kv_heads, head_dim]; what the model adds to keys before it rotates.
