@@ -29,8 +29,9 @@ from tokendance_jax.mirror import (
     decode_dense,
     decode_pages,
     encode,
+    master_mirror,
+    transfer,
 )
-from tokendance_jax.mirror.transfer import _read
 from tokendance_jax.paged import KVSpec, PagedKV, PagePool
 
 STORAGE = st.sampled_from(["float32", "uint16"])
@@ -200,6 +201,23 @@ def test_keys_stand_where_they_are_asked_for(rotate):
         np.testing.assert_allclose(k, expected, atol=step)
 
 
+def test_a_page_is_read_once_whoever_shows_it(monkeypatch):
+    spec, plans = SPECS["float32"], []
+
+    def restore(kv, pages, plan, form, **keywords):
+        plans.append(plan)
+        return transfer.restore(kv, pages, plan, form, **keywords)
+
+    monkeypatch.setattr(master_mirror, "restore", restore)
+    decode_pages(encoded(EXAMPLE, spec), poisoned(spec), PagePool(spec.pages))
+    base, private, *_ = plans
+    assert (base.page.tolist(), base.begin.tolist()) == ([0, 1], [0, 1, 2])
+    assert (base.slots.tolist(), base.turn.tolist()) == ([4, 4], [20, 24])
+    # Own text goes on where it ended: in one page, at other positions.
+    assert (private.page.tolist(), private.begin.tolist()) == ([0, 1], [0, 2, 3])
+    assert (private.slots.tolist(), private.turn.tolist()) == ([3, 1, 3], [0, 4, 8])
+
+
 def test_some_mirrors_are_restored_without_the_others():
     spec = SPECS["float32"]
     mirrors = encoded(EXAMPLE, spec)
@@ -320,7 +338,9 @@ def test_encoding_needs_little_memory_beside_the_pool():
     form = Quantised(np.zeros((24, 2, 64), np.float32), 1e6)
     pages = np.zeros(16, np.int32)
     used = np.zeros((16, 16), np.bool_)
-    program = _read.lower(spec.abstract(), form, pages, used, used.astype(np.int32)).compile()
+    program = transfer._read.lower(
+        spec.abstract(), form, pages, used, used.astype(np.int32)
+    ).compile()
     needs = program.memory_analysis()
     assert needs is not None
     assert needs.temp_size_in_bytes < 0.1 * spec.pages * spec.page_bytes
