@@ -4,8 +4,10 @@ import dataclasses
 import os
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Float32
 
 from tokendance_jax.kernels.dispatch import platform_of
 from tokendance_jax.kernels.storage import storage_dtype
@@ -45,6 +47,16 @@ class Model:
         )
         name, config = checkpoint.name, checkpoint.config
         return cls(name, config, jnp.dtype(dtype), graph, state, tokenizer)
+
+    @property
+    def key_bias(self) -> Float32[np.ndarray, "layers kv_heads head_dim"]:
+        """What every layer adds to keys before they are rotated."""
+        biases = []
+        for block in nnx.merge(self.graph, self.state).layers:
+            bias = block.self_attn.k_proj.bias
+            assert bias is not None
+            biases.append(np.asarray(bias[...]).reshape(-1, self.config.head_dim))
+        return np.stack(biases)
 
     def kv_spec(
         self,

@@ -1,11 +1,13 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 import tokendance_jax as td
 from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.demo import demo_tokenizer_json
 from tokendance_jax.demo.model import DEMO_CONFIG
+from tokendance_jax.kernels import storage
 from tokendance_jax.model import Model
 from tokendance_jax.models.loading import Checkpoint
 from tokendance_jax.models.qwen2.random import random_parameters
@@ -45,24 +47,48 @@ def moment(index):
     return td.Round(tuple(prompts), max_new_tokens=3, index=index)
 
 
+def engine_of(model, implementation, policy="tokendance"):
+    return td.RoundEngine(
+        model,
+        policy=policy,
+        options=PolicyOptions(selection="head", head_pages=1),
+        kv_memory=1 << 20,
+        row_budget=128,
+        max_agents=4,
+        decode_steps=2,
+        implementation=implementation,
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["tokendance", "blend"])
 def test_simulated_kernels_serve_the_tokens_of_xla_code(model, policy, simulator):
     answers = {}
     for implementation in ("xla", "interpret"):
-        engine = td.RoundEngine(
-            model,
-            policy=policy,
-            options=PolicyOptions(selection="head", head_pages=1),
-            kv_memory=1 << 20,
-            row_budget=128,
-            max_agents=4,
-            decode_steps=2,
-            implementation=implementation,
-        )
+        engine = engine_of(model, implementation, policy)
         results = [engine.serve(moment(index)) for index in range(2)]
         assert all(result.ledger.reused_tokens > 0 for result in results[1:])
         answers[implementation] = [agent.token_ids for r in results for agent in r.agents]
     assert len(answers["xla"][0]) == 3
     assert answers["interpret"] == answers["xla"]
+    assert not simulator.races()
+
+
+@pytest.mark.slow
+def test_simulated_kernels_restore_the_int8_mirrors_of_xla_code(model, simulator):
+    xla = engine_of(model, "xla")
+    mirrors = xla.serve(moment(0), mirrors="int8").mirrors
+    assert mirrors is not None
+    restored = []
+    # Pools of other precision: XLA code on a CPU holds bits.
+    for engine in (xla, engine_of(model, "interpret")):
+        lanes = engine.restore(mirrors)
+        assert all(lane.slots.sum() > 0 for lane in lanes)
+        slots = [lane.locate(np.arange(lane.slots.sum(), dtype=np.int32), 16)[0] for lane in lanes]
+        for pool in (engine._kv.k, engine._kv.v):
+            layers, _, _, *head = pool.shape
+            numbers = np.asarray(storage.load(pool)).reshape(layers, -1, *head)
+            restored.append(numbers[:, np.concatenate(slots)].astype(np.float32))
+    for one, other in zip(restored[:2], restored[2:], strict=True):
+        np.testing.assert_allclose(other, one, rtol=2**-7, atol=2e-5)
     assert not simulator.races()

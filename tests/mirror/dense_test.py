@@ -105,8 +105,8 @@ def test_only_changed_pages_are_patches(recipes, storage, offset):
         mirror = mirrors.mirrors[index]
         assert (mirror.table.patch_index >= 0).tolist() == changed
         assert (mirror.table.base == -1).tolist() == (lane.base == 0).tolist()
-        assert mirror.patch_k.shape[1] == sum(changed)
-        assert mirror.private_k.shape[1] == (lane.base == 0).sum()
+        assert mirror.patch.k.shape[1] == sum(changed)
+        assert mirror.private.k.shape[1] == (lane.base == 0).sum()
         shown |= {page for page, patch in zip(lane.base, changed, strict=True) if not patch} - {0}
 
         # Patched and private tokens have the agent's bits, the others are within the threshold.
@@ -119,8 +119,8 @@ def test_only_changed_pages_are_patches(recipes, storage, offset):
                 if rotate:
                     gap = np.abs(values(x) - values(expected))
                     assert gap.max(initial=0) <= THRESHOLD[storage]
-    assert mirrors.base_k.shape[1] == len(shown)
-    assert np.isfinite(values(mirrors.base_k)).all()
+    assert mirrors.base.k.shape[1] == len(shown)
+    assert np.isfinite(values(mirrors.base.k)).all()
 
 
 @pytest.mark.parametrize("storage", ["float32", "uint16"])
@@ -140,7 +140,7 @@ def test_what_is_the_same_to_the_bit_passes_a_threshold_of_0():
     assert round.lanes[0].frame.tolist() == [0, 0]
     mirrors = compare(round, 0.0)
     assert (mirrors.mirrors[0].table.patch_index == -1).all()
-    assert mirrors.mirrors[0].patch_k.nbytes == 0
+    assert mirrors.mirrors[0].patch.k.nbytes == 0
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.mirror.rounds import SPECS, Sample, assert_same_bits, lane_plan, pool
-from tokendance_jax.mirror import MirrorError, encode, restore_mirrors, save_mirrors
+from tests.mirror.rounds import SPECS, THETA, Sample, aligned, assert_same_bits, lane_plan, pool
+from tokendance_jax.mirror import MirrorError, Quantised, encode, restore_mirrors, save_mirrors
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = Sample(
@@ -22,9 +22,14 @@ SAMPLE = Sample(
 )
 
 
-def example(storage="float32", seed=0):
-    spec = SPECS[storage]
-    return encode(SAMPLE.lanes, SAMPLE.lengths, pool(SAMPLE, spec, seed=seed))
+def example(storage="float32", seed=0, form=None):
+    sample = aligned(SAMPLE)
+    return encode(sample.lanes, sample.lengths, pool(sample, SPECS[storage], seed=seed), form=form)
+
+
+def int8_example():
+    bias = np.random.default_rng(0).standard_normal((2, 2, 4)).astype(np.float32)
+    return example("uint16", form=Quantised(bias, THETA))
 
 
 @pytest.fixture
@@ -42,13 +47,30 @@ def test_round_trip_is_exact(tmp_path, storage, on_device):
             lambda x: x.view(jnp.bfloat16) if x.dtype == np.uint16 else x, mirrors
         )
     # -0.0 equals what files are filled with, but has other bits.
-    mirrors.base_k[...] = -0.0 if storage != "uint16" else 0x8000
+    mirrors.base.k[...] = -0.0 if storage != "uint16" else 0x8000
     target = tmp_path / "new" / "saved"
     save_mirrors(target, jax.tree.map(jnp.asarray, mirrors) if on_device else mirrors)
     assert [path.name for path in target.parent.iterdir()] == ["saved"]
     restored = restore_mirrors(target)
     assert_same_bits(restored, mirrors)
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(restored))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_int8_mirrors_come_back_with_all_that_restores_them(tmp_path, on_device):
+    mirrors = int8_example()
+    target = tmp_path / "saved"
+    save_mirrors(target, jax.tree.map(jnp.asarray, mirrors) if on_device else mirrors)
+    restored = restore_mirrors(target)
+    assert_same_bits(restored, mirrors)
+    assert restored.form is not None
+    assert restored.form.theta == THETA
+    # Another theta would turn keys to other positions.
+    path = target / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["content"]["quantised"]["theta"] = 1e6
+    path.write_text(json.dumps(manifest))
+    assert restore_error(target).startswith(f"{path}: sha256: is not that of the content; ")
 
 
 def test_existing_folder_is_kept(saved):
@@ -95,7 +117,7 @@ def restore_error(folder):
     with pytest.raises(MirrorError) as error:
         restore_mirrors(folder)
     assert str(error.value).endswith(
-        ("; save the mirrors again, to a new folder", "this one reads format 1")
+        ("; save the mirrors again, to a new folder", "this one reads format 2")
     )
     return str(error.value)
 
@@ -143,7 +165,7 @@ def test_arrays_of_another_round_are_refused(saved, tmp_path):
     shutil.rmtree(saved / "arrays")
     shutil.copytree(tmp_path / "other" / "arrays", saved / "arrays")
     message = restore_error(saved)
-    assert message.startswith(f"{saved / 'arrays'}: base_k: is not the array that the manifest ")
+    assert message.startswith(f"{saved / 'arrays'}: base.k: is not the array that the manifest ")
 
 
 def test_missing_arrays_are_refused(saved):
@@ -155,15 +177,15 @@ def test_missing_arrays_are_refused(saved):
 def test_a_changed_manifest_is_refused(saved, changed):
     path = saved / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["content"]["arrays"]["mirrors.1.patch_k"][changed] = [2, 0, 5, 2, 4]
+    manifest["content"]["arrays"]["mirrors.1.patch.k"][changed] = [2, 0, 5, 2, 4]
     path.write_text(json.dumps(manifest))
     assert restore_error(saved).startswith(f"{path}: sha256: is not that of the content; ")
 
 
 def test_another_format_is_refused(saved):
     path = saved / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    assert restore_error(saved).startswith(f"{path}: format: is 2; read it with the version")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    assert restore_error(saved).startswith(f"{path}: format: is 1; read it with the version")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])

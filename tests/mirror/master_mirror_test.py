@@ -69,9 +69,9 @@ def test_only_what_is_written_counts(sample, storage):
     mirrors = encode(sample.lanes, sample.lengths, pool(sample, SPECS[storage]))
     clean = pool(sample, SPECS[storage], poison=7.0)
     assert_same_bits(mirrors, encode(sample.lanes, sample.lengths, clean))
-    pages = [mirrors.base_k, mirrors.base_v]
+    pages = [mirrors.base.k, mirrors.base.v]
     for mirror in mirrors.mirrors:
-        pages += [mirror.private_k, mirror.private_v, mirror.patch_k, mirror.patch_v]
+        pages += [mirror.private.k, mirror.private.v, mirror.patch.k, mirror.patch.v]
     assert all(np.isfinite(values(x)).all() for x in pages)
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(mirrors))
 
@@ -132,7 +132,7 @@ def test_pages_come_back_and_encode_to_the_same_bits(sample, storage, on_device)
 def test_a_replaced_base_page_that_nobody_reads_is_neither_stored_nor_restored():
     spec = SPECS["float32"]
     mirrors = encode(EXAMPLE.lanes, EXAMPLE.lengths, pool(EXAMPLE, spec))
-    assert mirrors.base_k.shape[1] == 1
+    assert mirrors.base.k.shape[1] == 1
     pages = PagePool(spec.pages)
     _, lanes = decode_pages(mirrors, poisoned(spec), pages)
     assert pages.live == 1 + 3 + 2
@@ -152,8 +152,8 @@ def test_own_pages_of_several_entries_come_back_once():
     )
     kv = pool(sample, spec)
     mirrors = encode(sample.lanes, sample.lengths, kv)
-    assert mirrors.base_k.shape[1] == 1
-    shapes = [(m.private_k.shape[1], m.patch_k.shape[1]) for m in mirrors.mirrors]
+    assert mirrors.base.k.shape[1] == 1
+    shapes = [(m.private.k.shape[1], m.patch.k.shape[1]) for m in mirrors.mirrors]
     assert shapes == [(1, 1), (2, 0)]
     pages = PagePool(spec.pages)
     restored, lanes = decode_pages(mirrors, poisoned(spec), pages)
@@ -178,7 +178,7 @@ def test_some_mirrors_are_restored_without_the_others():
     )
     kv = pool(sample, spec)
     mirrors = encode(sample.lanes, sample.lengths, kv)
-    assert mirrors.base_k.shape[1] == 3
+    assert mirrors.base.k.shape[1] == 3
     some = dataclasses.replace(mirrors, mirrors=mirrors.mirrors[1:])
     pages = PagePool(spec.pages)
     restored, lanes = decode_pages(some, poisoned(spec), pages)
@@ -206,10 +206,10 @@ def test_a_failed_write_holds_nothing(monkeypatch):
     spec = SPECS["uint16"]
     mirrors = encode(EXAMPLE.lanes, EXAMPLE.lengths, pool(EXAMPLE, spec))
 
-    def fail(*_):
+    def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(master_mirror, "write_pages", fail)
+    monkeypatch.setattr(master_mirror, "restore", fail)
     pages = PagePool(spec.pages)
     with pytest.raises(MemoryError):
         decode_pages(mirrors, poisoned(spec), pages)

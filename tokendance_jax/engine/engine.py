@@ -4,12 +4,14 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32
 
+from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import Shapes
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import OpenRound
@@ -27,7 +29,7 @@ from tokendance_jax.engine.result import (
 )
 from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_arrays
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
-from tokendance_jax.mirror import MirrorLayout, encode
+from tokendance_jax.mirror import MasterMirror, MirrorLayout, Quantised, decode_pages, encode
 from tokendance_jax.model import Model
 from tokendance_jax.paged.kv import PagedKV
 from tokendance_jax.paged.page_pool import PagePool
@@ -146,7 +148,7 @@ class RoundEngine:
         *,
         chat: bool | None = None,
         on_token: OnToken | None = None,
-        mirrors: bool = False,
+        mirrors: Literal["exact", "int8"] | None = None,
     ) -> RoundResult:
         """Serves one round.
 
@@ -155,15 +157,18 @@ class RoundEngine:
           chat: whether to set the segments into the model's chat markup; None: if the model has a
             template.
           on_token: called for every token of an answer, in order, between decode calls.
-          mirrors: whether to copy the KV of the round out of the pool, as a `MasterMirror`.
+          mirrors: whether to copy the KV of the round out of the pool, as a `MasterMirror`: to the
+            bit, or quantised in about half the bytes of a bfloat16 pool.
 
         Returns:
           Answers, timings and ledger, and the mirrors where they are asked for.
 
         Raises:
+          ValueError: if there are no such mirrors; nothing has been computed then.
           PromptError: if a prompt cannot be served; nothing has been computed then.
           OutOfPages: if the pool cannot hold the round; nothing has been computed then.
         """
+        form = self._mirror_form(mirrors)
         clock = _Clock(self.programs, cold=self._cold)
         if chat is None:
             chat = self.model.tokenizer.chat_template is not None
@@ -205,12 +210,36 @@ class RoundEngine:
                 np.concatenate([prompt.token_ids, np.asarray(answer.chosen[:-1], np.int32)])
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
-            agents, ledger = self._account(prompts, opened, prefill.cost, answers, written)
+            agents, ledger = self._account(prompts, opened, prefill.cost, answers, written, form)
             timings = Timings(plan_s, prefill_s, first_token_s, decode_s, clock.compile_s)
-            kept = encode(lanes, list(map(len, written)), self._kv) if mirrors else None
+            kept = None
+            if mirrors is not None:
+                kept = encode(lanes, list(map(len, written)), self._kv, form=form)
             return RoundResult(moment.index, agents, timings, ledger, kept)
         finally:
             self._close(opened, written)
+
+    def restore(self, mirrors: MasterMirror) -> list[LanePlan]:
+        """Restores the KV of a round into pages of the pool.
+
+        Args:
+          mirrors: of a round of the same model, in an exact form of the same precision; or int8.
+
+        Returns:
+          A lane for each agent, with nothing to compute. The caller holds a reference for each
+          table entry, and gives them back: `engine.pool.release(lane.page)`.
+
+        Raises:
+          MirrorError: if the mirrors do not fit the pool; nothing is held then.
+          OutOfPages: if the pool cannot hold them; nothing is held then.
+        """
+        try:
+            self._kv, lanes = decode_pages(
+                mirrors, self._kv, self.pool, implementation=self.programs.implementation
+            )
+        finally:
+            self._recover()
+        return lanes
 
     def warm_up(self, *, agents: int, tokens: int) -> float:
         """Compiles all programs that rounds within these bounds may need.
@@ -391,6 +420,14 @@ class RoundEngine:
             limits.append(min(_limit(agent, moment), context - tokens))
         return limits
 
+    def _mirror_form(self, mirrors: str | None) -> Quantised | None:
+        """How pages are stored in mirrors of a name."""
+        if mirrors not in (None, "exact", "int8"):
+            raise ValueError(f"mirrors: {mirrors!r} is unknown; choose exact or int8")
+        if mirrors != "int8":
+            return None
+        return Quantised(self.model.key_bias, self.model.config.rope_theta)
+
     def _sampling_of(
         self, moment: Round, limits: Sequence[int], stop_ids: Sequence[int]
     ) -> Callable[[Sequence[int]], SamplingArrays]:
@@ -429,6 +466,7 @@ class RoundEngine:
         cost: Cost,
         answers: Sequence[Answer],
         written: Sequence[np.ndarray],
+        form: Quantised | None,
     ) -> tuple[tuple[AgentResult, ...], RoundLedger]:
         """Makes the agents' results and the round's ledger, while the round holds its pages."""
         lengths = [len(ids) for ids in written]
@@ -439,8 +477,9 @@ class RoundEngine:
         holders = Counter(page for pages in filled for page in pages.tolist())
         bases = {page for lane in opened.bases for page in lane.page.tolist()}
         rest = MirrorLayout.of_lanes(opened.lanes, lengths)
-        sizes = {"page_size": self.shapes.page_size, "page_bytes": self.page_bytes}
-        at_rest = rest.mirror_compression(**sizes)
+        page_size, page_bytes = self.shapes.page_size, self.page_bytes
+        at_rest = rest.mirror_compression(page_size=page_size, page_bytes=page_bytes, form=form)
+        whole = rest.compression(page_size=page_size, page_bytes=page_bytes, form=form)
         results = []
         for seat, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             computed = int(cost.tokens[seat])
@@ -470,14 +509,17 @@ class RoundEngine:
             token_layers=cost.token_layers / self.programs.layers,
             attended=cost.attended / self.programs.layers,
             kv_bytes_held=len(holders.keys() | bases) * self.page_bytes,
-            kv_bytes_rest=rest.compression(**sizes).stored_bytes,
+            kv_bytes_rest=whole.stored_bytes,
         )
 
     def _close(self, opened: OpenRound, written: Sequence[np.ndarray] | None) -> None:
         """Gives a round's pages back; after a failure, keeps nothing that may be half written."""
         self._policy.close(opened, written)
+        self._recover()
+
+    def _recover(self) -> None:
+        """Starts over if a call that took the pool did not hand it back: an interrupt, say."""
         if self._kv.k.is_deleted() or self._kv.v.is_deleted():
-            # A call that took the pool did not hand it back: an interrupt or a device error.
             self._reset()
 
 

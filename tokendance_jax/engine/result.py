@@ -43,7 +43,8 @@ class AgentLedger:
       decoded_tokens: tokens of the answer, the one that ended it included.
       kv_bytes_dense: bytes of the pages that the prompt and the written answer fill.
       kv_bytes_held: the same, each page divided among the agents of the round that hold it.
-      kv_bytes_mirror: bytes of its mirror at rest: private pages, patches, tables; not the base.
+      kv_bytes_mirror: bytes of its mirror at rest: private pages, patches, tables; not the base. In
+        the form that was asked for, else to the bit.
     """
 
     tokens: dict[str, int]

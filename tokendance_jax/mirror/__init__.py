@@ -6,6 +6,7 @@ from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.files import restore_mirrors, save_mirrors
 from tokendance_jax.mirror.layout import MirrorLayout, MirrorTable
 from tokendance_jax.mirror.master_mirror import MasterMirror, Mirror, decode_pages, encode
+from tokendance_jax.mirror.pages import Quantised, StoredPages
 
 __all__ = [
     "Compression",
@@ -14,6 +15,8 @@ __all__ = [
     "MirrorError",
     "MirrorLayout",
     "MirrorTable",
+    "Quantised",
+    "StoredPages",
     "decode_dense",
     "decode_pages",
     "encode",

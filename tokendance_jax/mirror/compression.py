@@ -9,10 +9,12 @@ class Compression:
 
     Attributes:
       dense_bytes: the pages that dense caches of the same tokens fill, each agent by itself.
-      base_bytes: base pages, each once: those a mirror reads, or those of the round.
+      base_bytes: base pages, each once: those a mirror reads, or those of the round; and the key
+        bias of quantised pages.
       patch_bytes: patch pages.
       private_bytes: private pages.
       index_bytes: entry tables and token ids.
+      exact_bytes: what would be held if all pages were as the pool has them.
     """
 
     dense_bytes: int
@@ -20,6 +22,7 @@ class Compression:
     patch_bytes: int
     private_bytes: int
     index_bytes: int
+    exact_bytes: int
 
     @property
     def own_bytes(self) -> int:
@@ -44,3 +47,8 @@ class Compression:
     def round_ratio(self) -> float:
         """Dense bytes over all stored bytes, the base included."""
         return self.dense_bytes / self.stored_bytes
+
+    @property
+    def form_ratio(self) -> float:
+        """What would be held to the bit over what is held: 1 where it is."""
+        return self.exact_bytes / self.stored_bytes

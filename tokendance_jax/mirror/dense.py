@@ -16,10 +16,12 @@ from jaxtyping import Bool, Int32, Shaped
 
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.mirror.errors import MirrorError
-from tokendance_jax.mirror.layout import Array, cut
+from tokendance_jax.mirror.layout import cut
 from tokendance_jax.mirror.master_mirror import MasterMirror, encode
-from tokendance_jax.mirror.transfer import groups, padded
+from tokendance_jax.mirror.pages import Array, joined
+from tokendance_jax.mirror.transfer import GROUP, groups, padded, restore, turns
 from tokendance_jax.paged.kv import PagedKV
 
 Pages = Shaped[np.ndarray, "layers pages page_size kv_heads head_dim"]
@@ -104,29 +106,47 @@ def decode_dense(
     Args:
       mirrors: the round.
       index: which mirror.
-      rotate: whether keys are turned from canonical to logical positions, in float32 and with one
-        rounding; keys of frame 0 keep their bits. Otherwise all keys are as they are stored.
+      rotate: whether keys stand at logical positions, rotated in float32 and with one rounding;
+        keys of frame 0 that are stored to the bit keep it. Otherwise keys stand at canonical
+        positions.
       theta: base of the rotary frequencies.
 
     Returns:
-      K and V in the storage dtype.
+      K and V in the storage dtype; of quantised pages in float32.
 
     Raises:
-      MirrorError: there is no such mirror.
+      MirrorError: there is no such mirror, or its pages were quantised with another `theta`.
     """
     if not 0 <= index < len(mirrors.mirrors):
         problem = f"{index} of {len(mirrors.mirrors)} mirrors"
         raise MirrorError("index", "value", problem, "count mirrors from 0")
-    mirror = jax.tree.map(np.asarray, mirrors.mirrors[index])
-    parts_k = [np.asarray(mirrors.base_k), mirror.private_k, mirror.patch_k]
-    parts_v = [np.asarray(mirrors.base_v), mirror.private_v, mirror.patch_v]
-    stops = np.cumsum([part.shape[1] for part in parts_k])
-    page = mirror.table.pages(*np.split(np.arange(stops[-1]), stops[:-1]))
-    k, v = (np.concatenate(parts, axis=1)[:, page] for parts in (parts_k, parts_v))
-    if rotate:
-        k = _turned(k, mirror.table.frame, theta)
-    used = _used(mirror.table.first, mirror.table.slots, k.shape[2])
-    return k[:, used], v[:, used]
+    form, mirror = mirrors.form, mirrors.mirrors[index]
+    if form is not None and form.theta != theta:
+        problem = f"is {theta}, of these mirrors {form.theta}"
+        raise MirrorError("theta", "value", problem, "pass that of the model")
+    table = jax.tree.map(np.asarray, mirror.table)
+    parts = [mirrors.base, mirror.private, mirror.patch]
+    stops = np.cumsum([part.count for part in parts])
+    page = table.pages(*np.split(np.arange(stops[-1], dtype=np.int32), stops[:-1]))
+    entry, offset, canonical = table.tokens_at()
+    position = np.arange(len(entry), dtype=np.int32)
+    turn = turns(position if rotate else canonical, canonical, offset, form)
+    pages = joined(parts)
+    layers, _, page_size, *head = pages.k.shape
+    source = page[entry] * page_size + offset
+    dtype = pages.k.dtype if form is None else np.dtype(np.float32)
+    k, v = (np.empty((layers, len(entry), *head), dtype) for _ in "kv")
+    scratch = PagedKV(*(jnp.zeros((layers, GROUP, page_size, *head), dtype) for _ in "kv"))
+    for start in range(0, len(entry), GROUP * page_size):
+        some = slice(start, start + GROUP * page_size)
+        plan = RestorePlan.of_slots(
+            source[some], position[some] - start, turn[some], page_size=page_size
+        )
+        scratch = restore(scratch, pages, plan, form, theta=theta)
+        for out, pool in ((k, scratch.k), (v, scratch.v)):
+            tokens = out[:, some]
+            tokens[:] = np.asarray(pool).reshape(layers, -1, *head)[:, : tokens.shape[1]]
+    return k, v
 
 
 def _used(

@@ -17,10 +17,11 @@ import orbax.checkpoint as ocp
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.layout import MirrorTable
 from tokendance_jax.mirror.master_mirror import MasterMirror, Mirror
+from tokendance_jax.mirror.pages import Quantised, StoredPages
 
 ARRAYS = "arrays"
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _REMEDY = "save the mirrors again, to a new folder"
 
 
@@ -28,7 +29,8 @@ def save_mirrors(path: str | os.PathLike[str], mirrors: MasterMirror) -> None:
     """Writes mirrors to a new folder, whole or not at all.
 
     The folder holds the arrays in `arrays/` and `manifest.json`: the format, the number of mirrors,
-    shape, dtype and SHA-256 of every array, and the SHA-256 of all that.
+    the theta of quantised pages, shape, dtype and SHA-256 of every array, and the SHA-256 of all
+    that.
 
     Args:
       path: a folder that does not exist yet. Missing parents are made.
@@ -43,6 +45,7 @@ def save_mirrors(path: str | os.PathLike[str], mirrors: MasterMirror) -> None:
     arrays = _flat(mirrors)
     content = {
         "mirrors": len(mirrors.mirrors),
+        "quantised": None if mirrors.form is None else {"theta": mirrors.form.theta},
         "arrays": {name: _description(array) for name, array in arrays.items()},
     }
     digest = _digest(json.dumps(content).encode())
@@ -95,7 +98,8 @@ def restore_mirrors(path: str | os.PathLike[str]) -> MasterMirror:
             problem = "is not the array that the manifest describes"
             raise MirrorError(folder / ARRAYS, name, problem, _REMEDY)
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: arrays[_name(path)], _skeleton(content["mirrors"])
+        lambda path, _: arrays[_name(path)],
+        _skeleton(content["mirrors"], content["quantised"]),
     )
 
 
@@ -124,14 +128,15 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _skeleton(mirrors: int) -> MasterMirror:
+def _skeleton(mirrors: int, form: dict[str, float] | None) -> MasterMirror:
     """The tree of so many mirrors, without arrays."""
-
-    def fields(kind: type, **given: Any) -> Any:
-        return kind(**{field.name: 0 for field in dataclasses.fields(kind)} | given)
-
-    mirror = fields(Mirror, table=fields(MirrorTable))
-    return fields(MasterMirror, mirrors=(mirror,) * mirrors)
+    leaf: Any = 0
+    scale = None if form is None else leaf
+    pages = StoredPages(leaf, leaf, scale, scale)
+    table = MirrorTable(**{field.name: leaf for field in dataclasses.fields(MirrorTable)})
+    mirror = Mirror(table, pages, pages)
+    quantised = None if form is None else Quantised(leaf, **form)
+    return MasterMirror(pages, (mirror,) * mirrors, quantised)
 
 
 def _description(array: np.ndarray) -> dict[str, Any]:

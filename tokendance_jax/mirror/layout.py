@@ -14,9 +14,7 @@ from jaxtyping import Bool, Int, Int32
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.mirror.compression import Compression
 from tokendance_jax.mirror.errors import MirrorError
-
-# On the host after encoding; a caller may move them to a device.
-Array = jax.Array | np.ndarray
+from tokendance_jax.mirror.pages import Array, Quantised
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
@@ -54,6 +52,19 @@ class MirrorTable:
     def nbytes(self) -> int:
         """Bytes of the columns and the token ids."""
         return sum(column.nbytes for column in jax.tree.leaves(self))
+
+    def tokens_at(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the tokens lie, in logical order: i32 [tokens] each.
+
+        Returns:
+          The entry of each token, its slot in the page, and its canonical position. Positions are
+          not stored: they follow from the tables, of the pages of a base too.
+        """
+        first, slots, frame = (np.asarray(x) for x in (self.first, self.slots, self.frame))
+        entry = np.repeat(np.arange(len(slots), dtype=np.int32), slots)
+        position = np.arange(len(entry), dtype=np.int32)
+        inside = position - (np.cumsum(slots, dtype=np.int32) - slots)[entry]
+        return entry, first[entry] + inside, position - frame[entry]
 
     def base_reads(self, base_pages: int) -> np.ndarray:
         """The base pages that entries read, in their order, of `base_pages` that are stored."""
@@ -158,42 +169,76 @@ class MirrorLayout:
             self.base_pages, self.private_pages[index], self.patch_pages[index]
         )
 
-    def mirror_compression(self, *, page_size: int, page_bytes: int) -> tuple[Compression, ...]:
+    def mirror_compression(
+        self, *, page_size: int, page_bytes: int, form: Quantised | None = None
+    ) -> tuple[Compression, ...]:
         """What each mirror costs by itself.
 
         Args:
           page_size: slots of a page.
-          page_bytes: bytes of a page, K and V of all layers (`KVSpec.page_bytes`).
+          page_bytes: bytes of a page of the pool, K and V of all layers (`KVSpec.page_bytes`).
+          form: how pages are stored; None: to the bit.
         """
         stored = len(self.base_pages)
         return tuple(
-            Compression(
-                dense_bytes=-(-table.tokens // page_size) * page_bytes,
-                base_bytes=len(np.unique(table.base_reads(stored))) * page_bytes,
-                patch_bytes=len(patch) * page_bytes,
-                private_bytes=len(private) * page_bytes,
+            _compression(
+                dense=-(-table.tokens // page_size),
+                base=len(np.unique(table.base_reads(stored))),
+                patch=len(patch),
+                private=len(private),
                 index_bytes=table.nbytes,
+                page_size=page_size,
+                page_bytes=page_bytes,
+                form=form,
             )
             for table, private, patch in zip(
                 self.tables, self.private_pages, self.patch_pages, strict=True
             )
         )
 
-    def compression(self, *, page_size: int, page_bytes: int) -> Compression:
+    def compression(
+        self, *, page_size: int, page_bytes: int, form: Quantised | None = None
+    ) -> Compression:
         """What the whole round costs. `stored_bytes` are those of the encoded mirrors.
 
         Args:
           page_size: slots of a page.
-          page_bytes: bytes of a page, K and V of all layers (`KVSpec.page_bytes`).
+          page_bytes: bytes of a page of the pool, K and V of all layers (`KVSpec.page_bytes`).
+          form: how pages are stored; None: to the bit.
         """
-        mirrors = self.mirror_compression(page_size=page_size, page_bytes=page_bytes)
-        return Compression(
-            dense_bytes=sum(mirror.dense_bytes for mirror in mirrors),
-            base_bytes=len(self.base_pages) * page_bytes,
-            patch_bytes=sum(mirror.patch_bytes for mirror in mirrors),
-            private_bytes=sum(mirror.private_bytes for mirror in mirrors),
-            index_bytes=sum(mirror.index_bytes for mirror in mirrors),
+        return _compression(
+            dense=sum(-(-table.tokens // page_size) for table in self.tables),
+            base=len(self.base_pages),
+            patch=sum(map(len, self.patch_pages)),
+            private=sum(map(len, self.private_pages)),
+            index_bytes=sum(table.nbytes for table in self.tables),
+            page_size=page_size,
+            page_bytes=page_bytes,
+            form=form,
         )
+
+
+def _compression(
+    *,
+    dense: int,
+    base: int,
+    patch: int,
+    private: int,
+    index_bytes: int,
+    page_size: int,
+    page_bytes: int,
+    form: Quantised | None,
+) -> Compression:
+    """Bytes of so many pages."""
+    stored = page_bytes if form is None else form.page_bytes(page_size)
+    return Compression(
+        dense_bytes=dense * page_bytes,
+        base_bytes=base * stored + (0 if form is None else form.nbytes),
+        patch_bytes=patch * stored,
+        private_bytes=private * stored,
+        index_bytes=index_bytes,
+        exact_bytes=(base + patch + private) * page_bytes + index_bytes,
+    )
 
 
 def cut(lane: LanePlan, length: int) -> LanePlan:

@@ -4,15 +4,19 @@ Pages go in groups of one size, so one program of each direction serves every ro
 beside the pool and the arrays stays small.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int32, Shaped
+from jaxtyping import Bool, Int, Int32
 
+from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.sparse_restore import RestorePlan, Source, sparse_restore
+from tokendance_jax.mirror.errors import MirrorError
+from tokendance_jax.mirror.pages import Quantised, StoredPages, before_rotation, quantised
 from tokendance_jax.paged.kv import PagedKV
 
 # Pages of one call. On CPU, 16 pages of the 0.5B model stay in the cache: 4 GB/s out of the pool
@@ -36,64 +40,126 @@ def read_pages(
     kv: PagedKV,
     pages: Int32[np.ndarray, " n"],
     used: Bool[np.ndarray, "pages page_size"],
-) -> tuple[
-    Shaped[np.ndarray, "layers n page_size kv_heads head_dim"],
-    Shaped[np.ndarray, "layers n page_size kv_heads head_dim"],
-]:
+    position: Int32[np.ndarray, "pages page_size"],
+    form: Quantised | None,
+) -> StoredPages:
     """Copies pages to the host.
 
     Args:
       kv: the pool.
       pages: ids of the pages.
       used: the slots that hold something, of every page of the pool; the others become 0.
+      position: canonical positions of these slots.
+      form: how the pages are stored; None: to the bit.
 
-    Returns:
-      K and V in the pool's dtype.
+    Raises:
+      MirrorError: a number to quantise is not finite.
     """
     layers, _, *slot_shape = kv.k.shape
-    k, v = (np.empty((layers, len(pages), *slot_shape), x.dtype) for x in (kv.k, kv.v))
+    shape = layers, len(pages), *slot_shape
+    k, v = (np.empty(shape, kv.k.dtype if form is None else np.int8) for _ in "kv")
+    out = StoredPages(k, v)
+    if form is not None:
+        out = StoredPages(k, v, *(np.empty(shape[:-1], np.float32) for _ in "kv"))
     for group in groups(len(pages)):
         ids = pages[group]
-        parts = _read(kv, padded(ids, 0), padded(used[ids], 0))
-        for out, part in zip((k, v), parts, strict=True):
-            out[:, group] = np.asarray(part)[:, : len(ids)]
-    return k, v
+        part = _read(kv, form, padded(ids, 0), padded(used[ids], 0), padded(position[ids], 0))
+        for whole, some in zip(jax.tree.leaves(out), jax.tree.leaves(part), strict=True):
+            whole[:, group] = np.asarray(some)[:, : len(ids)]
+    for name in ("k_scale", "v_scale") if form is not None else ():
+        if not np.isfinite(getattr(out, name)).all():
+            problem = "has numbers that are not finite"
+            raise MirrorError("kv", name[0], problem, "encode the pages to the bit")
+    return out
 
 
-def write_pages(
+def restore(
     kv: PagedKV,
-    pages: Int32[np.ndarray, " n"],
-    k: Shaped[np.ndarray, "layers n page_size kv_heads head_dim"],
-    v: Shaped[np.ndarray, "layers n page_size kv_heads head_dim"],
+    pages: StoredPages,
+    plan: RestorePlan,
+    form: Quantised | None,
+    *,
+    theta: float,
+    implementation: str | None = None,
 ) -> PagedKV:
-    """Writes pages into a pool, which is donated.
+    """Writes slots of stored pages into a pool, which is donated.
 
     Args:
       kv: the pool.
-      pages: ids of the pages.
-      k: keys, in the pool's dtype.
-      v: values, in the pool's dtype.
+      pages: where from.
+      plan: what goes where (`turns` gives its turns).
+      form: how the pages are stored.
+      theta: base of the rotary frequencies.
+      implementation: see `kernels.dispatch`.
 
     Returns:
-      The pool with the pages written.
+      The pool with the slots written.
     """
-    page_size = kv.k.shape[2]
-    for group in groups(len(pages)):
-        ids = pages[group]
-        plan = RestorePlan.of_pages(np.arange(len(ids)), ids, page_size=page_size)
-        source = Source(padded(k[:, group], 1), padded(v[:, group], 1))
-        kv = _restore(kv, source, plan.padded(GROUP, GROUP))
+    # As many pieces as pages: most pages are one piece. A page of several may be read twice.
+    for group in groups(len(plan.first)):
+        part = plan.cut(group.start, group.stop)
+        page = np.asarray(part.page)
+        source = pages.take(padded(page, 0))
+        part = dataclasses.replace(part, page=np.arange(len(page), dtype=np.int32))
+        kv = _restore(
+            kv,
+            source,
+            form,
+            part.padded(GROUP, GROUP),
+            theta=theta,
+            implementation=implementation,
+        )
     return kv
 
 
+def turns(
+    at: Int[np.ndarray, " tokens"],
+    canonical: Int[np.ndarray, " tokens"],
+    offset: Int[np.ndarray, " tokens"],
+    form: Quantised | None,
+) -> Int32[np.ndarray, " tokens"]:
+    """`RestorePlan.turn` of tokens.
+
+    Args:
+      at: positions at which their keys shall stand.
+      canonical: positions at which they were encoded.
+      offset: their slots in their pages.
+      form: how the pages are stored.
+    """
+    return (at - (canonical if form is None else offset)).astype(np.int32)
+
+
 @jax.jit
-def _read(kv: PagedKV, pages: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _read(
+    kv: PagedKV,
+    form: Quantised | None,
+    pages: jax.Array,
+    used: jax.Array,
+    position: jax.Array,
+) -> StoredPages:
     mask = used[None, :, :, None, None]
-    k, v = (jnp.where(mask, x[:, pages], jnp.zeros((), x.dtype)) for x in (kv.k, kv.v))
-    return k, v
+    k, v = kv.k[:, pages], kv.v[:, pages]
+    if form is None:
+        return StoredPages(*(jnp.where(mask, x, jnp.zeros((), x.dtype)) for x in (k, v)))
+    k, v = (storage.load(x).astype(jnp.float32) for x in (k, v))
+    k, v = (jnp.where(mask, x, 0.0) for x in (before_rotation(k, position, form), v))
+    (k, k_scale), (v, v_scale) = quantised(k), quantised(v)
+    return StoredPages(k, v, k_scale, v_scale)
 
 
-@partial(jax.jit, donate_argnames="kv")
-def _restore(kv: PagedKV, source: Source, plan: RestorePlan) -> PagedKV:
-    # Pages come back as they were: no key is turned, by whatever frequencies.
-    return PagedKV(*sparse_restore(kv.k, kv.v, source, plan, theta=1.0))
+@partial(jax.jit, donate_argnames="kv", static_argnames=("theta", "implementation"))
+def _restore(
+    kv: PagedKV,
+    pages: StoredPages,
+    form: Quantised | None,
+    plan: RestorePlan,
+    *,
+    theta: float,
+    implementation: str | None,
+) -> PagedKV:
+    bias = None if form is None else form.key_bias
+    source = Source(
+        pages.k, pages.v, pages.k_scale, pages.v_scale, key_bias=bias, rotated=form is None
+    )
+    pools = sparse_restore(kv.k, kv.v, source, plan, theta=theta, implementation=implementation)
+    return PagedKV(*pools)

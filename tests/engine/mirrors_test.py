@@ -1,0 +1,106 @@
+"""Rounds at rest, by the engine: taken out of its pool, and restored into it."""
+
+from typing import Literal
+
+import jax
+import numpy as np
+import pytest
+
+from tests.engine.rounds import SMALL, gathering, mixed, small_engine, small_programs, tiny
+from tokendance_jax.collector.policies import POLICIES, PolicyOptions
+from tokendance_jax.engine import engine as engine_module
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.mirror import MirrorError, decode_dense
+from tokendance_jax.paged import OutOfPages
+
+THETA = tiny().config.rope_theta
+
+
+def served(moment, policy="tokendance", mirrors: Literal["exact", "int8"] = "int8"):
+    engine = small_engine(policy, PolicyOptions(head_pages=1))
+    result = engine.serve(moment, chat=False, mirrors=mirrors)
+    assert engine.pool.live == 0
+    assert result.mirrors is not None
+    return engine, result, result.mirrors
+
+
+def dense_of(mirrors):
+    return [
+        decode_dense(mirrors, index, rotate=False, theta=THETA)
+        for index in range(len(mirrors.mirrors))
+    ]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_int8_mirrors_of_every_policy_are_near_the_exact_ones(policy):
+    # Whatever pages a round shares, copies or goes on in, their positions are known.
+    _, exact, exact_mirrors = served(mixed(), policy, "exact")
+    _, int8, int8_mirrors = served(mixed(), policy, "int8")
+    assert int8.texts == exact.texts
+    assert exact_mirrors.form is None
+    assert int8_mirrors.form is not None
+    bias = np.abs(int8_mirrors.form.key_bias).max(axis=-1)[:, None, :, None]
+    for one, other in zip(dense_of(int8_mirrors), dense_of(exact_mirrors), strict=True):
+        # A key without its rotation and bias is at most this large, and two numbers are rounded.
+        for found, held, shift in zip(one, other, (bias, 0), strict=True):
+            largest = np.linalg.norm(held, axis=-1, keepdims=True) + shift
+            assert (np.abs(found - held) <= largest / 127).all()
+            assert (found != held).any()
+    for result, mirrors in ((exact, exact_mirrors), (int8, int8_mirrors)):
+        assert result.ledger.kv_bytes_rest == mirrors.nbytes
+        own = sum(agent.ledger.kv_bytes_mirror for agent in result.agents)
+        base = sum(x.nbytes for x in jax.tree.leaves((mirrors.base, mirrors.form)))
+        assert own == mirrors.nbytes - base
+    assert int8.ledger.kv_bytes_dense == exact.ledger.kv_bytes_dense
+
+
+@pytest.mark.parametrize("form", ["exact", "int8"])
+def test_restored_pages_are_the_mirrors_and_are_given_back(form):
+    moment = gathering()
+    _, _, mirrors = served(moment, mirrors=form)
+    engine = small_engine("tokendance", PolicyOptions())
+    lanes = engine.restore(mirrors)
+    layers, _, size, *head = engine._kv.k.shape
+    for lane, dense in zip(lanes, dense_of(mirrors), strict=True):
+        slot, _ = lane.locate(np.arange(lane.slots.sum(), dtype=np.int32), size)
+        for pool, expected in zip((engine._kv.k, engine._kv.v), dense, strict=True):
+            found = np.asarray(pool).reshape(layers, -1, *head)[:, slot]
+            assert found.tobytes() == expected.tobytes()
+    pages = [m.private.count + m.patch.count for m in mirrors.mirrors]
+    assert engine.pool.live == mirrors.base.count + sum(pages)
+    # A round goes on beside them.
+    assert engine.serve(moment, chat=False).texts == served(moment)[1].texts
+    for lane in lanes:
+        engine.pool.release(lane.page)
+    assert engine.pool.live == 0
+    engine.pool.check()
+
+
+def test_unknown_mirrors_are_refused():
+    engine = RoundEngine(tiny(), programs=small_programs(), **SMALL)
+    with pytest.raises(ValueError, match="mirrors: 'int4' is unknown; choose exact or int8"):
+        engine._mirror_form("int4")
+
+
+def test_an_engine_that_cannot_restore_serves_on(monkeypatch):
+    moment = gathering()
+    engine, expected, mirrors = served(moment)
+    held = engine.pool.allocate(engine.pool.total - 4)
+    with pytest.raises(OutOfPages):
+        engine.restore(mirrors)
+    engine.pool.release(held)
+    other = jax.tree.map(lambda x: x[:1] if x.ndim > 2 else x, mirrors)
+    with pytest.raises(MirrorError, match="kv: k: is"):
+        engine.restore(other)
+    assert engine.pool.live == 0
+
+    def interrupted(mirrors, kv, pool, *, implementation):
+        pool.allocate(1)
+        kv.k.delete()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_module, "decode_pages", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.restore(mirrors)
+    assert engine.pool.live == 0
+    assert engine.serve(moment, chat=False).texts == expected.texts
