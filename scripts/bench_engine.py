@@ -79,7 +79,7 @@ def _measure(console: Console) -> dict[str, Any]:
         model = common.sized_model(_MODEL.value, dtype)
         timings += [time_prefill(model), time_decode(model)]
         del model
-    table = measure.table("what", "precision", "ms", "products alone, ms", "ratio", "tokens/s")
+    table = measure.table("what", "precision", "ms", "products\nalone, ms", "ratio", "tokens/s")
     for timing in timings:
         table.add_row(
             timing.what,

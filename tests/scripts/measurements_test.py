@@ -72,6 +72,34 @@ def test_time_beside_work(tmp_path):
     assert "tokendance none" in done.stdout
 
 
+def test_a_step_over_shared_pages_beside_one_over_copies(tmp_path):
+    sizes = "--agents=5", "--shared=600", "--private=40", "--steps=2", "--turns=2"
+    done, written = run("bench_groups", tmp_path / "result.json", "--model=demo", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = written["timings"]
+    assert [(row["what"], row["dtype"]) for row in rows] == [
+        (what, dtype)
+        for dtype in ("float32", "bfloat16")
+        for what in ("attention of a step", "decode step")
+    ]
+    for row in rows:
+        assert len(row["shared_s"]) == len(row["copied_s"]) == 2
+        assert row["difference"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
+
+
+def test_programs_beside_their_products(tmp_path):
+    sizes = "--rows=64", "--agents=2", "--context=32", "--steps=2", "--turns=2"
+    done, written = run("bench_engine", tmp_path / "result.json", "--model=demo", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = written["timings"]
+    assert [row["what"] for row in rows] == 2 * [
+        "prefill of 2 x 32 rows",
+        "decode step of 2 agents at 32 tokens",
+    ]
+    assert all(row["ratio"] > 0 and len(row["program_s"]) == 2 for row in rows)
+    assert "alone, ms" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("script", "argument", "message"),
     [
