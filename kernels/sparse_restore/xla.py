@@ -7,8 +7,10 @@ from tokendance_jax.kernels import flash, rope, storage
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 
-# Pieces that one step restores: on CPU, their pages stay in the cache from the read to the write.
-STEP_PIECES = 16
+# Most pieces that one step restores. On CPU their pages stay in the cache from the read to the
+# write, and steps are few: 25 mirrors of 128 pages of the 0.5B model in bfloat16 take 102, 97, 90,
+# 88 ms with 16, 32, 64, 128 pieces.
+STEP_PIECES = 128
 
 
 def sparse_restore_xla(
@@ -22,7 +24,8 @@ def sparse_restore_xla(
     """Arguments as `api.sparse_restore`."""
     layers, pages, page_size, _, head_dim = k_pool.shape
     count = jnp.asarray(plan.begin)[-1]
-    room = -(-plan.first.shape[0] // STEP_PIECES) * STEP_PIECES
+    pieces = min(STEP_PIECES, plan.first.shape[0])
+    room = -(-plan.first.shape[0] // pieces) * pieces
 
     def padded(x: Array) -> jax.Array:
         return jnp.pad(jnp.asarray(x), (0, room - x.shape[0]))
@@ -53,10 +56,10 @@ def sparse_restore_xla(
     def step(index: jax.Array, pools: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         k, v = pools
         origin = Source(k, v) if source is None else source
-        layer, start = index % layers, index // layers * STEP_PIECES
+        layer, start = index % layers, index // layers * pieces
 
         def of_step(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, STEP_PIECES)
+            return jax.lax.dynamic_slice_in_dim(x, start, pieces)
 
         def read(x: jax.Array, scale: Array | None) -> jax.Array:
             if x.dtype == k_pool.dtype:
@@ -96,5 +99,5 @@ def sparse_restore_xla(
         # XLA's CPU code writes whole pages three times as fast.
         return jax.lax.cond(jnp.all(of_step(whole)), whole_pages, slots)
 
-    steps = -(-count // STEP_PIECES) * layers
+    steps = -(-count // pieces) * layers
     return jax.lax.fori_loop(0, steps, step, (k_pool, v_pool))
