@@ -169,7 +169,7 @@ def cases(config: Qwen2Config) -> list[dict[str, Any]]:
         "arguments": (pool, pool, plan),
         "donate": (),
         "floor": layers * page * (shared_pages + pieces) + layers * pieces * 16,
-        # Scores of parts of pages on the GPU, written and read again.
+        # On a GPU: scores of parts of pages, written and read again.
         "extra": 2 * layers * pieces * parts * 16 + 4 * (4 * pieces + 2 * shared_pages),
         # A key is turned as in a restore; a difference, a maximum and a sum of squares for all.
         "operations": layers * pieces * page // 4 * (8 + 2 * 5),

@@ -89,10 +89,8 @@ def page_diff_mosaic_gpu(
     own_k, own_v = siblings or (k_pool, v_pool)
     part = part_slots(page_size, kv_heads * head_dim * dtype.itemsize)
     sizes = _Sizes(pages, own_k.shape[1], page_size, part, kv_heads, head_dim)
-    tiled = (
-        sizes.rows <= 256 and sizes.rows % sizes.chunk == 0 == sizes.chunk * sizes.half % THREADS
-    )
-    if head_dim not in (64, 128) or not tiled:
+    tiled = sizes.rows % sizes.chunk == 0 and sizes.chunk * sizes.half % THREADS == 0
+    if head_dim not in (64, 128) or sizes.rows > 256 or not tiled:
         raise NotImplementedError(
             f"pages of {page_size} slots with {kv_heads} heads of {head_dim}: the kernel takes "
             f"heads of 64 or 128 and parts of {sizes.chunk} to 256 rows"

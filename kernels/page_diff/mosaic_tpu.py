@@ -13,15 +13,13 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tokendance_jax.kernels import rope
+from tokendance_jax.kernels import flash_tpu, rope
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
 from tokendance_jax.kernels.page_diff.tuning import LAYERS_BYTES
 
 # Lanes of a vector register.
 COLUMNS = 128
-# The largest plan: it lies in SMEM, which has 1 MiB.
-PLAN_BYTES = 1_000_000
 
 Ref = Any
 
@@ -72,7 +70,7 @@ def page_diff_mosaic_tpu(
         "first": jnp.asarray(plan.first),
         "slots": jnp.asarray(plan.slots),
     }
-    if sum(column.size for column in columns.values()) * 4 > PLAN_BYTES:
+    if sum(column.size for column in columns.values()) * 4 > flash_tpu.TABLE_BYTES:
         raise NotImplementedError(f"a plan of {comparisons} comparisons is too large for SMEM")
     tables = jnp.asarray(np.tile(rope.turn_tables(theta, head_dim)[:, None], 2))
 
@@ -143,18 +141,12 @@ def _compare(
     # What a plan is filled up with has no slots.
     used = used & (comparison < columns["count"][0])
 
-    def turned(x: jax.Array) -> jax.Array:
-        # One instruction where a head fills the lanes; narrower ones are no circle for it.
-        whole = head_dim % 128 == 0
-        swapped = x[..., half:], x[..., :half]
-        other = pltpu.roll(x, half, 2) if whole else jnp.concatenate(swapped, axis=2)
-        return x * cos + other * sin
-
     @pl.loop(0, layers)
     def _(layer: jax.Array) -> None:
         for kind, (base, own) in enumerate(((k, own_k), (v, own_v))):
             shown = base[layer, 0].astype(jnp.float32)
-            shown = turned(shown) if base is k else shown
+            if base is k:
+                shown = shown * cos + flash_tpu.swapped(shown) * sin
             gap = jnp.where(used, jnp.abs(own[layer, 0].astype(jnp.float32) - shown), 0.0)
             of_layer = pl.ds(layer, 1)
             rows[2 * kind, of_layer] = gap.max(axis=(0, 1))[None]
