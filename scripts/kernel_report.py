@@ -29,8 +29,10 @@ from tokendance_jax import targets
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.flash import block_pages
 from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, LaneTables, RowTiles
+from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
+from tokendance_jax.kernels.sparse_restore.tuning import part_slots
 from tokendance_jax.models.qwen2.config import Qwen2Config
 
 _MODEL = flags.DEFINE_multi_string("model", ["0.5B", "7B", "14B"], "Published sizes; repeat.")
@@ -151,7 +153,26 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16") -> list[dict[str, Any]]:
         "extra": 0,
         "operations": 4 * rows * heads * head_dim * (context - _ROWS.value // 2),
     }
-    return [restored, decoded, attended]
+
+    plan = DiffPlan(_shape(shared_pages), _shape(shared_pages + 1), *[piece] * 4)
+    parts = page_size // part_slots(page_size, 2 * kv_heads * head_dim)
+    compared = {
+        "name": "page_diff",
+        "what": f"{agents} siblings of {shared} tokens, all layers",
+        "call": lambda implementation: (
+            lambda k, v, plan: page_diff(
+                k, v, None, plan, theta=theta, threshold=0.1, implementation=implementation
+            )
+        ),
+        "arguments": (pool, pool, plan),
+        "donate": (),
+        "floor": layers * page * (shared_pages + pieces) + layers * pieces * 16,
+        # On a GPU: scores of parts of pages, written and read again.
+        "extra": 2 * layers * pieces * parts * 16 + 4 * (4 * pieces + 2 * shared_pages),
+        # A key is turned as in a restore; a difference, a maximum and a sum of squares for all.
+        "operations": layers * pieces * page // 4 * (8 + 2 * 5),
+    }
+    return [restored, decoded, attended, compared]
 
 
 def report(case: dict[str, Any], target: targets.Target, size: str) -> dict[str, Any]:

@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Bool, Int32, Shaped
 
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.layout import cut
 from tokendance_jax.mirror.master_mirror import MasterMirror, encode
 from tokendance_jax.mirror.pages import Array, joined
-from tokendance_jax.mirror.transfer import GROUP, groups, padded, restore, turns
+from tokendance_jax.mirror.transfer import GROUP, groups, restore, turns
 from tokendance_jax.paged.kv import PagedKV
 
 Pages = Shaped[np.ndarray, "layers pages page_size kv_heads head_dim"]
@@ -40,8 +40,9 @@ def encode_dense(
 
     Of each lane's table, an entry with `base` set shows slots of that base page under its frame,
     and other entries are private; `page` is not read. A page of an agent becomes a patch where any
-    of its keys or values is further than `threshold` from the base's. Patches and private pages
-    keep the agent's own bits, in frame 0.
+    of its keys or values is further than `threshold` from the base's, whose keys are turned in
+    float32 and not rounded again; NaN and infinite differences are further than any. Patches and
+    private pages keep the agent's own bits, in frame 0.
 
     Args:
       lanes: where each agent's tokens show base pages.
@@ -61,32 +62,23 @@ def encode_dense(
         problem = f"{len(caches)} for {len(lanes)} lanes"
         raise MirrorError("caches", "number", problem, "pass K and V of every lane")
     base_k, base_v = np.asarray(base.k), np.asarray(base.v)
+    lanes = [
+        _cut(index, lane, k, v, base_k)
+        for index, (lane, (k, v)) in enumerate(zip(lanes, caches, strict=True))
+    ]
+    patched = _patched(lanes, caches, base, theta=theta, threshold=threshold)
     behind = base_k.shape[1]  # the next page: what is an agent's own lies behind the base
     own_k, own_v = [], []
     encoded, lengths = [], []
-    for index, (lane, (k, v)) in enumerate(zip(lanes, caches, strict=True)):
-        _check_cache(index, k, v, base_k)
-        lane = cut(lane, k.shape[1])
-        used = _used(lane.first, lane.slots, base_k.shape[2])
-        if (lane.base < 0).any() or (lane.base >= base_k.shape[1]).any():
-            problem = f"an entry of lane {index} shows none of {base_k.shape[1]} pages"
-            raise MirrorError("lanes", "base", problem, "pass all base pages that lanes show")
-        if used.sum() != k.shape[1]:
-            problem = f"an entry of lane {index} is not inside a page of {used.shape[1]} slots"
-            raise MirrorError("lanes", "slots", problem, "cut entries at the pages of the base")
-        pages_k, pages_v = _paged(k, used), _paged(v, used)
-        shown_k = _turned(base_k[:, lane.base], lane.frame, theta)
-        own = (
-            (lane.base == 0)
-            | _differs(pages_k, shown_k, used, threshold)
-            | _differs(pages_v, base_v[:, lane.base], used, threshold)
-        )
+    for lane, (k, v), patch in zip(lanes, caches, patched, strict=True):
+        own = (lane.base == 0) | patch
         page = np.where(own, behind + np.cumsum(own) - 1, lane.base).astype(np.int32)
         frame = np.where(own, 0, lane.frame).astype(np.int32)
         encoded.append(dataclasses.replace(lane, page=page, frame=frame))
         lengths.append(k.shape[1])
-        own_k.append(pages_k[:, own])
-        own_v.append(pages_v[:, own])
+        used = _used(lane.first, lane.slots, base_k.shape[2])
+        own_k.append(_paged(k, used)[:, own])
+        own_v.append(_paged(v, used)[:, own])
         behind += int(own.sum())
     pool = PagedKV(
         k=jnp.asarray(np.concatenate([base_k, *own_k], axis=1)),
@@ -164,38 +156,73 @@ def _paged(x: Dense, used: Bool[np.ndarray, "pages page_size"]) -> Pages:
     return pages
 
 
-def _turned(k: Pages, frame: Int32[np.ndarray, " pages"], theta: float) -> Pages:
-    """Keys rotated forward by their pages' frames."""
-    k = k.copy()
-    moved = np.flatnonzero(frame)
-    for group in groups(len(moved)):
-        at = moved[group]
-        turned = _turn(padded(k[:, at], 1), padded(frame[at], 0), theta=theta)
-        k[:, at] = np.asarray(turned)[:, : len(at)]
-    return k
+def _patched(
+    lanes: Sequence[LanePlan],
+    caches: Sequence[tuple[Dense, Dense]],
+    base: PagedKV,
+    *,
+    theta: float,
+    threshold: float,
+) -> list[Bool[np.ndarray, " entries"]]:
+    """Which entries of each lane show a base page that is too far from what its cache holds."""
+    layers, _, *slot_shape = base.k.shape
+    own = [(np.asarray(k), np.asarray(v)) for k, v in caches]
+    counts = [len(lane.base) for lane in lanes]
+    agent = np.repeat(np.arange(len(lanes)), counts)
+    shown, frame, first, slots, start = np.concatenate(
+        [np.zeros((5, 0), np.int32)]
+        + [
+            np.stack([x.base, x.frame, x.first, x.slots, np.cumsum(x.slots) - x.slots])
+            for x in lanes
+        ],
+        axis=1,
+    )
+    far = np.zeros(len(shown), np.bool_)
+    # Page after page, whoever shows it.
+    order = np.argsort(shown, kind="stable")
+    order = order[shown[order] > 0]
+    for group in groups(len(order)):
+        some = order[group]
+        siblings_k, siblings_v = np.zeros((2, layers, GROUP, *slot_shape), base.k.dtype)
+        for number, index in enumerate(some):
+            inside = slice(first[index], first[index] + slots[index])
+            tokens = slice(start[index], start[index] + slots[index])
+            k, v = own[agent[index]]
+            siblings_k[:, number, inside] = k[:, tokens]
+            siblings_v[:, number, inside] = v[:, tokens]
+        plan = DiffPlan.of_comparisons(
+            shown[some], np.arange(len(some)), frame[some], first[some], slots[some]
+        ).padded(GROUP, GROUP)
+        found = _far(base, (siblings_k, siblings_v), plan, threshold, theta=theta)
+        far[some] = np.asarray(found)[: len(some)]
+    return [far[stop - n : stop] for n, stop in zip(counts, np.cumsum(counts), strict=True)]
 
 
 @partial(jax.jit, static_argnames="theta")
-def _turn(k: jax.Array, frame: jax.Array, *, theta: float) -> jax.Array:
-    cos, sin = rope.rotation(frame[None, :, None, None], theta=theta, head_dim=k.shape[-1])
-    return storage.store(rope.rotate(storage.load(k).astype(jnp.float32), cos, sin), k.dtype)
+def _far(
+    base: PagedKV,
+    siblings: tuple[Array, Array],
+    plan: DiffPlan,
+    threshold: float | Array,
+    *,
+    theta: float,
+) -> jax.Array:
+    return page_diff(base.k, base.v, siblings, plan, theta=theta, threshold=threshold).far
 
 
-def _differs(
-    own: Pages, shown: Pages, used: Bool[np.ndarray, "pages page_size"], threshold: float
-) -> Bool[np.ndarray, " pages"]:
-    """Which pages have a number further apart than a threshold; NaN is far from all numbers."""
-    dtype = storage.value_dtype(own.dtype)
-    own, shown = (x.view(dtype).astype(np.float32) for x in (own, shown))
-    with np.errstate(invalid="ignore"):  # inf - inf
-        near = np.abs(own - shown) <= np.float32(threshold)
-    return np.asarray((~near & used[None, :, :, None, None]).any(axis=(0, 2, 3, 4)))
-
-
-def _check_cache(index: int, k: Array, v: Array, base_k: Array) -> None:
-    layers, _, _, *head = base_k.shape
+def _cut(index: int, lane: LanePlan, k: Array, v: Array, base_k: Pages) -> LanePlan:
+    """The part of a lane that its cache holds, with base pages that there are."""
+    layers, pages, page_size, *head = base_k.shape
     expected = (layers, k.shape[1], *head)
     for name, x in (("k", k), ("v", v)):
         if x.shape != expected or x.dtype != base_k.dtype:
             problem = f"is {list(x.shape)} {x.dtype}, of this base {list(expected)} {base_k.dtype}"
             raise MirrorError(f"caches[{index}]", name, problem, "pass caches of the base's model")
+    lane = cut(lane, k.shape[1])
+    if (lane.base < 0).any() or (lane.base >= pages).any():
+        problem = f"an entry of lane {index} shows none of {pages} pages"
+        raise MirrorError("lanes", "base", problem, "pass all base pages that lanes show")
+    if _used(lane.first, lane.slots, page_size).sum() != k.shape[1]:
+        problem = f"an entry of lane {index} is not inside a page of {page_size} slots"
+        raise MirrorError("lanes", "slots", problem, "cut entries at the pages of the base")
+    return lane

@@ -1,0 +1,161 @@
+"""The page diff as a Mosaic TPU kernel.
+
+A step compares a base page with one sibling, in some layers. Comparisons stand in the order of
+their base pages, so a base page stays in VMEM for all its siblings, while copies bring the next
+sibling. Scores leave as a row for each layer, a column for each score.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from tokendance_jax.kernels import flash_tpu, rope
+from tokendance_jax.kernels.lanes import Array
+from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
+from tokendance_jax.kernels.page_diff.tuning import LAYERS_BYTES
+
+# Lanes of a vector register.
+COLUMNS = 128
+
+Ref = Any
+
+
+def page_diff_mosaic_tpu(
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    siblings: tuple[Array, Array] | None,
+    plan: DiffPlan,
+    *,
+    theta: float,
+    interpret: Any = False,
+) -> jax.Array:
+    """Arguments as `api.page_diff`, results as `reference.page_diff_reference`.
+
+    Pools are read row by row, as by `sparse_restore`: XLA copies those with narrower heads than
+    128 that have another layout.
+
+    Args:
+      k_pool: keys [layers, pages, page_size, kv_heads, head_dim], bfloat16 or float32.
+      v_pool: values, as k_pool.
+      siblings: pages outside the pool; None: the pool.
+      plan: what is compared.
+      theta: base of the rotary frequencies.
+      interpret: whether to run on a CPU, or parameters of the simulator.
+    """
+    layers, _, page_size, kv_heads, head_dim = k_pool.shape
+    dtype = k_pool.dtype
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {dtype}")
+    own_k, own_v = (jnp.asarray(x) for x in siblings or (k_pool, v_pool))
+    page_bytes = page_size * kv_heads * max(head_dim, 128) * dtype.itemsize
+    most = min(layers, max(1, LAYERS_BYTES // page_bytes))
+    of_chunk = next(n for n in range(most, 0, -1) if layers % n == 0)
+    chunks = layers // of_chunk
+
+    comparisons = plan.sibling.shape[0]
+    begin = jnp.asarray(plan.begin)
+    count = begin[-1]
+    # What a plan is filled up with is the last comparison again: nothing more is brought for it.
+    number = jnp.minimum(jnp.arange(comparisons, dtype=jnp.int32), jnp.maximum(count - 1, 0))
+    of_page = jnp.searchsorted(begin, number, side="right", method="scan_unrolled")
+    columns = {
+        "count": count[None],
+        "base": jnp.take(jnp.asarray(plan.page), of_page - 1, mode="clip"),
+        "sibling": jnp.asarray(plan.sibling)[number],
+        "frame": jnp.asarray(plan.frame),
+        "first": jnp.asarray(plan.first),
+        "slots": jnp.asarray(plan.slots),
+    }
+    if sum(column.size for column in columns.values()) * 4 > flash_tpu.TABLE_BYTES:
+        raise NotImplementedError(f"a plan of {comparisons} comparisons is too large for SMEM")
+    tables = jnp.asarray(np.tile(rope.turn_tables(theta, head_dim)[:, None], 2))
+
+    def pages(column: str) -> pl.BlockSpec:
+        def index(chunk: Any, comparison: Any, columns: dict[str, Ref]) -> tuple[Any, ...]:
+            return chunk, columns[column][comparison], 0, 0, 0
+
+        return pl.BlockSpec((of_chunk, 1, page_size, kv_heads, head_dim), index)
+
+    def scores(chunk: Any, comparison: Any, _: dict[str, Ref]) -> tuple[Any, ...]:
+        return comparison, chunk, 0, 0
+
+    out = pl.pallas_call(
+        _compare,
+        out_shape=jax.ShapeDtypeStruct((comparisons, chunks, of_chunk, COLUMNS), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(chunks, comparisons),
+            in_specs=[
+                pl.BlockSpec(memory_space=pltpu.VMEM),
+                pages("base"),
+                pages("base"),
+                pages("sibling"),
+                pages("sibling"),
+            ],
+            out_specs=pl.BlockSpec((1, 1, of_chunk, COLUMNS), scores),
+            scratch_shapes=[pltpu.VMEM((SCORES, of_chunk, head_dim), jnp.float32)],
+        ),
+        interpret=interpret,
+        name="page_diff",
+    )(columns, tables, k_pool, v_pool, own_k, own_v)
+    return out.reshape(comparisons, layers, COLUMNS)[:, :, :SCORES].T
+
+
+def _compare(
+    columns: dict[str, Ref],
+    tables: Ref,
+    k: Ref,
+    v: Ref,
+    own_k: Ref,
+    own_v: Ref,
+    out: Ref,
+    rows: Ref,
+) -> None:
+    """Compares one page in some layers.
+
+    Args:
+      columns: the plan.
+      tables: turns of the rotary frequencies.
+      k: base keys [layers, 1, page_size, kv_heads, head_dim].
+      v: base values.
+      own_k: the sibling's keys.
+      own_v: the sibling's values.
+      out: f32 [1, 1, layers, COLUMNS]; a column for each score.
+      rows: f32 [SCORES, layers, head_dim]; scores before they are taken across a head.
+    """
+    comparison = pl.program_id(1)
+    layers, head_dim = k.shape[0], k.shape[4]
+    half = head_dim // 2
+    angle = rope.angles(
+        columns["frame"][comparison], *(tables[pl.ds(index, 1)] for index in range(3))
+    )
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    lane = jax.lax.broadcasted_iota(jnp.int32, sin.shape, 2)
+    sin = jnp.where(lane < half, -sin, sin)
+    inside = jax.lax.broadcasted_iota(jnp.int32, k.shape[2:], 0) - columns["first"][comparison]
+    used = (inside >= 0) & (inside < columns["slots"][comparison])
+    # What a plan is filled up with has no slots.
+    used = used & (comparison < columns["count"][0])
+
+    @pl.loop(0, layers)
+    def _(layer: jax.Array) -> None:
+        for kind, (base, own) in enumerate(((k, own_k), (v, own_v))):
+            shown = base[layer, 0].astype(jnp.float32)
+            if base is k:
+                shown = shown * cos + flash_tpu.swapped(shown) * sin
+            gap = jnp.where(used, jnp.abs(own[layer, 0].astype(jnp.float32) - shown), 0.0)
+            of_layer = pl.ds(layer, 1)
+            rows[2 * kind, of_layer] = gap.max(axis=(0, 1))[None]
+            rows[2 * kind + 1, of_layer] = (gap * gap).sum(axis=(0, 1))[None]
+
+    # Across a head at last, for all layers at once.
+    column = jax.lax.broadcasted_iota(jnp.int32, (layers, COLUMNS), 1)
+    tile = jnp.zeros((layers, COLUMNS), jnp.float32)
+    for number in range(SCORES):
+        reduce = jnp.sum if number % 2 else jnp.max
+        tile = jnp.where(column == number, reduce(rows[number], axis=1, keepdims=True), tile)
+    out[0, 0] = tile

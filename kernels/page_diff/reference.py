@@ -1,0 +1,46 @@
+"""The page diff in plain jax.numpy, all pages at once: what other paths are tested against."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels.lanes import Array
+from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
+
+
+def page_diff_reference(
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    siblings: tuple[Array, Array] | None,
+    plan: DiffPlan,
+    *,
+    theta: float,
+) -> jax.Array:
+    """Gathers, rotates and subtracts. Arguments as `api.page_diff`, the plan on the host.
+
+    Returns:
+      f32 [SCORES, layers, comparisons], in the order of `Deviation`.
+    """
+    layers, _, page_size, _, head_dim = k_pool.shape
+    plan = jax.tree.map(np.asarray, plan)
+    count = int(plan.begin[-1])
+    base = np.repeat(plan.page, np.diff(plan.begin))
+    offset = np.arange(page_size)[None, :] - plan.first[:count, None]
+    used = jnp.asarray((offset >= 0) & (offset < plan.slots[:count, None]))
+
+    def load(pool: Array, page: Array) -> jax.Array:
+        return storage.load(jnp.asarray(pool)[:, page]).astype(jnp.float32)
+
+    frame = jnp.asarray(plan.frame[:count], jnp.int32)[None, :, None, None]
+    cos, sin = rope.rotation(frame, theta=theta, head_dim=head_dim)
+    keys, values = rope.rotate(load(k_pool, base), cos, sin), load(v_pool, base)
+    own_keys, own_values = (
+        load(pool, plan.sibling[:count]) for pool in siblings or (k_pool, v_pool)
+    )
+    scores = []
+    for own, shown in ((own_keys, keys), (own_values, values)):
+        gap = jnp.where(used[None, :, :, None, None], jnp.abs(own - shown), 0)
+        scores += [gap.max(axis=(2, 3, 4)), (gap * gap).sum(axis=(2, 3, 4))]
+    out = jnp.zeros((SCORES, layers, plan.sibling.shape[0]))
+    return out.at[:, :, :count].set(jnp.stack(scores))

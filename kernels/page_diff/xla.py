@@ -1,0 +1,73 @@
+"""The page diff as XLA code: a few comparisons at a time, one layer after the other."""
+
+import jax
+import jax.numpy as jnp
+
+from tokendance_jax.kernels import flash, rope
+from tokendance_jax.kernels.lanes import Array
+from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
+
+# Comparisons of one step: on CPU, their pages stay in the cache.
+STEP = 16
+
+
+def page_diff_xla(
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    siblings: tuple[Array, Array] | None,
+    plan: DiffPlan,
+    *,
+    theta: float,
+) -> jax.Array:
+    """Arguments as `api.page_diff`, results as `reference.page_diff_reference`."""
+    layers, _, page_size, _, head_dim = k_pool.shape
+    comparisons = plan.sibling.shape[0]
+    room = -(-comparisons // STEP) * STEP
+    begin = jnp.asarray(plan.begin)
+    count = begin[-1]
+    number = jnp.arange(room, dtype=jnp.int32)
+    of_page = jnp.searchsorted(begin, number, side="right", method="scan_unrolled")
+    base = jnp.take(jnp.asarray(plan.page), of_page - 1, mode="clip")
+
+    def padded(x: Array) -> jax.Array:
+        return jnp.pad(jnp.asarray(x), (0, room - comparisons))
+
+    sibling, frame, first, slots = map(padded, (plan.sibling, plan.frame, plan.first, plan.slots))
+    frame = jnp.where(number < count, frame, 0)
+    inside = jnp.arange(page_size, dtype=jnp.int32)[None, :] - first[:, None]
+    used = (inside >= 0) & (inside < slots[:, None]) & (number < count)[:, None]
+    cos, sin = rope.rotation(frame[:, None, None], theta=theta, head_dim=head_dim)
+    own_k, own_v = (jnp.asarray(x) for x in siblings or (k_pool, v_pool))
+
+    def step(index: jax.Array, scores: jax.Array) -> jax.Array:
+        layer, start = index % layers, index // layers * STEP
+
+        def of_step(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, STEP)
+
+        def read(pool: jax.Array, page: jax.Array) -> jax.Array:
+            return flash.read_pages(pool, layer, of_step(page)).astype(jnp.float32)
+
+        keys = read(k_pool, base)
+        keys = jax.lax.cond(
+            jnp.all(of_step(frame) == 0),
+            lambda: keys,
+            lambda: rope.rotate(keys, of_step(cos), of_step(sin)),
+        )
+        found = [
+            *_deviation(read(own_k, sibling), keys, of_step(used)),
+            *_deviation(read(own_v, sibling), read(v_pool, base), of_step(used)),
+        ]
+        return jax.lax.dynamic_update_slice(scores, jnp.stack(found)[:, None], (0, layer, start))
+
+    scores = jnp.zeros((SCORES, layers, room))
+    steps = -(-count // STEP) * layers
+    return jax.lax.fori_loop(0, steps, step, scores)[:, :, :comparisons]
+
+
+def _deviation(own: jax.Array, shown: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest difference and the sum of squares f32 [pages] of pages f32 [pages, W, K, H]."""
+    gap = jnp.where(used[:, :, None, None], jnp.abs(own - shown), 0)
+    # Slots and heads first: XLA's CPU code then takes the numbers of a head side by side.
+    largest = gap.max(axis=(1, 2)).max(axis=1)
+    return largest, (gap * gap).sum(axis=(1, 2)).sum(axis=1)

@@ -1,0 +1,81 @@
+import functools
+import itertools
+
+import jax
+import pytest
+
+from tests.kernels import cases
+from tests.kernels.cases import shape
+from tokendance_jax import targets
+from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
+
+# KV heads and head dims of Qwen2.5 from 0.5B to 72B.
+HEADS = ((2, 64), (2, 128), (4, 128), (8, 128))
+LAYERS, PAGES, BASES, COMPARISONS, SIBLINGS = 24, 512, 64, 256, 128
+
+
+def arguments(heads, page_size, dtype, *, outside):
+    pool = shape(LAYERS, PAGES, page_size, *heads, dtype=dtype)
+    siblings = (shape(LAYERS, SIBLINGS, page_size, *heads, dtype=dtype),) * 2
+    column = shape(COMPARISONS)
+    plan = DiffPlan(shape(BASES), shape(BASES + 1), column, column, column, column)
+    return pool, pool, siblings if outside else None, plan
+
+
+def diff(implementation):
+    return functools.partial(
+        page_diff, theta=cases.THETA, threshold=0.1, implementation=implementation
+    )
+
+
+def check_temporaries(compiled, *, most):
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= most
+
+
+@pytest.mark.parametrize(("implementation", "platform"), cases.PLATFORMS)
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lowers(dtype, outside, implementation, platform):
+    lowered = (
+        jax.jit(diff(implementation))
+        .trace(*arguments((2, 128), 16, dtype, outside=outside))
+        .lower(lowering_platforms=(platform,))
+    )
+    assert "custom_call" in lowered.as_text()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("heads", "page_size"), list(itertools.product(HEADS, (16, 32))), ids=str)
+def test_compiles_for_an_h100(heads, page_size, dtype, outside):
+    h100 = targets.TARGETS["h100"]
+    shapes = arguments(heads, page_size, dtype, outside=outside)
+    compiled, (kernel,) = targets.gpu_kernels(h100, diff("mosaic_gpu"), *shapes)
+    assert kernel.spill_bytes == kernel.stack_bytes == 0
+    assert kernel.shared_bytes <= h100.scratch
+    # Enough blocks in flight to hide the memory's latency.
+    assert kernel.blocks_per_core >= 3
+    # Pages come by bulk copies alone: base, two siblings ahead and the next, and the tables.
+    assert kernel.count(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global") == 9
+    # What threads load is the plan, number by number; what they store, the scores of a part.
+    assert kernel.count(r"\bld\.global") == kernel.count(r"\bld\.global\S*\.b32\b") <= 9
+    assert kernel.count(r"\bst\.global") == kernel.count(r"\bst\.global\.v4\.b32\b") == 1
+    # The scores of up to 16 parts of a page and those of the page, and the tables of angles.
+    check_temporaries(compiled, most=17 * LAYERS * COMPARISONS * 16 + 16 * 1024)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# XLA would copy pools of narrower heads: on TPUs it lays them out in another way.
+@pytest.mark.parametrize(
+    ("heads", "page_size"), [((2, 128), 16), ((4, 128), 16), ((8, 128), 32)], ids=str
+)
+def test_compiles_for_a_tpu(heads, page_size, dtype, outside, target):
+    shapes = arguments(heads, page_size, dtype, outside=outside)
+    compiled = targets.compile_for(targets.TARGETS[target], diff("mosaic_tpu"), *shapes)
+    check_temporaries(compiled, most=1 << 20)
