@@ -18,6 +18,8 @@ from scripts.kernel_work import PATCHES, Work
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.kv_write import kv_write
+from tokendance_jax.kernels.page_diff import Deviation, DiffPlan, page_diff
+from tokendance_jax.kernels.page_diff.reference import page_diff_reference
 from tokendance_jax.kernels.round_attention import attention_mass, round_attention
 from tokendance_jax.kernels.round_attention.reference import (
     attention_mass_reference,
@@ -132,6 +134,44 @@ def sparse_restore_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
             "three steps": lambda: in_place.program(kernel_rivals.three_steps(work)),
             "jax.experimental.pallas": "it has no op that restores pages",
         },
+        error=error,
+    )
+
+
+def page_diff_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
+    """All layers of the base beside everybody's copy of it."""
+    plan, theta, pools = work.comparisons(), work.config.rope_theta, work.pools
+    layers, _, *page_shape = pools[0].shape
+
+    def program(implementation: str) -> Program:
+        def compare(k: jax.Array, v: jax.Array, plan: DiffPlan) -> Deviation:
+            return page_diff(
+                k, v, None, plan, theta=theta, threshold=0.0, implementation=implementation
+            )
+
+        jitted = jax.jit(compare)
+        call = functools.partial(jitted, *pools, plan)
+        return Program(call, call)
+
+    def error(found: Deviation) -> float:
+        worst = 0.0
+        for layer in range(layers):
+            k, v = (pool[layer : layer + 1] for pool in pools)
+            expected = page_diff_reference(k, v, None, plan, theta=theta)[:, 0]
+            scores = found.k_largest, found.k_squares, found.v_largest, found.v_squares
+            errors = [_error(score[layer], x) for score, x in zip(scores, expected, strict=True)]
+            worst = max(worst, *map(float, errors))
+        return worst
+
+    page = 2 * int(np.prod(page_shape)) * pools[0].dtype.itemsize
+    return Subject(
+        what=f"{work.agents} siblings of {work.shared} tokens",
+        bytes=layers * page * (len(plan.page) + len(plan.sibling)),
+        operations=cases["page_diff"]["operations"],
+        calls=1,
+        implementations=MOSAIC,
+        program=program,
+        rivals={"jax.experimental.pallas": "it has no op that compares pages"},
         error=error,
     )
 
@@ -305,6 +345,7 @@ def kv_write_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subj
 
 SUBJECTS: dict[str, Callable[[Work, Mapping[str, Mapping[str, Any]]], Subject]] = {
     "sparse_restore": sparse_restore_subject,
+    "page_diff": page_diff_subject,
     "round_attention": round_attention_subject,
     "decode_attention": decode_attention_subject,
     "kv_write": kv_write_subject,

@@ -16,6 +16,7 @@ from tokendance_jax.collector.plan import RoundPlan, Shapes, pack
 from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.lanes import KEY_BLOCK, Array, GroupTables, LaneTables
+from tokendance_jax.kernels.page_diff import DiffPlan
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.models.qwen2.config import Qwen2Config
 
@@ -159,6 +160,19 @@ class Work:
         )
         turn = np.repeat(turn, self.page_size)
         return RestorePlan.of_slots(source, target, turn, page_size=self.page_size)
+
+    def comparisons(self) -> DiffPlan:
+        """The base with everybody's copy of it, page by page."""
+        siblings = np.stack([self.pages_of(agent)[2] for agent in range(self.agents)], axis=1)
+        frame = np.array([self.frame_of(agent) for agent in range(self.agents)])
+        base = np.repeat(self.base, self.agents)
+        return DiffPlan.of_comparisons(
+            base,
+            siblings.reshape(-1),
+            np.tile(frame, len(self.base)),
+            np.zeros_like(base),
+            np.full_like(base, self.page_size),
+        )
 
     def queries(self, rows: int) -> jax.Array:
         """Random f32 [rows, heads, head_dim]."""
