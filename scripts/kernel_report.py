@@ -26,7 +26,9 @@ from rich.table import Table
 from scripts import common
 from tokendance_jax import targets
 from tokendance_jax.kernels.decode_attention import decode_attention
+from tokendance_jax.kernels.decode_attention.mosaic_gpu import bytes_beside_pages
 from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.gpu_tiles import SLOTS
 from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, LaneTables, RowTiles
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
@@ -70,8 +72,8 @@ def cases(config: Qwen2Config) -> list[dict[str, Any]]:
 
     Returns:
       Of each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
-      of every page once for all agents that show it, of queries and of results; `extra`: what it
-      moves beside; and `operations`.
+      of every page once for all agents that show it, of queries and of results; `extra`: what the
+      GPU kernel moves beside; and `operations`.
     """
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
@@ -110,12 +112,8 @@ def cases(config: Qwen2Config) -> list[dict[str, Any]]:
     groups = GroupTables(entry, entry, entry, _shape(blocks, agents), member, _shape())
     q = _shape(agents, heads, head_dim, dtype="float32")
     queries = 4 * agents * heads * head_dim
-    group = heads // kv_heads
-    # What the GPU kernel writes and reads again: results of parts, and their log-sum-exps.
-    width, filled = 64 // group, -(-group // 8) * 8
-    tiles = -(-agents // width)
-    splits = [max(1, min(8, 132 // (n * kv_heads))) for n in (agents, tiles)]
-    parts = splits[0] * agents * filled + splits[1] * tiles * 64
+    steps = {"shared": shared // SLOTS, "own": agents * own // SLOTS}
+    beside = bytes_beside_pages(agents, heads, kv_heads, head_dim, page_size, **steps)
     decoded = {
         "name": "decode_attention",
         "what": f"{agents} lanes, {shared} shared and {own} own tokens, one layer",
@@ -127,7 +125,7 @@ def cases(config: Qwen2Config) -> list[dict[str, Any]]:
         "arguments": (q, pool, pool, _shape(agents), tables, groups),
         "donate": (),
         "floor": page * (shared_pages + agents * own_pages) + 2 * queries,
-        "extra": 2 * 4 * kv_heads * parts * (head_dim + 1),
+        "extra": beside - 2 * queries,
         "operations": 4 * agents * heads * head_dim * (shared + own),
     }
 
@@ -172,7 +170,7 @@ def report(case: dict[str, Any], target: targets.Target, size: str) -> dict[str,
         compiled = targets.compile_for(target, call, *case["arguments"], donate=case["donate"])
         kernels = []
     memory = compiled.memory_analysis()
-    moved = case["floor"] + case["extra"]
+    moved = case["floor"] + (case["extra"] if gpu else 0)
     return {
         "kernel": case["name"],
         "what": case["what"],

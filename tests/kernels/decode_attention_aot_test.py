@@ -58,7 +58,7 @@ def test_compiles_for_an_h100(heads, page_size):
     h100 = targets.TARGETS["h100"]
     shapes = arguments(heads, page_size)
     compiled, kernels = targets.gpu_kernels(h100, attend("mosaic_gpu"), *shapes)
-    assert len(kernels) == 2  # own pages, shared blocks
+    assert len(kernels) == 2  # shared blocks, own pages
     for kernel in kernels:
         assert kernel.spill_bytes == kernel.stack_bytes == 0
         assert kernel.shared_bytes <= h100.scratch
