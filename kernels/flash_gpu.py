@@ -114,7 +114,6 @@ def flash_attention_gpu(
         scratch |= {"frame": column, "held": plgpu.SMEM((STAGES, QUERIES), jnp.int32)}
     if before is not None:
         inputs |= {f"before_{name}": value for name, value in vars(before).items()}
-        inputs["before_count"] = before.count[None]
     if interpret:
         scratch["weights"] = narrow((QUERIES, SLOTS))
     if before is not None or parts is not None:
@@ -331,7 +330,7 @@ def _walk(
         tuple(jnp.zeros((QUERIES, COLUMNS), jnp.float32) for _ in columns_of_head),
     )
     if "before_out" in inputs:
-        carry = jax.lax.fori_loop(0, inputs["before_count"][0], join, carry)
+        carry = jax.lax.fori_loop(0, inputs["before_count"][tile], join, carry)
     maximum, total, weighted = jax.lax.fori_loop(begin, end, attend, carry)
     if lse is not None:
         score = (maximum + jnp.log2(total)) * np.float32(1 / LOG2E)

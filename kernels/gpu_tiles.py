@@ -80,7 +80,7 @@ class Parts:
       out: bf16 [parts, rows, heads, head_dim]; zero where a row saw nothing of a part.
       lse: f32 [parts, tiles, kv_heads, QUERIES]; there `flash.MASKED`.
       of_tile: i32 [tiles of the reader]; a tile that has the same rows at the same places.
-      count: i32 []; parts in use, which stand first.
+      count: i32 [tiles of the reader]; parts that it reads, which stand first.
     """
 
     out: jax.Array
@@ -142,7 +142,15 @@ def lane_steps(tables: LaneTables, page_size: int, lane: jax.Array, last: jax.Ar
 
 
 def group_steps(groups: GroupTables, row: jax.Array, group: int, page_size: int) -> Steps:
-    """The steps of groups, for tiles of lanes i32 [tiles, lanes of a tile]."""
+    """The steps of groups.
+
+    Args:
+      groups: the groups.
+      row: i32 [tiles, rows of a tile]; the lane of each row, and the number of lanes where there is
+        none.
+      group: heads of a row that share a KV head.
+      page_size: slots of a page.
+    """
     pages = SLOTS // page_size
     blocks, lanes, entries = groups.member.shape
     steps = entries // pages
@@ -169,9 +177,34 @@ def group_steps(groups: GroupTables, row: jax.Array, group: int, page_size: int)
         held=of_queries(held),
         moved=moved,
         of_tile=none,
-        count=none + jnp.asarray(groups.count) * steps,
+        count=jnp.where(jnp.any(row < lanes, axis=1), jnp.asarray(groups.count) * steps, 0),
         last=none,
     )
+
+
+def scores_of_rows(lse: jax.Array, row: jax.Array, group: int, rows: int) -> jax.Array:
+    """Log-sum-exps f32 [tiles, kv_heads, QUERIES] as [rows, heads]; `flash.MASKED` in other rows.
+
+    Args:
+      lse: of tiles whose first row stands at their first place.
+      row: i32 [tiles, rows of a tile]; `rows` where there is none.
+      group: heads of a row that share a KV head.
+      rows: number of rows.
+    """
+    tiles, kv_heads, _ = lse.shape
+    lse = lse[:, :, : row.shape[1] * group].reshape(tiles, kv_heads, row.shape[1], group)
+    lse = jnp.moveaxis(lse, 1, 2).reshape(-1, kv_heads * group)
+    masked = jnp.full((rows, lse.shape[1]), flash.MASKED)
+    return masked.at[row.reshape(-1)].set(lse, mode="drop")
+
+
+def scores_of_tiles(lse: jax.Array, row: jax.Array, kv_heads: int) -> jax.Array:
+    """The inverse of `scores_of_rows`; `flash.MASKED` where there is no row."""
+    tiles, width = row.shape
+    lse = jnp.take(lse, row.reshape(-1), axis=0, mode="fill", fill_value=flash.MASKED)
+    lse = jnp.moveaxis(lse.reshape(tiles, width, kv_heads, -1), 2, 1).reshape(tiles, kv_heads, -1)
+    room = QUERIES - lse.shape[2]
+    return jnp.pad(lse, [(0, 0), (0, 0), (0, room)], constant_values=flash.MASKED)
 
 
 def merge_parts(parts: Sequence[Parts], place: jax.Array) -> jax.Array:
@@ -192,8 +225,8 @@ def merge_parts(parts: Sequence[Parts], place: jax.Array) -> jax.Array:
         query = (place * group)[:, None] + jnp.arange(group, dtype=jnp.int32)[None, :]
         lse = jnp.take(part.lse, part.of_tile, axis=1)
         lse = jnp.take_along_axis(lse, query[None, :, None, :], axis=3).reshape(most, rows, heads)
-        used = jnp.arange(most, dtype=jnp.int32) < part.count
-        scores.append(jnp.where(used[:, None, None], lse, flash.MASKED))
+        used = jnp.arange(most, dtype=jnp.int32)[:, None] < part.count[None, :]
+        scores.append(jnp.where(used[:, :, None], lse, flash.MASKED))
         outs.append(part.out.astype(jnp.float32))
     out, lse = jnp.concatenate(outs), jnp.concatenate(scores)
     saw = lse > flash.MASKED

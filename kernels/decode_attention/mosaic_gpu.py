@@ -71,7 +71,7 @@ def decode_attention_mosaic_gpu(
         parts=(most, count),
         interpret=interpret,
     )
-    shared = Parts(out, lse, lane // width, count)
+    shared = Parts(out, lse, lane // width, jnp.broadcast_to(count, lane.shape))
     own_tiles = Tiles.of(lane[:, None], lane % width, position[:, None], group)
     if own_most == 1:
         (out,) = flash_attention_gpu(
@@ -99,7 +99,8 @@ def decode_attention_mosaic_gpu(
         parts=(own_most, count),
         interpret=interpret,
     )
-    return merge_parts([shared, Parts(out, lse, lane, count)], own_tiles.place)
+    whole = Parts(out, lse, lane, jnp.broadcast_to(count, lane.shape))
+    return merge_parts([shared, whole], own_tiles.place)
 
 
 def parts_of(lanes: int, heads: int, kv_heads: int, *, shared: Any, own: Any) -> jax.Array:
@@ -133,7 +134,7 @@ def bytes_beside_pages(
     hold all shared pages in one run. What tiles and steps need is made once for all layers.
 
     Args:
-      lanes: number of lanes, enough that their own steps are not split.
+      lanes: number of lanes.
       heads: query heads.
       kv_heads: KV heads.
       head_dim: width of a head.
@@ -141,12 +142,15 @@ def bytes_beside_pages(
       shared: steps that are read for several lanes.
       own: steps of all lanes' own pages.
     """
-    assert _most_parts(lanes, heads, kv_heads)[1] == 1
+    own_parts = _most_parts(lanes, heads, kv_heads)[1]
     tiles = -(-lanes // (QUERIES // (heads // kv_heads)))
     parts = int(parts_of(lanes, heads, kv_heads, shared=shared, own=own))
     numbers = lanes * heads * head_dim
     queries = 4 * numbers * (2 if shared else 1)
-    written_and_read = 2 * parts * (2 * numbers + 4 * tiles * kv_heads * QUERIES)
+    part, score = 2 * numbers, 4 * kv_heads * QUERIES
+    written_and_read = 2 * parts * (part + tiles * score)
+    if own_parts > 1:
+        written_and_read += 2 * own_parts * (part + lanes * score)
     # Pages, positions and where they stop; the frame of a lane's step; what tiles see of a step.
     of_steps = 4 * (shared + own) * (SLOTS // page_size + SLOTS + 1) + 4 * own
     of_tiles = 4 * tiles * (shared * (QUERIES + 1) + parts * QUERIES)

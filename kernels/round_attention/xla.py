@@ -1,10 +1,13 @@
 """Round attention as XLA code: loops over row tiles and over the key blocks that each sees."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from tokendance_jax.kernels import flash, storage
-from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
+from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, continued
 
 # Rows of a small tile: what is left of a lane behind its full tiles is often little.
 SMALL_TILE = 32
@@ -20,12 +23,18 @@ def round_attention_xla(
     tiles: RowTiles,
     *,
     theta: float,
-) -> jax.Array:
+    shared: SharedRows | None = None,
+    with_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Reads each key block once per tile of rows; arguments as `api.round_attention`.
 
     Both loops have the plan's own bounds: padding rows, unused tiles and the part of a table that
     no row of a tile may see cost nothing, whatever the bucket.
     """
+    before = None
+    if shared is not None:
+        before = attend_shared(q, k_pool, v_pool, layer, shared, theta=theta)
+        tables, tiles = shared.tables, shared.tiles
     rows, heads, head_dim = q.shape
     page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
     group = heads // kv_heads
@@ -38,7 +47,7 @@ def round_attention_xla(
         [jnp.ones((lanes, 1), jnp.bool_), frame[:, 1:] != frame[:, :-1]], axis=1
     )
 
-    def tile(index: jax.Array, tile_rows: int, out: jax.Array) -> jax.Array:
+    def tile(index: jax.Array, tile_rows: int, result: tuple[jax.Array, ...]) -> Any:
         row, lane = tiles.row[index, :tile_rows], tiles.lane[index]
         row_position = jnp.take(position, row, mode="clip")
         last = jnp.max(jnp.where(row < rows, row_position, -1))
@@ -74,14 +83,21 @@ def round_attention_xla(
         blocks = jnp.sum((block_start[lane] <= last).astype(jnp.int32))
         start = (
             jnp.zeros(q_tile.shape, storage.value_dtype(k_pool.dtype)),
-            tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads)),
+            tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads))
+            if before is None
+            else continued(before, row, kv_heads),
         )
         _, softmax = jax.lax.fori_loop(0, blocks, block, start)
         o_tile = jnp.stack([flash.finish(head) for head in softmax])
         o_tile = o_tile.reshape(kv_heads, tile_rows, group, head_dim).transpose(1, 0, 2, 3)
-        return out.at[row].set(o_tile.reshape(tile_rows, heads, head_dim), mode="drop")
+        found = [o_tile.reshape(tile_rows, heads, head_dim)]
+        if with_lse:
+            lse = jnp.stack([flash.log_sum_exp(head) for head in softmax])
+            lse = lse.reshape(kv_heads, tile_rows, group).transpose(1, 0, 2)
+            found.append(lse.reshape(tile_rows, heads))
+        return tuple(x.at[row].set(y, mode="drop") for x, y in zip(result, found, strict=True))
 
-    def fitting_tile(index: jax.Array, out: jax.Array) -> jax.Array:
+    def fitting_tile(index: jax.Array, out: tuple[jax.Array, ...]) -> Any:
         if tiles.row.shape[1] <= SMALL_TILE:
             return tile(index, tiles.row.shape[1], out)
         return jax.lax.cond(
@@ -90,5 +106,8 @@ def round_attention_xla(
             lambda: tile(index, tiles.row.shape[1], out),
         )
 
-    out = jnp.zeros((rows, heads, head_dim), jnp.float32)
-    return jax.lax.fori_loop(0, tiles.count, fitting_tile, out)
+    out = [jnp.zeros((rows, heads, head_dim), jnp.float32)]
+    if with_lse:
+        out.append(jnp.full((rows, heads), flash.MASKED, jnp.float32))
+    out = jax.lax.fori_loop(0, tiles.count, fitting_tile, tuple(out))
+    return out if with_lse else out[0]

@@ -180,6 +180,24 @@ def test_nothing_live_gives_zeros():
 
 
 @pytest.mark.parametrize(
+    "heads", [cases.Heads(14, 2, 64), cases.Heads(28, 4, 128), cases.Heads(40, 8, 128)], ids=str
+)
+def test_the_gpu_kernel_moves_little_more_than_it_must(heads):
+    # 25 lanes with 2,048 slots that all share and 256 of their own.
+    tokens = {"shared": 2048, "own": 25 * 256}
+    queries = 4 * 25 * heads.heads * heads.head_dim
+    pages = 4 * sum(tokens.values()) * heads.kv_heads * heads.head_dim
+    steps = {name: count // mosaic_gpu.SLOTS for name, count in tokens.items()}
+    numbers = 25, heads.heads, heads.kv_heads, heads.head_dim
+    assert mosaic_gpu.parts_of(*numbers[:3], **steps) > 1
+    beside = mosaic_gpu.bytes_beside_pages(*numbers, 16, **steps)
+    assert 1 < (pages + beside) / (pages + 2 * queries) < 1.1
+    # Parts take no more than what pages allow, but one there must be.
+    assert mosaic_gpu.parts_of(*numbers[:3], shared=1, own=0) == 1
+    assert mosaic_gpu.parts_of(*numbers[:3], shared=0, own=steps["own"]) == 0
+
+
+@pytest.mark.parametrize(
     ("heads", "page_size", "blocks"),
     [
         (cases.Heads(14, 2, 64), 16, 16),

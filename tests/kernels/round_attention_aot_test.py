@@ -6,7 +6,14 @@ import pytest
 from tests.kernels import cases
 from tests.kernels.cases import shape
 from tokendance_jax import targets
-from tokendance_jax.kernels.lanes import TILE_ROWS, LaneTables, RowTiles
+from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.lanes import (
+    TILE_ROWS,
+    GroupTables,
+    LaneTables,
+    RowTiles,
+    SharedRows,
+)
 from tokendance_jax.kernels.round_attention import round_attention
 
 # Heads of Qwen2.5: 0.5B, 1.5B, 3B, 7B, 14B and 32B, 72B.
@@ -19,6 +26,7 @@ HEADS = (
     cases.Heads(64, 8, 128),
 )
 LAYERS, PAGES, LANES, ROWS, TILES, TOKENS = 28, 8192, 32, 2048, 48, 4096
+SHARED_ROWS = 1024
 
 
 def arguments(heads, page_size, dtype="bfloat16", pages=PAGES):
@@ -33,8 +41,21 @@ def arguments(heads, page_size, dtype="bfloat16", pages=PAGES):
     return q, pool, pool, shape(ROWS), tables, tiles
 
 
-def attend(implementation):
-    def program(q, k, v, position, tables, tiles):
+def shared_rows(page_size):
+    """Shapes of rows of all lanes that meet shared pages together."""
+    entries = block_pages(page_size)
+    blocks = TOKENS // page_size // entries
+    entry, row = shape(blocks, entries), shape(SHARED_ROWS)
+    member = shape(blocks, LANES, entries, dtype="bool")
+    groups = GroupTables(entry, entry, entry, shape(blocks, LANES), member, shape())
+    column = shape(2 * LANES, TOKENS // page_size)
+    tables = LaneTables(column, column, column, column, column)
+    tiles = RowTiles(shape(TILES, TILE_ROWS), shape(TILES), shape())
+    return SharedRows(row, row, groups, tables, tiles)
+
+
+def attend(implementation, **options):
+    def program(q, k, v, position, tables, tiles, shared=None):
         return round_attention(
             q,
             k,
@@ -44,7 +65,9 @@ def attend(implementation):
             tables,
             tiles,
             theta=cases.THETA,
+            shared=shared,
             implementation=implementation,
+            **options,
         )
 
     return program
@@ -56,14 +79,15 @@ def test_lowers(implementation, platform):
     assert "custom_call" in program.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize(("heads", "page_size"), list(itertools.product(HEADS, (16, 32))), ids=str)
-def test_compiles_for_an_h100(heads, page_size):
-    h100 = targets.TARGETS["h100"]
-    shapes = arguments(heads, page_size)
-    compiled, (kernel,) = targets.gpu_kernels(h100, attend("mosaic_gpu"), *shapes)
+def test_shared_rows_lower():
+    program = jax.jit(attend("mosaic_gpu", with_lse=True))
+    traced = program.trace(*arguments(HEADS[1], 16), shared_rows(16))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call") >= 2
+
+
+def check_kernel(kernel, page_size):
     assert kernel.spill_bytes == kernel.stack_bytes == 0
-    assert kernel.shared_bytes <= h100.scratch
+    assert kernel.shared_bytes <= targets.TARGETS["h100"].scratch
     assert kernel.blocks_per_core >= 2
     # Both products on tensor cores.
     assert kernel.count(r"wgmma\.mma_async\S*\.bf16\.bf16") >= 8
@@ -71,12 +95,37 @@ def test_compiles_for_an_h100(heads, page_size):
     assert kernel.count(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global") >= 2 * 64 // page_size
     assert kernel.count(r"\bst\.global") == 0
     assert kernel.count(r"\bld\.global") == kernel.count(r"\bld\.global\.[bsu]32\b")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("heads", "page_size"), list(itertools.product(HEADS, (16, 32))), ids=str)
+def test_compiles_for_an_h100(heads, page_size):
+    h100 = targets.TARGETS["h100"]
+    shapes = arguments(heads, page_size)
+    compiled, (kernel,) = targets.gpu_kernels(h100, attend("mosaic_gpu"), *shapes)
+    check_kernel(kernel, page_size)
     # Temporaries are queries and results, in a few arrangements, and never a pool.
     memory, (q, pool, *_) = compiled.memory_analysis(), shapes
     assert memory is not None
     tiled = TILES * TILE_ROWS * q.size // ROWS * 4
     assert memory.temp_size_in_bytes < 4 * tiled
     assert memory.temp_size_in_bytes < pool.size * 2
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("heads", "page_size"), [(HEADS[0], 16), (HEADS[3], 32), (HEADS[4], 16)], ids=str
+)
+def test_compiles_shared_rows_for_an_h100(heads, page_size):
+    shapes = *arguments(heads, page_size), shared_rows(page_size)
+    program = attend("mosaic_gpu", with_lse=True)
+    compiled, kernels = targets.gpu_kernels(targets.TARGETS["h100"], program, *shapes)
+    assert len(kernels) == 2  # shared blocks, lanes' own
+    for kernel in kernels:
+        check_kernel(kernel, page_size)
+    memory, (_, pool, *_) = compiled.memory_analysis(), shapes
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 0.1 * pool.size
 
 
 @pytest.mark.aot

@@ -26,6 +26,7 @@ from tokendance_jax.engine.result import (
     tokens_by_kind,
 )
 from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_arrays
+from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.mirror import MirrorLayout, encode
 from tokendance_jax.model import Model
@@ -123,6 +124,8 @@ class RoundEngine:
             max_tokens=model.config.max_position_embeddings,
             pages=pages,
             page_size=page_size,
+            # Tiles of the GPU kernel are filled with rows of several lanes.
+            shared_rows=dispatch.platform_of(implementation) == "gpu",
         )
         if programs is None:
             programs = Programs(model, shapes, implementation=implementation)

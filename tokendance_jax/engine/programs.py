@@ -278,6 +278,7 @@ class Programs:
                 position,
                 plan.tables,
                 plan.tiles,
+                shared=plan.shared,
                 theta=theta,
                 implementation=self.implementation,
             )
