@@ -49,6 +49,13 @@ def lane_of(own, base, task, *, patch=()):
     return LanePlan(tokens, position, *columns, base=np.zeros_like(columns[0]))
 
 
+def plans_of(lanes):
+    """Plans, each with its shared rows."""
+    for plan in pack(lanes, shapes_of()):
+        assert plan.shared is not None
+        yield plan, plan.shared
+
+
 def packed(shared):
     """The lanes of which rows are packed, and how many of each."""
     used = shared.row < ROWS
@@ -58,10 +65,10 @@ def packed(shared):
 def test_short_ends_of_lanes_meet_their_base_together():
     base = range(1, 33)
     lanes = [lane_of(3 + index, base, 9, patch=[index + 1]) for index in range(5)]
-    (plan,) = pack(lanes, shapes_of())
-    assert packed(plan.shared) == dict.fromkeys(range(5), 9)
+    ((_, shared),) = plans_of(lanes)
+    assert packed(shared) == dict.fromkeys(range(5), 9)
     # All of the base is shared but for what stands in the block of a patch.
-    held = plan.shared.groups.member.sum(axis=(0, 2))
+    held = shared.groups.member.sum(axis=(0, 2))
     assert (held[:5] == 31).all()
     assert not held[5:].any()
 
@@ -85,10 +92,10 @@ def test_short_ends_of_lanes_meet_their_base_together():
     ids=["alone", "others", "full", "little", "long", "nothing"],
 )
 def test_what_does_not_pay_is_not_shared(lanes):
-    for plan in pack(lanes, shapes_of()):
-        assert not packed(plan.shared)
-        assert not plan.shared.groups.count
-        np.testing.assert_array_equal(plan.shared.tiles.count, plan.tiles.count)
+    for plan, shared in plans_of(lanes):
+        assert not packed(shared)
+        assert not shared.groups.count
+        np.testing.assert_array_equal(shared.tiles.count, plan.tiles.count)
 
 
 @st.composite
@@ -107,10 +114,14 @@ def rounds(draw):
 @settings(max_examples=30, deadline=None)
 def test_rows_see_what_their_lane_holds(lanes):
     rows_of = Counter()
-    for plan in pack(lanes, shapes_of()):
-        shared, rows = plan.shared, len(plan.lane)
+    for plan, shared in plans_of(lanes):
+        rows = len(plan.lane)
         tables, tiles, count = shared.tables, shared.tiles, int(shared.tiles.count)
         in_lanes = packed(shared)
+        member = shared.groups.member
+        assert set(np.flatnonzero(member.any(axis=(0, 2)))) == set(in_lanes)
+        # Nothing is read that might not be written yet.
+        np.testing.assert_array_equal(member.any(axis=1), shared.groups.slots > 0)
         for index, lane in enumerate(lanes):
             whole = whole_entries(lane)
             assert own_entries(tables, index) == whole

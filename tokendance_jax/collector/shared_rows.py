@@ -55,8 +55,19 @@ class Sharing:
         row = np.full(min(rows, lanes * MOST_ROWS), rows, np.int32)
         row_lane = np.zeros_like(row)
         row[: len(used)], row_lane[: len(used)] = used, lane[used]
+        # Pages that only lanes of later calls hold may not be written yet.
+        present = np.zeros(lanes, np.bool_)
+        present[row_lane[: len(used)]] = True
+        member = self.groups.member & present[None, :, None]
+        held = np.any(member, axis=1)
+        groups = dataclasses.replace(
+            self.groups,
+            member=member,
+            page=np.where(held, self.groups.page, 0),
+            slots=np.where(held, self.groups.slots, 0),
+        )
         tiles = row_tiles(lane + packed.astype(np.int32) * lanes, rows=rows, lanes=2 * lanes)
-        return SharedRows(row, row_lane, self.groups, self.tables, tiles)
+        return SharedRows(row, row_lane, groups, self.tables, tiles)
 
 
 def share_rows(lanes: Sequence[LanePlan], tables: LaneTables, shapes: Shapes) -> Sharing:
