@@ -1,14 +1,15 @@
 """What the Mosaic GPU attention kernels share: 64 queries against pages, 64 slots at a time.
 
-A block of threads takes 64 queries of one KV head and walks a list of steps. Bulk copies bring the
-pages of the next step into shared memory while tensor cores multiply those of this one. Queries are
-turned in float32 when the frame changes; keys and values are used as they lie in the pool.
+A block of threads takes the queries of a few rows of one KV head and walks a list of steps. Bulk
+copies bring the pages of the next step into shared memory while tensor cores multiply those of this
+one. Queries are turned in float32 when the frame changes; keys and values are used as they lie in
+the pool. Queries come from where the model left them, row by row, and results go there.
 """
 
-import dataclasses
 import functools
 import math
-from typing import Any, no_type_check
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokendance_jax.kernels import flash, rope
-from tokendance_jax.kernels.lanes import LaneTables
+from tokendance_jax.kernels.gpu_tiles import QUERIES, SLOTS, Parts, Steps, Tiles
 
-# Queries of a block: the rows of one instruction of the tensor cores.
-QUERIES = 64
-# Slots of a step.
-SLOTS = 64
 # Steps whose pages are in shared memory or on their way.
 STAGES = 2
 # Columns of a head that pass through registers at a time.
@@ -30,32 +27,6 @@ COLUMNS = 64
 LOG2E = math.log2(math.e)
 
 Ref = Any
-
-
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """Lists of steps, and which list each tile of queries walks.
-
-    Attributes:
-      page: i32 [lists, steps * pages_of_a_step].
-      slot_position: i32 [lists, steps, SLOTS]; int32's maximum where a slot is not valid.
-      frame: i32 [lists, steps], one for all queries; or [tiles, steps, queries].
-      held: i32 [tiles, steps, queries], bit i: the query sees the i-th page of the step; or None:
-        all queries see all pages.
-      of_tile: i32 [tiles]; the list that a tile walks.
-      count: i32 [tiles]; steps of it that the tile sees.
-      last: i32 [tiles]; the greatest position that a query of the tile sees.
-    """
-
-    page: jax.Array
-    slot_position: jax.Array
-    frame: jax.Array
-    held: jax.Array | None
-    of_tile: jax.Array
-    count: jax.Array
-    last: jax.Array
 
 
 def check_pool(k_pool: jax.Array) -> None:
@@ -72,142 +43,103 @@ def check_pool(k_pool: jax.Array) -> None:
         )
 
 
-def lane_steps(tables: LaneTables, page_size: int, lane: jax.Array, last: jax.Array) -> Steps:
-    """The steps of lanes' own tables.
-
-    Args:
-      tables: the tables.
-      page_size: slots of a page.
-      lane: i32 [tiles]; the lane of each tile.
-      last: i32 [tiles]; the greatest position that a query of the tile sees.
-    """
-    lanes = tables.page.shape[0]
-    slot_position = tables.slot_positions(page_size).reshape(lanes, -1, SLOTS)
-    start = slot_position.min(axis=2)
-    # Steps without a valid slot stand where a key block is filled up: they go behind all others.
-    order = jnp.argsort(start, axis=1)
-
-    def in_order(x: jax.Array) -> jax.Array:
-        index = order.reshape(*order.shape, *[1] * (x.ndim - 2))
-        return jnp.take_along_axis(x, index, axis=1)
-
-    pages = SLOTS // page_size
-    page = in_order(jnp.asarray(tables.page).reshape(lanes, -1, pages))
-    seen = start[lane] <= last[:, None]
-    return Steps(
-        page=page.reshape(lanes, -1),
-        slot_position=in_order(slot_position),
-        frame=in_order(jnp.asarray(tables.frame)[:, ::pages]),
-        held=None,
-        of_tile=lane,
-        count=jnp.sum(seen.astype(jnp.int32), axis=1),
-        last=last,
-    )
-
-
 def flash_attention_gpu(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
     layer: int,
-    limit: jax.Array,
+    tiles: Tiles,
     steps: Steps,
     *,
     theta: float,
-    splits: int = 1,
+    before: Parts | None = None,
+    parts: tuple[int, jax.Array] | None = None,
+    with_lse: bool = True,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Attends tiles of queries to the slots at positions up to each query's limit.
+) -> tuple[jax.Array, ...]:
+    """Attends tiles of rows to the slots at positions up to each query's limit.
 
     Args:
-      q: f32 [tiles, kv_heads, queries, head_dim], rotated at logical positions, not scaled; the
-        number of queries is a multiple of `QUERIES`, or a smaller multiple of 8.
+      q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
       k_pool: bf16 [layers, pages, page_size, kv_heads, head_dim].
       v_pool: as k_pool.
       layer: index of the layer.
-      limit: i32 [tiles, queries], filled up with -1 to a multiple of `QUERIES`.
+      tiles: the rows; at most `QUERIES` queries of a KV head in a tile.
       steps: what the tiles walk.
       theta: base of the rotary frequencies.
-      splits: parts of a tile's steps that different blocks take.
+      before: what the rows saw already, to be joined with what they see here.
+      parts: most parts that a tile's steps are split into, for different blocks, and how many it
+        are, i32 []; None: the result is whole.
+      with_lse: whether log-sum-exps are wanted.
       interpret: parameters of the simulator, to run on a CPU.
 
     Returns:
-      The output f32 [splits, tiles, kv_heads, queries, head_dim] over each part, zero where a query
-      saw nothing of it, and the log-sum-exp of its scores f32 [splits, tiles, kv_heads, queries],
-      there `flash.MASKED`.
+      The output f32 [1, rows, heads, head_dim], or bf16 [parts, ...] over each part; zero where a
+      row saw nothing, and anything in rows of no tile. If wanted, the log-sum-exp of the queries'
+      scores f32 [1 or parts, tiles, kv_heads, QUERIES], where they saw nothing `flash.MASKED`.
     """
-    tiles, kv_heads, queries, head_dim = q.shape
-    _, pages, page_size, _, _ = k_pool.shape
-    # In units of log2, so that the softmax takes powers of two.
-    scaled = q * np.float32(LOG2E / math.sqrt(head_dim))
-    shared = steps.held is not None
+    _, heads, head_dim = q.shape
+    _, pages, page_size, kv_heads, _ = k_pool.shape
+    (count, tile_rows), group = tiles.row.shape, heads // kv_heads
+    most, used = (1, jnp.ones((), jnp.int32)) if parts is None else parts
     inputs = {
-        "q": scaled,
+        "q": q,
         "k": k_pool.reshape(-1, kv_heads, head_dim),
         "v": v_pool.reshape(-1, kv_heads, head_dim),
-        "limit": limit,
-        # A table for each of `COLUMNS`: of narrow heads twice, of wide ones once.
-        "turns": jnp.asarray(
-            np.tile(rope.turn_tables(theta, head_dim), (1, 2 * COLUMNS // head_dim))
-        ),
+        "turns": jnp.asarray(rope.turn_tables(theta, head_dim)),
         "stop": steps.slot_position.max(axis=2),
+        "parts": used[None],
+        **vars(tiles),
         **{name: value for name, value in vars(steps).items() if value is not None},
     }
-    if head_dim == COLUMNS:
-        # The rotary embedding in full width: q cos + (-second half, first half) sin. Of wide heads
-        # a half is what passes through registers at a time.
-        first, second = jnp.split(scaled, 2, axis=-1)
-        inputs["q_crossed"] = jnp.concatenate([-second, first], axis=-1)
     narrow = functools.partial(
         plgpu.SMEM,
         dtype=k_pool.dtype,
         transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
     )
+    column = plgpu.SMEM((QUERIES,), jnp.int32)
+    out_type = jnp.float32 if parts is None else jnp.bfloat16
     scratch = {
         "q": narrow((QUERIES, head_dim)),
         "k": narrow((STAGES, SLOTS, head_dim)),
         "v": narrow((STAGES, SLOTS, head_dim)),
-        "weights": narrow((QUERIES, SLOTS)),
         # Queries on their way in, results on their way out.
         "wide": plgpu.SMEM((QUERIES, COLUMNS), jnp.float32),
         "lse": plgpu.SMEM((QUERIES,), jnp.float32),
-        "turns": plgpu.SMEM((3, COLUMNS), jnp.int32),
-        "limit": plgpu.SMEM((QUERIES,), jnp.int32),
+        "turns": plgpu.SMEM((3, head_dim // 2), jnp.int32),
+        "limit": column,
         "slot_position": plgpu.SMEM((STAGES, SLOTS), jnp.int32),
     }
-    if shared:
-        column = plgpu.SMEM((STAGES, QUERIES), jnp.int32)
-        scratch |= {"frame": column, "held": column}
+    if steps.held is not None:
+        scratch |= {"frame": column, "held": plgpu.SMEM((STAGES, QUERIES), jnp.int32)}
+    if before is not None:
+        inputs |= {f"before_{name}": value for name, value in vars(before).items()}
+    if interpret:
+        scratch["weights"] = narrow((QUERIES, SLOTS))
+    if before is not None or parts is not None:
+        scratch["part"] = plgpu.SMEM((QUERIES, COLUMNS), jnp.bfloat16)
     walk = functools.partial(
-        _walk,
-        layer * pages * page_size,
-        page_size,
-        splits,
-        min(queries, QUERIES),
-        interpreted=bool(interpret),
+        _walk, layer * pages * page_size, page_size, group, interpreted=bool(interpret)
     )
 
-    def kernel(inputs: dict[str, Ref], out: Ref, lse: Ref) -> None:
+    def kernel(inputs: dict[str, Ref], out: Ref, *lse: Ref) -> None:
         # One arrival for each copy of a step: its pages of keys and values, and its columns.
-        copies = 2 * (SLOTS // page_size) + (3 if shared else 1)
+        copies = 2 * (SLOTS // page_size) + (1 if steps.held is None else 2)
         pl.run_scoped(
-            functools.partial(walk, inputs, out, lse),
+            functools.partial(walk, inputs, out, lse[0] if lse else None),
             scratch,
             plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
             plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=tile_rows),
         )
 
-    shape = splits, tiles, kv_heads, queries
+    results = [jax.ShapeDtypeStruct((most, *q.shape), out_type)]
+    if with_lse:
+        results.append(jax.ShapeDtypeStruct((most, count, kv_heads, QUERIES), jnp.float32))
     return pl.kernel(
         kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-        ),
-        mesh=plgpu.Mesh(
-            grid=(-(-queries // QUERIES) * splits, kv_heads, tiles),
-            grid_names=("block", "head", "tile"),
-        ),
+        out_type=tuple(results),
+        mesh=plgpu.Mesh(grid=(most, kv_heads, count), grid_names=("part", "head", "tile")),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
@@ -216,44 +148,30 @@ def flash_attention_gpu(
     )(inputs)
 
 
-def merge_parts(out: jax.Array, lse: jax.Array) -> jax.Array:
-    """Joins outputs over sets of slots: `flash.merge` of normalised parts.
-
-    Args:
-      out: f32 [parts, ..., head_dim].
-      lse: f32 [parts, ...]; `flash.MASKED` of a part that saw nothing.
-
-    Returns:
-      The output over all slots, zero where no part saw one.
-    """
-    share = jnp.where(lse > flash.MASKED, jnp.exp(lse - lse.max(axis=0)[None]), jnp.zeros_like(lse))
-    total = share.sum(axis=0)
-    total = jnp.where(total > 0, total, jnp.ones_like(total))
-    return (out * share[..., None]).sum(axis=0) / total[..., None]
-
-
 def _walk(
     first_slot: int,
     page_size: int,
-    splits: int,
-    given: int,
+    group: int,
     inputs: dict[str, Ref],
     out: Ref,
-    lse: Ref,
+    lse: Ref | None,
     smem: dict[str, Ref],
     arrived: Ref,
     brought: Ref,
+    rows_brought: Ref,
     *,
     interpreted: bool,
 ) -> None:
-    """Attends 64 queries, of which some are given, to their part of what their tile sees."""
-    number, head, tile = (jax.lax.axis_index(name) for name in ("block", "head", "tile"))
-    split, block = jax.lax.rem(number, splits), jax.lax.div(number, splits)
+    """Attends the queries of a tile to their part of what it sees."""
+    part, head, tile = (jax.lax.axis_index(name) for name in ("part", "head", "tile"))
+    parts = inputs["parts"][0]
     steps, count, last = (inputs[name][tile] for name in ("of_tile", "count", "last"))
-    begin, end = count * split // splits, count * (split + 1) // splits
-    queries, pages = pl.ds(block * QUERIES, QUERIES), SLOTS // page_size
-    rows, wide = pl.ds(block * QUERIES, given), smem["wide"].at[pl.ds(0, given)]
-    parts = [pl.ds(start, COLUMNS) for start in range(0, smem["q"].shape[1], COLUMNS)]
+    mine = part < parts
+    count, parts = jnp.where(mine, count, 0), jnp.maximum(parts, 1)
+    begin, end = count * part // parts, count * (part + 1) // parts
+    (rows, _, head_dim), tile_rows = inputs["q"].shape, inputs["row"].shape[1]
+    pages, half = SLOTS // page_size, head_dim // 2
+    columns_of_head = [pl.ds(start, COLUMNS) for start in range(0, head_dim, COLUMNS)]
 
     def fetch(step: jax.Array) -> None:
         """Starts the copies of a step."""
@@ -269,17 +187,33 @@ def _walk(
         positions = inputs["slot_position"].at[steps, step]
         plgpu.copy_gmem_to_smem(positions, smem["slot_position"].at[stage], done)
         if "held" in smem:
-            for name in ("frame", "held"):
-                column = inputs[name].at[tile, step, queries]
-                plgpu.copy_gmem_to_smem(column, smem[name].at[stage], done)
+            plgpu.copy_gmem_to_smem(inputs["held"].at[tile, step], smem["held"].at[stage], done)
 
     def bring(there: Ref, here: Ref) -> None:
         plgpu.copy_gmem_to_smem(there, here, brought)
         plgpu.barrier_wait(brought)
 
+    def each_row(act: Callable[[jax.Array, Any, Any], None]) -> None:
+        """Calls with each row, its heads, and the tile's queries that are the row's."""
+
+        @pl.loop(0, tile_rows)
+        def _(index: jax.Array) -> None:
+            first = (inputs["place"][tile] + index) * group
+            act(inputs["row"][tile, index], pl.ds(head * group, group), pl.ds(first, group))
+
+    def bring_rows(there: Ref, here: Ref, columns: Any) -> None:
+        """Brings columns of the rows' queries; where there is no row, those of another one."""
+
+        def copy(row: jax.Array, heads: Any, queries: Any) -> None:
+            source = there.at[jnp.minimum(row, rows - 1), heads, columns]
+            plgpu.copy_gmem_to_smem(source, here.at[queries], rows_brought)
+
+        each_row(copy)
+        plgpu.barrier_wait(rows_brought)
+
     def turn(frame: jax.Array) -> None:
         """Rotates the queries into frames: one, or [QUERIES]."""
-        shape = QUERIES, COLUMNS
+        shape, wide = (QUERIES, half), smem["wide"]
         tables = [smem["turns"][index] for index in range(3)]
         if frame.ndim:
             angle = rope.angles(-_down(frame, shape), *(_across(table, shape) for table in tables))
@@ -287,35 +221,50 @@ def _walk(
         else:
             angle = rope.angles(-frame, *tables)
             cos, sin = (_across(factor, shape) for factor in (jnp.cos(angle), jnp.sin(angle)))
-        for index, columns in enumerate(parts):
-            bring(inputs["q"].at[tile, head, rows, columns], wide)
-            turned = smem["wide"][...] * cos
-            if "q_crossed" in inputs:
-                bring(inputs["q_crossed"].at[tile, head, rows], wide)
-                turned = turned + smem["wide"][...] * sin
-            else:
-                bring(inputs["q"].at[tile, head, rows, parts[1 - index]], wide)
-                turned = turned + smem["wide"][...] * (sin if index else -sin)
-            smem["q"][:, columns] = turned.astype(smem["q"].dtype)
+        # In units of log2, so that the softmax takes powers of two.
+        scale = np.float32(LOG2E / math.sqrt(head_dim))
+        cos, sin = cos * scale, sin * scale
+        if half == COLUMNS:
+            for index, columns in enumerate(columns_of_head):
+                bring_rows(inputs["q"], wide, columns)
+                turned = wide[...] * cos
+                plgpu.commit_smem()
+                bring_rows(inputs["q"], wide, columns_of_head[1 - index])
+                turned = turned + wide[...] * (sin if index else -sin)
+                smem["q"][:, columns] = turned.astype(smem["q"].dtype)
+                plgpu.commit_smem()
+            return
+        bring_rows(inputs["q"], wide, columns_of_head[0])
+        first, second = wide[:, pl.ds(0, half)], wide[:, pl.ds(half, half)]
+        plgpu.commit_smem()
+        # Tensor cores read tiles of 64 columns, which are stored as a whole.
+        wide[:, pl.ds(0, half)] = first * cos - second * sin
+        wide[:, pl.ds(half, half)] = second * cos + first * sin
+        plgpu.commit_smem()
+        smem["q"][...] = wide[...].astype(smem["q"].dtype)
         plgpu.commit_smem()
 
     def attend(step: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         maximum, total, weighted = carry
         stage = jax.lax.rem(step, STAGES)
         if "held" in smem:
-            plgpu.barrier_wait(arrived.at[stage])
-            turn(smem["frame"][stage])
+
+            @pl.when(jnp.logical_or(step == begin, inputs["moved"][tile, step] > 0))
+            def _() -> None:
+                bring(inputs["frame"].at[tile, step], smem["frame"])
+                turn(smem["frame"][...])
+
         else:
             frame = inputs["frame"][steps, step]
             before = inputs["frame"][steps, jnp.maximum(step - 1, 0)]
             pl.when(jnp.logical_or(step == begin, frame != before))(lambda: turn(frame))
-            plgpu.barrier_wait(arrived.at[stage])
+        plgpu.barrier_wait(arrived.at[stage])
 
         @pl.when(inputs["stop"][steps, step] > last)
         def _() -> None:
             # Slots that no query sees may hold anything; a weight of zero would keep a NaN.
             written = _down(smem["slot_position"][stage], (SLOTS, COLUMNS)) <= last
-            for columns in parts:
+            for columns in columns_of_head:
                 value = smem["v"][stage, :, columns]
                 smem["v"][stage, :, columns] = jnp.where(written, value, jnp.zeros_like(value))
             plgpu.commit_smem()
@@ -331,42 +280,78 @@ def _walk(
         higher = jnp.maximum(maximum, scores.max(axis=1))
         weights = jnp.exp2(scores - _down(higher, shape))
         shrink = jnp.exp2(maximum - higher)
-        smem["weights"][...] = weights.astype(smem["weights"].dtype)
-        plgpu.commit_smem()
+        narrow = weights.astype(smem["v"].dtype)
+        if interpreted:  # the simulator's tensor cores take no operand from registers
+            smem["weights"][...] = narrow
+            narrow = smem["weights"]
 
         def values(columns: Any, accumulator: Ref) -> jax.Array:
-            plgpu.wgmma(accumulator, smem["weights"], smem["v"].at[stage, :, columns])
+            plgpu.wgmma(accumulator, narrow, smem["v"].at[stage, :, columns])
             return accumulator[...]
 
         weighted = tuple(
             part * _down(shrink, part.shape)
             + pl.run_scoped(functools.partial(values, columns), plgpu.ACC(part.shape, jnp.float32))
-            for part, columns in zip(weighted, parts, strict=True)
+            for part, columns in zip(weighted, columns_of_head, strict=True)
         )
+        # No warp reads the stage any more.
+        plgpu.commit_smem()
         pl.when(step + STAGES < end)(lambda: fetch(step + STAGES))
         return higher, total * shrink + weights.sum(axis=1), weighted
 
+    def join(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Takes up a part of what the queries saw before: a sum of one at its log-sum-exp."""
+        maximum, total, weighted = carry
+        bring(inputs["before_lse"].at[number, inputs["before_of_tile"][tile], head], smem["lse"])
+        score = smem["lse"][...]
+        plgpu.commit_smem()
+        saw = score > flash.MASKED
+        score = jnp.where(saw, score * np.float32(LOG2E), flash.MASKED)
+        higher = jnp.maximum(maximum, score)
+        shrink, share = jnp.exp2(maximum - higher), jnp.exp2(score - higher)
+        share = jnp.where(saw, share, jnp.zeros_like(share))
+        joined = []
+        for part, columns in zip(weighted, columns_of_head, strict=True):
+            bring_rows(inputs["before_out"].at[number], smem["part"], columns)
+            found = smem["part"][...].astype(jnp.float32)
+            plgpu.commit_smem()
+            # What stands in places of no row may be no number.
+            found = jnp.where(_down(share, found.shape) > 0, found, jnp.zeros_like(found))
+            joined.append(part * _down(shrink, part.shape) + found * _down(share, part.shape))
+        return higher, total * shrink + share, tuple(joined)
+
     for ahead in range(STAGES):
         pl.when(begin + ahead < end)(functools.partial(fetch, begin + ahead))
-    bring(inputs["limit"].at[tile, queries], smem["limit"])
+    bring(inputs["limit"].at[tile], smem["limit"])
     bring(inputs["turns"], smem["turns"])
-    start = (
+    carry = (
         jnp.full((QUERIES,), flash.MASKED, jnp.float32),
         jnp.zeros((QUERIES,), jnp.float32),
-        tuple(jnp.zeros((QUERIES, COLUMNS), jnp.float32) for _ in parts),
+        tuple(jnp.zeros((QUERIES, COLUMNS), jnp.float32) for _ in columns_of_head),
     )
-    maximum, total, weighted = jax.lax.fori_loop(begin, end, attend, start)
+    if "before_out" in inputs:
+        carry = jax.lax.fori_loop(0, inputs["before_count"][tile], join, carry)
+    maximum, total, weighted = jax.lax.fori_loop(begin, end, attend, carry)
+    if lse is not None:
+        score = (maximum + jnp.log2(total)) * np.float32(1 / LOG2E)
+        smem["lse"][...] = jnp.where(maximum > flash.MASKED, score, flash.MASKED)
+        plgpu.commit_smem()
+        pl.when(mine)(lambda: plgpu.copy_smem_to_gmem(smem["lse"], lse.at[part, tile, head]))
     # Until the first slot is seen, all slots have weight: queries that saw none hold no result.
-    score = (maximum + jnp.log2(total)) * np.float32(1 / LOG2E)
-    smem["lse"][...] = jnp.where(maximum > flash.MASKED, score, flash.MASKED)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(smem["lse"].at[pl.ds(0, given)], lse.at[split, tile, head, rows])
     saw = _down(maximum, (QUERIES, COLUMNS)) > flash.MASKED
     total = _down(total, (QUERIES, COLUMNS))
-    for part, columns in zip(weighted, parts, strict=True):
-        smem["wide"][...] = jnp.where(saw, part / total, jnp.zeros_like(part))
+    result = smem["wide" if out.dtype == jnp.float32 else "part"]
+    for values, columns in zip(weighted, columns_of_head, strict=True):
+        values = jnp.where(saw, values / total, jnp.zeros_like(values))
+        result[...] = values.astype(result.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(wide, out.at[split, tile, head, rows, columns])
+
+        def send(row: jax.Array, heads: Any, queries: Any, columns: Any = columns) -> None:
+            @pl.when(jnp.logical_and(mine, row < rows))
+            def _() -> None:
+                plgpu.copy_smem_to_gmem(result.at[queries], out.at[part, row, heads, columns])
+
+        each_row(send)
         plgpu.wait_smem_to_gmem(0)
 
 

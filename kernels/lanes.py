@@ -115,3 +115,24 @@ class RowTiles:
     row: Array
     lane: Array
     count: Array
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedRows:
+    """Rows of many lanes that meet together what several of their lanes hold.
+
+    Attributes:
+      row: i32 [shared rows]; rows of the lanes end to end, and the number of rows behind the last.
+      lane: i32 [shared rows]; their lanes in the groups.
+      groups: what these lanes share, all of it behind all of their rows.
+      tables: of [2 * lanes] lanes: the whole tables, and what is left of them for these rows.
+      tiles: all rows, grouped by lane: these by those of the second half.
+    """
+
+    row: Array
+    lane: Array
+    groups: GroupTables
+    tables: LaneTables
+    tiles: RowTiles

@@ -23,7 +23,8 @@ from rich.console import Console
 from scripts import common, measure
 from tokendance_jax.collector.exact import Dense
 from tokendance_jax.collector.groups import empty_groups
-from tokendance_jax.collector.plan import Shapes, pack
+from tokendance_jax.collector.plan import pack
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.model import Model
 from tokendance_jax.models.qwen2.model import matmul

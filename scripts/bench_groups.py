@@ -22,7 +22,7 @@ from rich.console import Console
 from scripts import common, measure
 from tokendance_jax.collector.groups import group_tables
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.programs import Programs
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.decode_attention import decode_attention

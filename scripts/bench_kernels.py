@@ -34,6 +34,7 @@ FLAGS = flags.FLAGS
 for _name in ("model", "agents", "shared", "own", "rows", "page_size", "json"):
     flags.declare_key_flag(_name)
 FLAGS.set_default("model", ["0.5B"])
+FLAGS.set_default("rows", [128])
 _KERNEL = flags.DEFINE_multi_enum(
     "kernel", list(SUBJECTS), list(SUBJECTS), "Kernels to time; repeat the flag."
 )
@@ -71,8 +72,12 @@ def _measure(console: Console) -> dict[str, Any]:
         config = dataclasses.replace(config, num_hidden_layers=layers)
         for dtype in _DTYPE.value:
             shared, own = (-(-x // KEY_BLOCK) * KEY_BLOCK for x in (FLAGS.shared, FLAGS.own))
-            work = Work(config, dtype, int(FLAGS.page_size), FLAGS.agents, shared, own, FLAGS.rows)
-            cases = {case["name"]: case for case in kernel_report.cases(config, dtype)}
+            each, page_size = FLAGS.rows[0], int(FLAGS.page_size)
+            work = Work(config, dtype, page_size, FLAGS.agents, shared, own, each)
+            # The report counts each number of rows apart: here the first is worked on.
+            cases = {}
+            for case in kernel_report.cases(config, dtype):
+                cases.setdefault(case["name"].partition(",")[0], case)
             found: list[dict[str, Any]] = []
             for kernel in dict.fromkeys(_KERNEL.value):
                 subject = SUBJECTS[kernel](work, cases)

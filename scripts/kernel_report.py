@@ -9,7 +9,7 @@ a bound, not a measurement. Needs the `aot` extra.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 if __name__ == "__main__":
@@ -26,9 +26,15 @@ from rich.table import Table
 
 from scripts import measure
 from tokendance_jax import targets
+from tokendance_jax.collector.buckets import Buckets
+from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.plan import pack
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.kernels.decode_attention import decode_attention
+from tokendance_jax.kernels.decode_attention.mosaic_gpu import bytes_beside_pages
 from tokendance_jax.kernels.flash import block_pages
-from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, LaneTables, RowTiles
+from tokendance_jax.kernels.gpu_tiles import SLOTS
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
@@ -40,7 +46,7 @@ _TARGET = flags.DEFINE_multi_enum("target", ["h100"], list(targets.TARGETS), "Ta
 _AGENTS = flags.DEFINE_integer("agents", 25, "Agents.", lower_bound=1)
 _SHARED = flags.DEFINE_integer("shared", 2048, "Tokens that all agents share.", lower_bound=256)
 _OWN = flags.DEFINE_integer("own", 256, "Tokens of each agent's own.", lower_bound=256)
-_ROWS = flags.DEFINE_integer("rows", 128, "Rows of each agent in a prefill.", lower_bound=1)
+_ROWS = flags.DEFINE_multi_integer("rows", [128, 20], "Rows of each agent in a prefill; repeat.")
 _PAGE_SIZE = flags.DEFINE_enum("page_size", "16", ["16", "32"], "Token slots in a page.")
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 
@@ -69,8 +75,8 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16") -> list[dict[str, Any]]:
 
     Returns:
       Of each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
-      of every page once for all agents that show it, of queries and of results; `extra`: what it
-      moves beside; and `operations`.
+      of every page once for all agents that show it, of queries and of results; `extra`: what the
+      GPU kernel moves beside; and `operations`.
     """
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
@@ -110,12 +116,8 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16") -> list[dict[str, Any]]:
     groups = GroupTables(entry, entry, entry, _shape(blocks, agents), member, _shape())
     q = _shape(agents, heads, head_dim, dtype="float32")
     queries = 4 * agents * heads * head_dim
-    group = heads // kv_heads
-    # What the GPU kernel writes and reads again: results of parts, and their log-sum-exps.
-    width, filled = 64 // group, -(-group // 8) * 8
-    tiles = -(-agents // width)
-    splits = [max(1, min(8, 132 // (n * kv_heads))) for n in (agents, tiles)]
-    parts = splits[0] * agents * filled + splits[1] * tiles * 64
+    steps = {"shared": shared // SLOTS, "own": agents * own // SLOTS}
+    beside = bytes_beside_pages(agents, heads, kv_heads, head_dim, page_size, **steps)
     decoded = {
         "name": "decode_attention",
         "what": f"{agents} lanes, {shared} shared and {own} own tokens, one layer",
@@ -127,31 +129,8 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16") -> list[dict[str, Any]]:
         "arguments": (q, pool, pool, _shape(agents), tables, groups),
         "donate": (),
         "floor": page * (shared_pages + agents * own_pages) + 2 * queries,
-        "extra": 2 * 4 * kv_heads * parts * (head_dim + 1),
+        "extra": beside - 2 * queries,
         "operations": 4 * agents * heads * head_dim * (shared + own),
-    }
-
-    rows = agents * _ROWS.value
-    context = shared + own
-    count = agents * -(-_ROWS.value // TILE_ROWS)
-    column = _shape(agents, context // page_size)
-    lanes = LaneTables(column, column, column, column, column)
-    row_tiles = RowTiles(_shape(count, TILE_ROWS), _shape(count), _shape())
-    q = _shape(rows, heads, head_dim, dtype="float32")
-    queries = 4 * rows * heads * head_dim
-    attended = {
-        "name": "round_attention",
-        "what": f"{agents} lanes of {_ROWS.value} rows at {context} tokens, one layer",
-        "call": lambda implementation: (
-            lambda q, k, v, position, tables, tiles: round_attention(
-                q, k, v, 0, position, tables, tiles, theta=theta, implementation=implementation
-            )
-        ),
-        "arguments": (q, pool, pool, _shape(rows), lanes, row_tiles),
-        "donate": (),
-        "floor": page * (shared_pages + agents * own_pages) + 2 * queries,
-        "extra": 0,
-        "operations": 4 * rows * heads * head_dim * (context - _ROWS.value // 2),
     }
 
     plan = DiffPlan(_shape(shared_pages), _shape(shared_pages + 1), *[piece] * 4)
@@ -172,7 +151,67 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16") -> list[dict[str, Any]]:
         # A key is turned as in a restore; a difference, a maximum and a sum of squares for all.
         "operations": layers * pieces * page // 4 * (8 + 2 * 5),
     }
-    return [restored, decoded, attended, compared]
+    prefills = [_prefill(config, pool, page, rows) for rows in _ROWS.value]
+    return [restored, decoded, *prefills, compared]
+
+
+def _prefill(config: Qwen2Config, pool: Any, page: int, each: int) -> dict[str, Any]:
+    """Round attention of so many rows of each agent, behind what all of them share."""
+    page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
+    heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
+    shared, own = (-(-tokens // 256) * 256 for tokens in (_SHARED.value, _OWN.value))
+    rows, context = agents * each, shared + own
+    shapes = Shapes(
+        rows=Buckets(rows, rows),
+        lanes=Buckets(agents, agents),
+        entries=Buckets(context // page_size, context // page_size),
+        pages=pool.shape[1],
+        page_size=page_size,
+        shared_rows=True,
+    )
+    base = np.arange(1, 1 + shared // page_size, dtype=np.int32)
+    lanes = [
+        LanePlan.contiguous(
+            np.zeros(context, np.int32),
+            np.append(base, 1 + len(base) + np.arange(own // page_size) + agent * 4096),
+            computed_from=context - each,
+            page_size=page_size,
+        )
+        for agent in range(agents)
+    ]
+    (plan,) = pack(lanes, shapes)
+    # Without anything to share the plan is one of tiles of single lanes.
+    together = plan.shared if plan.shared and plan.shared.groups.count else None
+    plans = jax.tree.map(lambda x: _shape(*x.shape, dtype=x.dtype.name), (plan.tables, plan.tiles))
+    options = {} if together is None else {"shared": together}
+    numbers = rows * heads * head_dim
+    # What rows see together is written and read once more in two bytes, and queries are read.
+    extra = 0 if together is None else 4 * numbers + 2 * (2 * numbers + 4 * rows * heads)
+
+    def call(implementation: str) -> Callable[..., Any]:
+        def program(q: Any, k: Any, v: Any, position: Any, plans: Any, options: Any) -> Any:
+            options = {**options, "theta": theta, "implementation": implementation}
+            return round_attention(q, k, v, 0, position, *plans, **options)
+
+        return program
+
+    return {
+        "name": f"round_attention{', packed' if together else ''}",
+        "what": f"{agents} lanes of {each} rows at {context} tokens, one layer",
+        "call": call,
+        "arguments": (
+            _shape(rows, heads, head_dim, dtype="float32"),
+            pool,
+            pool,
+            _shape(rows),
+            plans,
+            jax.tree.map(lambda x: _shape(*x.shape, dtype=x.dtype.name), options),
+        ),
+        "donate": (),
+        "floor": page * (shared + agents * own) // page_size + 8 * numbers,
+        "extra": extra,
+        "operations": 4 * numbers * (context - each // 2),
+    }
 
 
 def report(case: dict[str, Any], target: targets.Target, size: str) -> dict[str, Any]:
@@ -191,7 +230,7 @@ def report(case: dict[str, Any], target: targets.Target, size: str) -> dict[str,
         compiled = targets.compile_for(target, call, *case["arguments"], donate=case["donate"])
         kernels = []
     memory = compiled.memory_analysis()
-    moved = case["floor"] + case["extra"]
+    moved = case["floor"] + (case["extra"] if gpu else 0)
     return {
         "kernel": case["name"],
         "what": case["what"],

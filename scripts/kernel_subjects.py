@@ -259,10 +259,11 @@ def round_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) 
     def attend(implementation: str) -> Attend:
         def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
             k, v, *rest = arguments
+            *rest, shared = rest
             keywords = {"theta": work.config.rope_theta, "implementation": implementation}
-            return round_attention(q, k, v, layer, *rest, **keywords)
+            return round_attention(q, k, v, layer, *rest, shared=shared, **keywords)
 
-        return Attend(call, (*work.pools, plan.rows.position, plan.tables, plan.tiles))
+        return Attend(call, (*work.pools, plan.rows.position, plan.tables, plan.tiles, plan.shared))
 
     return _attention(
         work,

@@ -17,7 +17,7 @@ from rich.table import Table
 from scripts import common
 from tokendance_jax import host
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.programs import DecodeState
 from tokendance_jax.engine.sampling import SamplingArrays, sampling_arrays
 from tokendance_jax.paged import OutOfPages

@@ -1,25 +1,29 @@
-"""Decode attention as a Mosaic GPU kernel, for Hopper: what lanes share, and their own pages."""
+"""Decode attention as a Mosaic GPU kernel, for Hopper: what lanes share, then their own pages."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels.flash_gpu import (
+from tokendance_jax.kernels.flash_gpu import check_pool, flash_attention_gpu
+from tokendance_jax.kernels.gpu_tiles import (
     QUERIES,
     SLOTS,
-    Steps,
-    check_pool,
-    flash_attention_gpu,
+    Parts,
+    Tiles,
+    group_steps,
     lane_steps,
     merge_parts,
+    rows_of_tiles,
 )
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 
 # Blocks of threads that a kernel should have at least: one for each core of an H100.
 BLOCKS = 132
-# Most parts that the steps of a tile are split into: each part's output is written and read again.
+# Most parts that the steps of a tile are split into.
 SPLITS = 8
+# Of the bytes of pages, the share that parts may take: each is written and read again.
+PARTS_SHARE = 16
 
 
 def decode_attention_mosaic_gpu(
@@ -36,78 +40,133 @@ def decode_attention_mosaic_gpu(
 ) -> jax.Array:
     """Arguments as `api.decode_attention`; `interpret` takes parameters of the simulator.
 
-    A tile of the shared blocks has the queries of several lanes, each turned into its own frame; a
-    tile of own pages has those of one.
+    A tile of the shared blocks has the queries of several lanes, each turned into its own frame,
+    and its steps are split among blocks of threads. A tile of own pages has the queries of one lane
+    and goes on where those parts ended, so that a result is written once. Where the tiles of lanes
+    are so few that their steps are split too, all parts are merged afterwards.
     """
     check_pool(k_pool)
-    lanes, heads, head_dim = q.shape
+    lanes, heads, _ = q.shape
     page_size, kv_heads = k_pool.shape[2:4]
     group = heads // kv_heads
-    if group > QUERIES:
-        raise NotImplementedError(f"{group} heads share a KV head: a tile has {QUERIES} queries")
     position = jnp.asarray(position)
+    lane = jnp.arange(lanes, dtype=jnp.int32)
+    row = rows_of_tiles(lane[None], group, lanes)[0]
+    width = row.shape[1]
+    own = lane_steps(tables, page_size, lane, position)
+    walked = group_steps(groups, row, group, page_size)
 
-    def attend(width: int, limit: jax.Array, steps: Steps) -> tuple[jax.Array, jax.Array]:
-        """Output and log-sum-exp [parts, lanes, kv_heads, group, ...] of tiles of some lanes."""
-        tiles, used = limit.shape[0], width * group
-        queries = jnp.pad(q, [(0, tiles * width - lanes), (0, 0), (0, 0)])
-        queries = queries.reshape(tiles, width, kv_heads, group, head_dim)
-        queries = jnp.moveaxis(queries, 2, 1).reshape(tiles, kv_heads, used, head_dim)
-        out, lse = flash_attention_gpu(
-            jnp.pad(queries, [(0, 0), (0, 0), (0, -used % 8), (0, 0)]),
+    most, own_most = _most_parts(lanes, heads, kv_heads)
+    count = parts_of(lanes, heads, kv_heads, shared=walked.count[0], own=own.count.sum())
+    # The slots of groups lie before all rows that read them: position 0 stands for all of them.
+    limit = jnp.where(row < lanes, jnp.take(position, row, mode="clip"), -1)
+    out, lse = flash_attention_gpu(
+        q,
+        k_pool,
+        v_pool,
+        layer,
+        Tiles.of(row, jnp.zeros_like(row[:, 0]), jnp.minimum(limit, 0), group),
+        walked,
+        theta=theta,
+        parts=(most, count),
+        interpret=interpret,
+    )
+    shared = Parts(out, lse, lane // width, jnp.broadcast_to(count, lane.shape))
+    own_tiles = Tiles.of(lane[:, None], lane % width, position[:, None], group)
+    if own_most == 1:
+        (out,) = flash_attention_gpu(
+            q,
             k_pool,
             v_pool,
             layer,
-            limit,
-            steps,
+            own_tiles,
+            own,
             theta=theta,
-            splits=max(1, min(SPLITS, BLOCKS // (tiles * kv_heads))),
+            before=shared,
+            with_lse=False,
             interpret=interpret,
         )
-
-        def by_lane(x: jax.Array) -> jax.Array:
-            parts, rest = x.shape[0], x.shape[4:]
-            x = x[:, :, :, :used].reshape(parts, tiles, kv_heads, width, group, *rest)
-            x = jnp.moveaxis(x, 3, 2).reshape(parts, tiles * width, kv_heads, group, *rest)
-            return x[:, :lanes]
-
-        return by_lane(out), by_lane(lse)
-
-    def of_queries(x: jax.Array, width: int, fill: int) -> jax.Array:
-        """Columns of lanes, i32 [lanes, ...], as columns of queries [tiles, QUERIES, ...]."""
-        tiles, rest = -(-lanes // width), [(0, 0)] * (x.ndim - 1)
-        x = jnp.pad(x, [(0, tiles * width - lanes), *rest], constant_values=fill)
-        x = jnp.repeat(x.reshape(tiles, width, *x.shape[1:]), group, axis=1)
-        return jnp.pad(x, [(0, 0), (0, QUERIES - width * group), *rest], constant_values=fill)
-
-    lane = jnp.arange(lanes, dtype=jnp.int32)
-    own = attend(1, of_queries(position, 1, -1), lane_steps(tables, page_size, lane, position))
-
-    # The slots of groups lie before all rows that read them: position 0 stands for all of them.
-    width, pages = QUERIES // group, SLOTS // page_size
-    blocks, _, entries = groups.member.shape
-    steps = entries // pages
-    valid = groups.valid(page_size).reshape(1, blocks * steps, SLOTS)
-    bit = jnp.left_shift(1, jnp.arange(pages, dtype=jnp.int32))
-    held = jnp.asarray(groups.member).reshape(blocks, lanes, steps, pages).astype(jnp.int32)
-    held = jnp.sum(held * bit[None, None, None, :], axis=3)
-    frame = jnp.broadcast_to(jnp.asarray(groups.frame)[:, :, None], held.shape)
-
-    def of_steps(x: jax.Array) -> jax.Array:
-        """[blocks, lanes, steps] as [tiles, steps, QUERIES]."""
-        x = jnp.moveaxis(x, 1, 0).reshape(lanes, blocks * steps)
-        return jnp.moveaxis(of_queries(x, width, 0), 1, 2)
-
-    none = jnp.zeros(-(-lanes // width), jnp.int32)
-    walked = Steps(
-        page=jnp.asarray(groups.page).reshape(1, -1),
-        slot_position=jnp.where(valid, 0, jnp.iinfo(jnp.int32).max),
-        frame=of_steps(frame),
-        held=of_steps(held),
-        of_tile=none,
-        count=none + jnp.asarray(groups.count) * steps,
-        last=none,
+        return out[0]
+    count = jnp.full((), own_most, jnp.int32)
+    out, lse = flash_attention_gpu(
+        q,
+        k_pool,
+        v_pool,
+        layer,
+        own_tiles,
+        own,
+        theta=theta,
+        parts=(own_most, count),
+        interpret=interpret,
     )
-    shared = attend(width, of_queries(jnp.where(position < 0, -1, 0), width, -1), walked)
-    parts = [jnp.concatenate(pair) for pair in zip(own, shared, strict=True)]
-    return merge_parts(*parts).reshape(lanes, heads, head_dim)
+    whole = Parts(out, lse, lane, jnp.broadcast_to(count, lane.shape))
+    return merge_parts([shared, whole], own_tiles.place)
+
+
+def parts_of(lanes: int, heads: int, kv_heads: int, *, shared: Any, own: Any) -> jax.Array:
+    """Parts that the shared steps are split into.
+
+    As many as keep the device busy, while writing and reading them takes at most one
+    `PARTS_SHARE`-th of the bytes of pages.
+
+    Args:
+      lanes: number of lanes.
+      heads: query heads.
+      kv_heads: KV heads.
+      shared: steps that are read for several lanes.
+      own: steps of all lanes' own pages.
+
+    Returns:
+      i32 []; 0 where there are no shared steps.
+    """
+    most, _ = _most_parts(lanes, heads, kv_heads)
+    # A number of a page and one of a part have two bytes each; keys and values, written and read.
+    affordable = (shared + own) * SLOTS * kv_heads // (lanes * heads * PARTS_SHARE)
+    return jnp.minimum(jnp.clip(affordable, 1, most), shared)
+
+
+def bytes_beside_pages(
+    lanes: int, heads: int, kv_heads: int, head_dim: int, page_size: int, *, shared: int, own: int
+) -> int:
+    """Bytes of one call that are not those of pages: queries, results, parts and what steps need.
+
+    What several blocks read at about the same time is counted once; frames are those of lanes that
+    hold all shared pages in one run. What tiles and steps need is made once for all layers.
+
+    Args:
+      lanes: number of lanes.
+      heads: query heads.
+      kv_heads: KV heads.
+      head_dim: width of a head.
+      page_size: slots of a page.
+      shared: steps that are read for several lanes.
+      own: steps of all lanes' own pages.
+    """
+    own_parts = _most_parts(lanes, heads, kv_heads)[1]
+    tiles = -(-lanes // (QUERIES // (heads // kv_heads)))
+    parts = int(parts_of(lanes, heads, kv_heads, shared=shared, own=own))
+    numbers = lanes * heads * head_dim
+    queries = 4 * numbers * (2 if shared else 1)
+    part, score = 2 * numbers, 4 * kv_heads * QUERIES
+    written_and_read = 2 * parts * (part + tiles * score)
+    if own_parts > 1:
+        written_and_read += 2 * own_parts * (part + lanes * score)
+    # Pages, positions and where they stop; the frame of a lane's step; what tiles see of a step.
+    of_steps = 4 * (shared + own) * (SLOTS // page_size + SLOTS + 1) + 4 * own
+    of_tiles = 4 * tiles * (shared * (QUERIES + 1) + parts * QUERIES)
+    # The log-sum-exps of the whole are written, though nobody reads them.
+    return (
+        queries
+        + 4 * numbers
+        + written_and_read
+        + of_steps
+        + of_tiles
+        + 4 * QUERIES * (tiles + lanes * kv_heads)
+    )
+
+
+def _most_parts(lanes: int, heads: int, kv_heads: int) -> tuple[int, int]:
+    """Most parts of the shared steps and of a lane's own, by what keeps the device busy."""
+    tiles = -(-lanes // (QUERIES // (heads // kv_heads)))
+    shared, own = (max(1, min(SPLITS, BLOCKS // (n * kv_heads))) for n in (tiles, 2 * lanes))
+    return shared, own

@@ -1,12 +1,48 @@
 """Attention of a round's rows through their lanes' block tables."""
 
+from typing import Literal, overload
+
 import jax
 
 from tokendance_jax.kernels import dispatch
-from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
 from tokendance_jax.kernels.round_attention.mosaic_gpu import round_attention_mosaic_gpu
 from tokendance_jax.kernels.round_attention.mosaic_tpu import round_attention_mosaic_tpu
 from tokendance_jax.kernels.round_attention.xla import round_attention_xla
+
+
+@overload
+def round_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    layer: int,
+    position: jax.Array,
+    tables: LaneTables,
+    tiles: RowTiles,
+    *,
+    theta: float,
+    shared: SharedRows | None = None,
+    with_lse: Literal[False] = False,
+    implementation: str | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def round_attention(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    layer: int,
+    position: jax.Array,
+    tables: LaneTables,
+    tiles: RowTiles,
+    *,
+    theta: float,
+    shared: SharedRows | None = None,
+    with_lse: Literal[True],
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def round_attention(
@@ -19,8 +55,10 @@ def round_attention(
     tiles: RowTiles,
     *,
     theta: float,
+    shared: SharedRows | None = None,
+    with_lse: bool = False,
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends rows to the pages of their lanes; a row sees logical positions up to its own.
 
     Keys stay rotated at their canonical positions; queries are rotated back by the frame of the
@@ -36,10 +74,14 @@ def round_attention(
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane.
       theta: base of the rotary frequencies.
+      shared: which rows of many lanes meet shared pages together; its tables and tiles then stand
+        for the others.
+      with_lse: whether log-sum-exps are wanted.
       implementation: see `dispatch.call`.
 
     Returns:
-      f32 [rows, heads, head_dim]; zero in rows that stand in no tile.
+      f32 [rows, heads, head_dim]; zero in rows that stand in no tile. With `with_lse` also the
+      log-sum-exp of each query's scores, f32 [rows, heads]; `flash.MASKED` there.
 
     Raises:
       NotImplementedError: the named implementation cannot take these shapes.
@@ -60,4 +102,6 @@ def round_attention(
         tables,
         tiles,
         theta=theta,
+        shared=shared,
+        with_lse=with_lse,
     )

@@ -5,13 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels.flash_gpu import (
-    QUERIES,
-    check_pool,
-    flash_attention_gpu,
+from tokendance_jax.kernels.flash_gpu import check_pool, flash_attention_gpu
+from tokendance_jax.kernels.gpu_tiles import (
+    Parts,
+    Tiles,
+    group_steps,
     lane_steps,
+    rows_of_tiles,
+    scores_of_rows,
+    scores_of_tiles,
 )
-from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
 
 
 def round_attention_mosaic_gpu(
@@ -24,31 +28,86 @@ def round_attention_mosaic_gpu(
     tiles: RowTiles,
     *,
     theta: float,
+    shared: SharedRows | None = None,
+    with_lse: bool = False,
     interpret: Any = False,
-) -> jax.Array:
-    """Arguments as `api.round_attention`; `interpret` takes parameters of the simulator."""
-    check_pool(k_pool)
-    rows, heads, head_dim = q.shape
-    kv_heads = k_pool.shape[3]
-    group, (count, tile_rows) = heads // kv_heads, tiles.row.shape
-    row, lane = jnp.asarray(tiles.row), jnp.asarray(tiles.lane)
-    used = tile_rows * group
-    room = -used % QUERIES
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Arguments as `api.round_attention`; `interpret` takes parameters of the simulator.
 
-    # A tile's queries of one KV head: its rows, and for each the heads of the group.
-    queries = jnp.take(q, row, axis=0, mode="clip")
-    queries = queries.reshape(count, tile_rows, kv_heads, group, head_dim)
-    queries = jnp.moveaxis(queries, 2, 1).reshape(count, kv_heads, used, head_dim)
-    queries = jnp.pad(queries, [(0, 0), (0, 0), (0, room), (0, 0)])
+    Rows that share pages meet them first, packed into full tiles whichever their lanes; the tiles
+    of their lanes go on where that ended.
+    """
+    check_pool(k_pool)
+    rows, heads, _ = q.shape
+    page_size, kv_heads = k_pool.shape[2:4]
+    group, before = heads // kv_heads, None
+    if shared is not None:
+        before = _attend_shared(q, k_pool, v_pool, layer, shared, theta=theta, interpret=interpret)
+        tables, tiles = shared.tables, shared.tiles
+    row, lane = rows_of_tiles(jnp.asarray(tiles.row), group, rows), jnp.asarray(tiles.lane)
+    blocks = row.shape[1]
+    lane, row = jnp.repeat(lane, blocks), row.reshape(-1, row.shape[2])
+    idle = jnp.arange(len(row), dtype=jnp.int32) >= tiles.count * blocks
+    row = jnp.where(idle[:, None], rows, row)
     limit = jnp.where(row < rows, jnp.take(jnp.asarray(position), row, mode="clip"), -1)
-    idle = jnp.arange(count, dtype=jnp.int32) >= tiles.count
-    last = jnp.where(idle, -1, limit.max(axis=1))
-    steps = lane_steps(tables, k_pool.shape[2], lane, last)
-    limit = jnp.pad(jnp.repeat(limit, group, axis=1), [(0, 0), (0, room)], constant_values=-1)
-    out, _ = flash_attention_gpu(
-        queries, k_pool, v_pool, layer, limit, steps, theta=theta, interpret=interpret
+    last = limit.max(axis=1)
+    parts = None
+    if before is not None:
+        out, lse = before
+        number = jnp.arange(len(row), dtype=jnp.int32)
+        saw = (lane >= tables.page.shape[0] // 2) & (last >= 0)
+        lse = scores_of_tiles(lse, row, kv_heads)[None]
+        parts = Parts(out, lse, number, saw.astype(jnp.int32))
+    out, *lse = flash_attention_gpu(
+        q,
+        k_pool,
+        v_pool,
+        layer,
+        Tiles.of(row, jnp.zeros_like(lane), limit, group),
+        lane_steps(tables, page_size, lane, last),
+        theta=theta,
+        before=parts,
+        with_lse=with_lse,
+        interpret=interpret,
     )
-    out = out[0, :, :, :used].reshape(count, kv_heads, tile_rows, group, head_dim)
-    out = jnp.moveaxis(out, 1, 2).reshape(count * tile_rows, heads, head_dim)
-    zeros = jnp.zeros((rows, heads, head_dim), jnp.float32)
-    return zeros.at[row.reshape(-1)].set(out, mode="drop")
+    found = jnp.zeros((rows,), jnp.bool_).at[row.reshape(-1)].set(True, mode="drop")
+    out = jnp.where(found[:, None, None], out[0], jnp.zeros_like(out[0]))
+    return (out, scores_of_rows(lse[0][0], row, group, rows)) if with_lse else out
+
+
+def _attend_shared(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    layer: int,
+    shared: SharedRows,
+    *,
+    theta: float,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """What the shared rows see of the groups.
+
+    Returns:
+      The output bf16 [1, rows, heads, head_dim], anything in other rows; the log-sum-exp of scores
+      f32 [rows, heads], there `flash.MASKED`.
+    """
+    rows, heads, _ = q.shape
+    page_size, kv_heads = k_pool.shape[2:4]
+    lanes, group = shared.groups.frame.shape[1], heads // kv_heads
+    row = rows_of_tiles(jnp.asarray(shared.row)[None], group, rows)[0]
+    lane = rows_of_tiles(jnp.asarray(shared.lane)[None], group, 0)[0]
+    lane = jnp.where(row < rows, lane, lanes)
+    # The slots of groups lie before all rows that read them: position 0 stands for all of them.
+    limit = jnp.where(row < rows, 0, -1)
+    out, lse = flash_attention_gpu(
+        q,
+        k_pool,
+        v_pool,
+        layer,
+        Tiles.of(row, jnp.zeros_like(row[:, 0]), limit, group),
+        group_steps(shared.groups, lane, group, page_size),
+        theta=theta,
+        parts=(1, jnp.ones((), jnp.int32)),
+        interpret=interpret,
+    )
+    return out, scores_of_rows(lse[0], row, group, rows)

@@ -16,10 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tokendance_jax.kernels import flash, flash_tpu, rope
 from tokendance_jax.kernels.flash_tpu import PLACES, TILE, product
-from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
+from tokendance_jax.kernels.round_attention.xla_shared import attend_shared
 
 # Rows of a small tile: what is left of a lane behind its full tiles is often little.
 SMALL_TILE = 32
+# Numbers of a row of memory: a log-sum-exp is sent in each of them.
+LSE_WIDTH = 128
 
 Ref = Any
 
@@ -34,8 +37,10 @@ def round_attention_mosaic_tpu(
     tiles: RowTiles,
     *,
     theta: float,
+    shared: SharedRows | None = None,
+    with_lse: bool = False,
     interpret: Any = False,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Arguments as `api.round_attention`.
 
     Pools are read row by row. XLA lays out large pools with heads narrower than 128 in another way:
@@ -50,8 +55,27 @@ def round_attention_mosaic_tpu(
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane; of a tile, the rows in use stand first.
       theta: base of the rotary frequencies.
+      shared: what these rows share they meet in XLA code.
+      with_lse: whether log-sum-exps are wanted.
       interpret: whether to run on a CPU, or parameters of the simulator.
     """
+    if shared is not None:
+        flash_tpu.check_pool(k_pool)
+        before = attend_shared(q, k_pool, v_pool, layer, shared, theta=theta)
+        found = round_attention_mosaic_tpu(
+            q,
+            k_pool,
+            v_pool,
+            layer,
+            position,
+            shared.tables,
+            shared.tiles,
+            theta=theta,
+            with_lse=True,
+            interpret=interpret,
+        )
+        out, lse = flash.merge_parts(before, found)
+        return (out, lse) if with_lse else out
     rows, heads, head_dim = q.shape
     page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
     dtype, group, tile_rows = k_pool.dtype, heads // kv_heads, tiles.row.shape[1]
@@ -75,6 +99,8 @@ def round_attention_mosaic_tpu(
         "total": ((kv_heads, group, tile_rows, 1), jnp.float32),
         "weighted": ((kv_heads, group, tile_rows, head_dim), jnp.float32),
     }
+    if with_lse:
+        shapes["lse"] = ((tile_rows * filled, LSE_WIDTH), jnp.float32)
     vmem = sum(
         int(np.prod(shape[:-1])) * max(shape[-1], 128) * jnp.dtype(kind).itemsize
         for shape, kind in shapes.values()
@@ -86,6 +112,10 @@ def round_attention_mosaic_tpu(
         "sent": pltpu.SemaphoreType.DMA,
     }
     angles = jnp.asarray(np.tile(rope.turn_tables(theta, head_dim), 2))
+
+    results = {"out": jnp.zeros(queries.shape, jnp.float32)}
+    if with_lse:
+        results["lse"] = jnp.full((*queries.shape[:2], LSE_WIDTH), flash.MASKED)
 
     def kernel(*refs: Ref) -> None:
         columns, slot_position, row_position, angles, q, k_pool, v_pool, _, out, vmem = refs
@@ -102,14 +132,15 @@ def round_attention_mosaic_tpu(
 
     smem, there = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
-    out = pl.pallas_call(
+    kept = {name: there for name in results}
+    found = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(queries.shape, jnp.float32),
-        in_specs=[jax.tree.map(lambda _: smem, columns), there, whole, whole, *[there] * 4],
-        out_specs=there,
+        out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results),
+        in_specs=[jax.tree.map(lambda _: smem, columns), there, whole, whole, *[there] * 3, kept],
+        out_specs=kept,
         scratch_shapes=[scratch],
-        # Rows of no tile stay zero.
-        input_output_aliases={len(columns) + 6: 0},
+        # Rows of no tile stay as they are.
+        input_output_aliases={len(columns) + 6 + index: index for index in range(len(results))},
         compiler_params=flash_tpu.compiler_params(columns, vmem),
         interpret=interpret,
         name="round_attention",
@@ -121,9 +152,10 @@ def round_attention_mosaic_tpu(
         queries,
         k_pool,
         v_pool,
-        jnp.zeros(queries.shape, jnp.float32),
+        results,
     )
-    return out[:, :heads]
+    out = found["out"][:, :heads]
+    return (out, found["lse"][:, :heads, 0]) if with_lse else out
 
 
 def _columns(
@@ -168,7 +200,7 @@ def _columns(
 def _attend_tiles(
     columns: dict[str, Ref],
     inputs: dict[str, Ref],
-    out: Ref,
+    out: dict[str, Ref],
     vmem: dict[str, Ref],
     *,
     lane_blocks: int,
@@ -176,7 +208,7 @@ def _attend_tiles(
 ) -> None:
     """Attends all tiles in use."""
     tiles, tile_rows = columns["tiles"][0], vmem["row_position"].shape[0]
-    entries, heads = vmem["pages_k"].shape[1], out.shape[1]
+    entries, heads = vmem["pages_k"].shape[1], out["out"].shape[1]
 
     def number(tile: jax.Array, block: jax.Array) -> jax.Array:
         """The block's number among those of all lanes."""
@@ -230,8 +262,11 @@ def _attend_tiles(
         move_rows(tile, lambda row, at: act(pltpu.make_async_copy(q.at[row], here.at[at], arrived)))
 
     def send_rows(tile: jax.Array, act: Callable[[Any], None]) -> None:
-        here, sent = vmem["out"], vmem["sent"]
-        move_rows(tile, lambda row, at: act(pltpu.make_async_copy(here.at[at], out.at[row], sent)))
+        def send(row: jax.Array, at: Any) -> None:
+            for name, there in out.items():
+                act(pltpu.make_async_copy(vmem[name].at[at], there.at[row], vmem["sent"]))
+
+        move_rows(tile, send)
 
     # Empty entries are not fetched: whatever stands in their place is then finite.
     vmem["pages_v"][...] = jnp.zeros(vmem["pages_v"].shape, vmem["pages_v"].dtype)
@@ -340,3 +375,9 @@ def _finish(vmem: dict[str, Ref], stride: int) -> None:
         total = vmem["total"][at]
         found = vmem["weighted"][at] / jnp.where(total > 0, total, jnp.ones_like(total))
         vmem["out"][pl.ds(head, tile_rows, stride=stride)] = found
+        if "lse" in vmem:
+            maximum = vmem["maximum"][at]
+            lse = maximum + jnp.log(jnp.where(total > 0, total, jnp.ones_like(total)))
+            lse = jnp.where(total > 0, lse, flash.MASKED)
+            lse = jnp.broadcast_to(lse, (tile_rows, LSE_WIDTH))
+            vmem["lse"][pl.ds(head, tile_rows, stride=stride)] = lse

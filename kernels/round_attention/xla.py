@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokendance_jax.kernels import flash, storage
-from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
+from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, continued
 
 # Rows of small tiles: what is left of a lane behind its full tiles is often little.
 SMALL_TILES = (32, 64)
@@ -26,12 +27,18 @@ def round_attention_xla(
     tiles: RowTiles,
     *,
     theta: float,
-) -> jax.Array:
+    shared: SharedRows | None = None,
+    with_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Reads each key block once per tile of rows; arguments as `api.round_attention`.
 
     All loops have the plan's own bounds: padding rows, unused tiles and the part of a table that
     no row of a tile may see cost nothing, whatever the bucket.
     """
+    before = None
+    if shared is not None:
+        before = attend_shared(q, k_pool, v_pool, layer, shared, theta=theta)
+        tables, tiles = shared.tables, shared.tiles
     rows, heads, head_dim = q.shape
     page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
     group = heads // kv_heads
@@ -41,8 +48,8 @@ def round_attention_xla(
     block_start, block_stop = jnp.min(slot_position, axis=2), jnp.max(slot_position, axis=2)
     block_frame = flash.block_frames(tables, page_size)
 
-    def tile(index: jax.Array, tile_rows: int) -> jax.Array:
-        """The output of a tile's first rows [tile_rows, heads, head_dim]."""
+    def tile(index: jax.Array, tile_rows: int) -> tuple[jax.Array, ...]:
+        """What a tile's first rows found, [tile_rows, heads, ...]."""
         row, lane = tiles.row[index, :tile_rows], tiles.lane[index]
         row_position = jnp.take(position, row, mode="clip")
         last = jnp.max(jnp.where(row < rows, row_position, -1))
@@ -86,7 +93,9 @@ def round_attention_xla(
         whole_blocks, blocks = (jnp.sum(x.astype(jnp.int32)) for x in (whole, seen))
         carry = (
             jnp.zeros(q_tile.shape, storage.value_dtype(k_pool.dtype)),
-            tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads)),
+            tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads))
+            if before is None
+            else continued(before, row, kv_heads),
         )
         if tile_rows > max(SMALL_TILES):  # few small tiles would pay for compiling another loop
             carry = jax.lax.fori_loop(
@@ -99,22 +108,32 @@ def round_attention_xla(
         )
         out = jnp.stack([flash.finish(head) for head in carry[1]])
         out = out.reshape(kv_heads, tile_rows, group, head_dim).transpose(1, 0, 2, 3)
-        return out.reshape(tile_rows, heads, head_dim)
+        out = out.reshape(tile_rows, heads, head_dim)
+        if not with_lse:
+            return (out,)
+        lse = jnp.stack([flash.log_sum_exp(head) for head in carry[1]])
+        lse = lse.reshape(kv_heads, tile_rows, group).transpose(1, 0, 2)
+        return out, lse.reshape(tile_rows, heads)
 
     most = tiles.row.shape[1]
     sizes = [*(size for size in SMALL_TILES if size < most), most]
     used = jnp.sum((tiles.row < rows).astype(jnp.int32), axis=1)
     size_of = jnp.sum((used[:, None] > np.array(sizes[:-1])[None, :]).astype(jnp.int32), axis=1)
 
-    def sized_tile(size: int, index: jax.Array) -> jax.Array:
-        return jnp.pad(tile(index, size), [(0, most - size), (0, 0), (0, 0)])
+    def sized_tile(size: int, index: jax.Array) -> tuple[jax.Array, ...]:
+        room = [(0, most - size)]
+        return tuple(jnp.pad(x, room + [(0, 0)] * (x.ndim - 1)) for x in tile(index, size))
 
     branches = [functools.partial(sized_tile, size) for size in sizes]
 
-    def step(index: jax.Array, out: jax.Array) -> jax.Array:
+    def step(index: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         found = jax.lax.switch(size_of[index], branches, index)
-        # Behind the switch: inside it, all of `out` would be copied for every tile.
-        return out.at[tiles.row[index]].set(found, mode="drop")
+        # Behind the switch: inside it, all results would be copied for every tile.
+        row = tiles.row[index]
+        return tuple(x.at[row].set(y, mode="drop") for x, y in zip(results, found, strict=True))
 
-    out = jnp.zeros((rows, heads, head_dim), jnp.float32)
-    return jax.lax.fori_loop(0, tiles.count, step, out)
+    results = [jnp.zeros((rows, heads, head_dim), jnp.float32)]
+    if with_lse:
+        results.append(jnp.full((rows, heads), flash.MASKED, jnp.float32))
+    results = jax.lax.fori_loop(0, tiles.count, step, tuple(results))
+    return results if with_lse else results[0]

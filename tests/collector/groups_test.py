@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.groups import group_tables, shared_block_cost
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes, lane_tables
+from tokendance_jax.collector.plan import lane_tables
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.kernels.lanes import KEY_BLOCK
 
 PAGE_SIZE = 64

@@ -6,7 +6,8 @@ from tests.models.qwen2 import tiny
 from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.exact import Prefix
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes, lane_tables, pack
+from tokendance_jax.collector.plan import lane_tables, pack
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.programs import Programs
 from tokendance_jax.kernels.lanes import KEY_BLOCK, TILE_ROWS
 from tokendance_jax.paged import PagePool, PrefixCache

@@ -1,16 +1,21 @@
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 
 import tokendance_jax as td
+from tokendance_jax.collector import shared_rows
 from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.demo import demo_tokenizer_json
 from tokendance_jax.demo.model import DEMO_CONFIG
+from tokendance_jax.engine import engine as engine_module
 from tokendance_jax.kernels import storage
 from tokendance_jax.model import Model
 from tokendance_jax.models.loading import Checkpoint
 from tokendance_jax.models.qwen2.random import random_parameters
+
+TALK = "the boats leave at dawn and the nets are dry, but the mill is closed until the rain ends; "
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,46 @@ def engine_of(model, implementation, policy="tokendance"):
         decode_steps=2,
         implementation=implementation,
     )
+
+
+def crowd(index):
+    """Six agents with own text of different length, and much that all of them are shown."""
+    names = "Ann", "Bo", "Cy", "Di", "Ed", "Flo"
+    blocks = tuple(
+        td.Segment(
+            "shared", f"{index}/{name}", text=f"{name} said in round {index}: " + TALK * 2 + "\n"
+        )
+        for name in names
+    )
+    prompts = []
+    for number, name in enumerate(names):
+        own = td.Segment("history", f"{index}/own/{name}", text="I mend nets. " * (number + 1))
+        task = td.Segment("task", f"{index}/task/{name}", text=f"What now, {name}, and why?\n")
+        prompts.append(td.AgentPrompt(name, (own, *blocks, task)))
+    return td.Round(tuple(prompts), max_new_tokens=4, index=index)
+
+
+def test_packed_rows_give_the_tokens_of_single_lanes(demo_model, monkeypatch):
+    """As on a GPU, where plans pack the ends of lanes; here XLA code takes them."""
+    packed, answers = [], []
+    of_rows = shared_rows.Sharing.of_rows
+
+    def spy(*arguments, **keywords):
+        found = of_rows(*arguments, **keywords)
+        packed.append(int(np.sum(found.groups.member)))
+        return found
+
+    monkeypatch.setattr(shared_rows.Sharing, "of_rows", spy)
+    for platform in ("cpu", "gpu"):
+        kernels = types.SimpleNamespace(platform_of=lambda _, platform=platform: platform)
+        monkeypatch.setattr(engine_module, "dispatch", kernels)
+        served = td.RoundEngine(
+            demo_model, policy="tokendance", kv_memory=8 << 20, max_agents=8, decode_steps=4
+        )
+        results = [served.serve(crowd(index)) for index in range(2)]
+        answers.append([agent.token_ids for r in results for agent in r.agents])
+        assert any(packed) == (platform == "gpu")
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.slow

@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
+from tokendance_jax.collector import shared_rows
 from tokendance_jax.collector.buckets import Buckets
+from tokendance_jax.collector.groups import group_tables
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes, lane_tables, row_tiles
-from tokendance_jax.kernels import rope
-from tokendance_jax.kernels.flash import block_pages
-from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.collector.plan import lane_tables, row_tiles
+from tokendance_jax.collector.shapes import Shapes
+from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels.flash import MASKED, block_pages
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
 from tokendance_jax.kernels.round_attention.reference import round_attention_reference
 
 THETA = 1e6
@@ -193,6 +197,69 @@ def sharing(page_size: int) -> Case:
         lane([*mapped(shared[:3], 0), *fresh(40)], 15, ahead=20),
     ]
     return Case.of(lanes, pages=next(pages) + 2, page_size=page_size)
+
+
+def tasks(page_size: int) -> Case:
+    """A round whose lanes compute private text, then see a base, then compute a task behind it."""
+    base, fresh = list(range(1, 1 + 544 // page_size)), iter(range(100, 199))
+    lanes = []
+    for agent in range(6):
+        frame = [0, 5, -7, 100_000, -100_000, 5][agent]
+        own = [(next(fresh), 0, 0, page_size)] * (agent % 3 > 0)
+        shown = [(page, frame, 0, page_size) for page in base]
+        shown[3 + agent] = (next(fresh), 0, 0, page_size)  # a patch, not computed
+        # Other slots of a page than the other lanes, and pages left out.
+        shown[-1] = (base[-1], frame, agent % 2, page_size - 1)
+        shown = shown[2 * (agent > 3) :]
+        task = [(next(fresh), 0, 0, page_size), (next(fresh), 0, 0, 5)]
+        plan = lane([*own, *shown, *task], 9 + agent % 2, ahead=agent % 3)
+        private = np.arange(page_size * len(own), dtype=np.int32)
+        lanes.append(dataclasses.replace(plan, computed=np.append(private, plan.computed)))
+    # The base's own lane computes it.
+    lanes.append(lane([(page, 0, 0, page_size) for page in base[: 64 // page_size]], 64))
+    return Case.of(lanes, pages=200, page_size=page_size)
+
+
+def share(case: Case, *, whatever: bool = False) -> SharedRows:
+    """The rows of a case that meet shared pages together, as planned, or whatever it costs."""
+
+    def split(*arguments: Any, cost: float, **keywords: Any) -> Any:
+        return group_tables(*arguments, cost=0.0 if whatever else cost, **keywords)
+
+    entries = case.tables.page.shape[1]
+    shapes = Shapes(
+        rows=Buckets(ROWS, ROWS),
+        lanes=Buckets(LANES, LANES),
+        entries=Buckets(entries, entries),
+        pages=case.pages,
+        page_size=case.page_size,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_rows, "group_tables", split)
+        if whatever:
+            patch.setattr(shared_rows, "PACKING_COST", -np.inf)
+        sharing = shared_rows.share_rows(case.lanes, case.tables, shapes)
+    used = case.used
+    return sharing.of_rows(case.lane[used], case.position[used], rows=ROWS)
+
+
+def log_sum_exps(case: Case, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """The log-sum-exp of each query's scores over its lane, from rotated keys."""
+    rows, heads, head_dim = q.shape
+    found = np.full((rows, heads), MASKED, np.float32)
+    for index, plan in enumerate(case.lanes):
+        position = np.arange(len(plan.token_ids), dtype=np.int32)
+        slot, canonical = plan.locate(position, case.page_size)
+        keys = storage.load(jnp.asarray(k[LAYER])).reshape(-1, *k.shape[3:])[slot]
+        frame = jnp.asarray(position - canonical)
+        cos, sin = rope.rotation(frame, theta=THETA, head_dim=head_dim)
+        keys = rope.rotate(keys.astype(jnp.float32), cos[:, None, :], sin[:, None, :])
+        keys = np.repeat(np.asarray(keys), heads // k.shape[3], axis=1)
+        mine = np.flatnonzero(case.lane == index)
+        scores = np.einsum("rnh,snh->rns", q[mine], keys) * head_dim**-0.5
+        seen = position[None, None, :] <= case.position[mine][:, None, None]
+        found[mine] = np.logaddexp.reduce(np.where(seen, scores, -np.inf), axis=2)
+    return found
 
 
 def random_case(seed: int, page_size: int) -> Case:

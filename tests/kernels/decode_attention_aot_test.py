@@ -33,7 +33,7 @@ def test_lowers(implementation, platform):
 def test_compiles_for_an_h100(heads, page_size):
     shapes = arguments(heads, page_size)
     kernels, memory = aot.compile_for_an_h100(decode_attention, shapes, page_size)
-    assert len(kernels) == 2  # own pages, shared blocks
+    assert len(kernels) == 2  # shared blocks, own pages
     assert memory.temp_size_in_bytes < 0.05 * shapes[1].size
 
 

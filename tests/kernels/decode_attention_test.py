@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.kernels import cases
 from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.groups import group_tables, shared_block_cost
-from tokendance_jax.collector.plan import Shapes
-from tokendance_jax.kernels.decode_attention import decode_attention
+from tokendance_jax.collector.shapes import Shapes
+from tokendance_jax.kernels.decode_attention import decode_attention, mosaic_gpu
 from tokendance_jax.kernels.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 
 SMALL = cases.HEADS[1]
@@ -180,27 +180,53 @@ def test_nothing_live_gives_zeros():
 
 
 @pytest.mark.parametrize(
-    ("heads", "page_size"),
-    [(cases.Heads(14, 2, 64), 16), (cases.Heads(10, 2, 128), 32)],
+    "heads", [cases.Heads(14, 2, 64), cases.Heads(28, 4, 128), cases.Heads(40, 8, 128)], ids=str
+)
+def test_the_gpu_kernel_moves_little_more_than_it_must(heads):
+    # 25 lanes with 2,048 slots that all share and 256 of their own.
+    tokens = {"shared": 2048, "own": 25 * 256}
+    queries = 4 * 25 * heads.heads * heads.head_dim
+    pages = 4 * sum(tokens.values()) * heads.kv_heads * heads.head_dim
+    steps = {name: count // mosaic_gpu.SLOTS for name, count in tokens.items()}
+    numbers = 25, heads.heads, heads.kv_heads, heads.head_dim
+    assert mosaic_gpu.parts_of(*numbers[:3], **steps) > 1
+    beside = mosaic_gpu.bytes_beside_pages(*numbers, 16, **steps)
+    assert 1 < (pages + beside) / (pages + 2 * queries) < 1.1
+    # Parts take no more than what pages allow, but one there must be.
+    assert mosaic_gpu.parts_of(*numbers[:3], shared=1, own=0) == 1
+    assert mosaic_gpu.parts_of(*numbers[:3], shared=0, own=steps["own"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "blocks"),
+    [
+        (cases.Heads(14, 2, 64), 16, 16),
+        (cases.Heads(10, 2, 128), 32, 16),
+        (cases.Heads(14, 2, 64), 16, 128),
+    ],
     ids=str,
 )
-def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, simulator):
+def test_the_gpu_kernel_equals_the_reference_without_races(
+    heads, page_size, blocks, simulator, monkeypatch
+):
+    """A lane's own steps are whole on a device of 16 cores, and in parts on one of 128."""
+    monkeypatch.setattr(mosaic_gpu, "BLOCKS", blocks)
+    monkeypatch.setattr(mosaic_gpu, "PARTS_SHARE", 1)
     case = base_round(page_size)
     groups, tables = split(case)
     assert groups.count
+    own_parts = mosaic_gpu._most_parts(cases.LANES, heads.heads, heads.kv_heads)[1]
+    assert own_parts == (4 if blocks == 128 else 1)
+    counted = {"shared": int(groups.count) * 256 // mosaic_gpu.SLOTS, "own": 0}
+    assert mosaic_gpu.parts_of(cases.LANES, heads.heads, heads.kv_heads, **counted) > 1
     position = case.last_positions()
     q = cases.queries(cases.LANES, heads)
     k, v = cases.pools(case, heads, "uint16")
     inputs = (cases.poisoned(case, pool).view(ml_dtypes.bfloat16) for pool in (k, v))
-    out = program(
-        q,
-        *map(jnp.asarray, inputs),
-        cases.LAYER,
-        position,
-        tables,
-        groups,
-        implementation="interpret",
-    )
+    out = jax.jit(
+        functools.partial(decode_attention, theta=cases.THETA, implementation="interpret"),
+        static_argnums=3,
+    )(q, *map(jnp.asarray, inputs), cases.LAYER, position, tables, groups)
     lane = np.where(position >= 0, np.arange(cases.LANES), cases.LANES).astype(np.int32)
     cases.assert_close(np.asarray(out), cases.reference(case, q, k, v, position, lane), "uint16")
     assert not np.asarray(out)[position < 0].any()

@@ -4,10 +4,12 @@ import pytest
 
 from tests.kernels import aot
 from tests.kernels.cases import shape
-from tokendance_jax.kernels.lanes import TILE_ROWS, RowTiles
+from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, RowTiles, SharedRows
 from tokendance_jax.kernels.round_attention import round_attention
 
 LANES, ROWS, TILES, TOKENS = 32, 2048, 48, 4096
+SHARED_ROWS = 1024
 
 
 def arguments(heads, page_size, **pool):
@@ -16,10 +18,33 @@ def arguments(heads, page_size, **pool):
     return q, pool, pool, shape(ROWS), aot.tables_of(LANES, TOKENS // page_size), tiles
 
 
+def shared_rows(page_size):
+    """Shapes of rows of all lanes that meet shared pages together."""
+    entries = block_pages(page_size)
+    blocks = TOKENS // page_size // entries
+    entry, row = shape(blocks, entries), shape(SHARED_ROWS)
+    member = shape(blocks, LANES, entries, dtype="bool")
+    groups = GroupTables(entry, entry, entry, shape(blocks, LANES), member, shape())
+    tables = aot.tables_of(2 * LANES, TOKENS // page_size)
+    tiles = RowTiles(shape(TILES, TILE_ROWS), shape(TILES), shape())
+    return SharedRows(row, row, groups, tables, tiles)
+
+
+def with_shared_rows(q, k, v, layer, position, tables, tiles, shared, **options):
+    return round_attention(
+        q, k, v, layer, position, tables, tiles, shared=shared, with_lse=True, **options
+    )
+
+
 @aot.on_platforms
 def test_lowers(implementation, platform):
     shapes = arguments(aot.HEADS[1], 16)
     aot.check_lowers(round_attention, implementation, platform, shapes)
+
+
+def test_shared_rows_lower():
+    shapes = *arguments(aot.HEADS[1], 16), shared_rows(16)
+    aot.check_lowers(with_shared_rows, "mosaic_gpu", "cuda", shapes)
 
 
 @pytest.mark.aot
@@ -35,6 +60,19 @@ def test_compiles_for_an_h100(heads, page_size):
     tiled = TILES * TILE_ROWS * q.size // ROWS * 4
     assert memory.temp_size_in_bytes < 4 * tiled
     assert memory.temp_size_in_bytes < pool.size * 2
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("heads", "page_size"),
+    [(aot.HEADS[0], 16), (aot.HEADS[3], 32), (aot.HEADS[4], 16)],
+    ids=str,
+)
+def test_compiles_shared_rows_for_an_h100(heads, page_size):
+    shapes = *arguments(heads, page_size), shared_rows(page_size)
+    kernels, memory = aot.compile_for_an_h100(with_shared_rows, shapes, page_size)
+    assert len(kernels) == 2  # shared blocks, lanes' own
+    assert memory.temp_size_in_bytes < 0.1 * shapes[1].size
 
 
 @aot.for_tpus

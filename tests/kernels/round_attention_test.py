@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -19,19 +20,20 @@ SEEDS = st.integers(0, 2**32 - 1)
 program = jax.jit(
     functools.partial(round_attention, theta=cases.THETA),
     static_argnums=3,
-    static_argnames="implementation",
+    static_argnames=("implementation", "with_lse"),
 )
 
 
-def run(case, q, k, v):
-    return np.asarray(program(q, k, v, cases.LAYER, case.position, case.tables, case.tiles))
+def run(case, q, k, v, shared=None):
+    arguments = q, k, v, cases.LAYER, case.position, case.tables, case.tiles
+    return np.asarray(program(*arguments, shared=shared))
 
 
-def check(case, heads, dtype):
+def check(case, heads, dtype, shared=None):
     """The pools hold NaN wherever no token lies; the reference reads clean ones."""
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, dtype)
-    out = run(case, q, cases.poisoned(case, k), cases.poisoned(case, v))
+    out = run(case, q, cases.poisoned(case, k), cases.poisoned(case, v), shared)
     cases.assert_close(out, cases.reference(case, q, k, v, case.position, case.lane), dtype)
     assert not out[~case.used].any()
 
@@ -47,6 +49,43 @@ def test_equals_the_reference(heads, page_size, dtype):
 @settings(max_examples=8, deadline=None)
 def test_random_lanes_equal_the_reference(seed):
     check(cases.random_case(seed, page_size=16), SMALL, "float32")
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [
+        (cases.HEADS[0], 16, "float32"),
+        (cases.HEADS[1], 8, "float32"),
+        (cases.HEADS[2], 32, "uint16"),
+    ],
+    ids=str,
+)
+def test_rows_of_many_lanes_meet_what_these_share(heads, page_size, dtype):
+    case = cases.tasks(page_size)
+    shared = cases.share(case)
+    assert shared.groups.count >= 2
+    assert len(np.unique(shared.lane[shared.row < cases.ROWS])) == 6
+    # What several lanes share stands in none of their tables, and nothing of it is lost.
+    check(case, heads, dtype, shared)
+
+
+@given(SEEDS)
+@settings(max_examples=8, deadline=None)
+def test_random_lanes_share_rows(seed):
+    case = cases.random_case(seed, page_size=16)
+    check(case, SMALL, "float32", cases.share(case, whatever=True))
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_log_sum_exps_are_those_of_the_scores(sharing):
+    case = cases.tasks(16)
+    q = cases.queries(cases.ROWS, SMALL)
+    k, v = cases.pools(case, SMALL, "float32")
+    arguments = q, k, v, cases.LAYER, case.position, case.tables, case.tiles
+    shared = cases.share(case) if sharing else None
+    out, lse = program(*arguments, shared=shared, with_lse=True)
+    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(out, run(case, q, k, v, shared))
 
 
 @given(SEEDS)
@@ -126,6 +165,31 @@ def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, sim
     assert not simulator.races()
 
 
+@pytest.mark.parametrize(
+    ("heads", "page_size"),
+    [(cases.Heads(6, 2, 64), 16), (cases.Heads(10, 2, 128), 32)],
+    ids=str,
+)
+def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, simulator):
+    case = cases.tasks(page_size)
+    case = cases.Case.of(case.lanes[2:5], pages=case.pages, page_size=page_size)
+    shared = cases.share(case, whatever=True)
+    assert shared.groups.count
+    # Only tiles in use are simulated in good time.
+    tiles = jax.tree.map(lambda x: x[: int(shared.tiles.count)] if x.ndim else x, shared.tiles)
+    row = np.where(tiles.row < cases.ROWS, tiles.row, cases.ROWS)[:, :64]
+    shared = dataclasses.replace(shared, tiles=dataclasses.replace(tiles, row=row))
+    q = cases.queries(cases.ROWS, heads)
+    k, v = cases.pools(case, heads, "uint16")
+    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    arguments = q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
+    out, lse = program(*arguments, shared=shared, with_lse=True, implementation="interpret")
+    expected = cases.reference(case, q, k, v, case.position, case.lane)
+    cases.assert_close(np.asarray(out), expected, "uint16")
+    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=2e-2)
+    assert not simulator.races()
+
+
 def bits_to_numbers(pool):
     return jnp.asarray(pool.view(ml_dtypes.bfloat16) if pool.dtype == np.uint16 else pool)
 
@@ -152,6 +216,24 @@ def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
         np.asarray(out), cases.reference(case, q, k, v, case.position, case.lane), dtype
     )
     assert not np.asarray(out)[~case.used].any()
+
+
+def test_the_tpu_kernel_goes_on_behind_what_rows_share():
+    case, heads = cases.tasks(16), cases.Heads(14, 2, 64)
+    q = cases.queries(cases.ROWS, heads)
+    k, v = cases.pools(case, heads, "uint16")
+    inputs = [bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v)]
+    kernel = functools.partial(
+        round_attention_mosaic_tpu, theta=cases.THETA, with_lse=True, interpret=True
+    )
+    expected = cases.reference(case, q, k, v, case.position, case.lane)
+    for shared in (None, cases.share(case)):
+        out, lse = jax.jit(kernel, static_argnums=3)(
+            q, *inputs, cases.LAYER, case.position, case.tables, case.tiles, shared=shared
+        )
+        cases.assert_close(np.asarray(out), expected, "uint16")
+        np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=2e-2)
+        assert not np.asarray(out)[~case.used].any()
 
 
 def test_the_tpu_kernel_has_no_races(tpu_simulator):

@@ -12,22 +12,36 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from tokendance_jax.collector.lane import LanePlan, fill_key_blocks, key_block_columns
-from tokendance_jax.collector.plan import Shapes
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.kernels.flash import block_pages
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 
 
-def group_tables(lanes: Sequence[LanePlan], shapes: Shapes) -> tuple[GroupTables, LaneTables]:
+def group_tables(
+    lanes: Sequence[LanePlan],
+    shapes: Shapes,
+    *,
+    behind: Sequence[int] | None = None,
+    visits: Sequence[int] | None = None,
+    cost: float | None = None,
+    least: int = 1,
+) -> tuple[GroupTables, LaneTables]:
     """Splits the lanes' block tables into key blocks that several lanes read and the rest.
 
     Entries of several lanes are one if page, first slot and slots agree. In the order in which the
     lanes name them they fill key blocks, a new one where the frame of a lane changes. A block
-    stands in the groups if it saves more than it costs, else in the lanes' tables. Only slots of
-    the prompt are shared: rows that decode lie behind them, whatever their step.
+    stands in the groups if it saves more than it costs, else in the lanes' tables. Only slots in
+    front of the rows that read them are shared.
 
     Args:
-      lanes: the lanes that decode, at least one, their prompts written.
+      lanes: the lanes, at least one.
       shapes: the static shapes.
+      behind: for each lane, a position that no row of it which reads the groups lies in front of;
+        None: the end of its prompt, for rows that decode.
+      visits: for each lane, how often it would read a key block of its own; None: once.
+      cost: what a shared key block costs, in key blocks that lanes read for themselves; None:
+        `shared_block_cost`.
+      least: the tables are of at least so many lanes.
 
     Returns:
       The shared key blocks, and the tables of all else. Both have the bucket that the lanes' whole
@@ -36,19 +50,30 @@ def group_tables(lanes: Sequence[LanePlan], shapes: Shapes) -> tuple[GroupTables
     Raises:
       ValueError: there are more lanes or entries than the largest buckets hold.
     """
-    width, seats = block_pages(shapes.page_size), shapes.lanes.fit(len(lanes))
+    width, seats = block_pages(shapes.page_size), shapes.lanes.fit(max(least, len(lanes)))
     owner = np.repeat(np.arange(len(lanes)), [len(lane.page) for lane in lanes])
     table = np.concatenate([lane.entries() for lane in lanes], axis=1)
     last = key_block_columns(owner, table[1], width).max(initial=-1)
     entries = shapes.entries.fit(int(last) + 1)
 
-    held, number = _shared(lanes, owner, table, shapes.page_size)
+    behind = [len(lane.token_ids) for lane in lanes] if behind is None else behind
+    held, number = _shared(np.asarray(behind), owner, table, shapes.page_size)
     member = np.zeros((number.max(initial=-1) + 1, seats), np.bool_)
     member[number, owner[held]] = True
     frame = np.zeros(member.shape, np.int32)
     frame[number, owner[held]] = table[1, held]
     column, frame = _key_blocks(frame, member, width)
-    chosen = _worthwhile(column // width, frame, member, width=width, most=entries // width)
+    weight = np.zeros(seats, np.int64)
+    weight[: len(lanes)] = 1 if visits is None else visits
+    chosen = _worthwhile(
+        column // width,
+        frame,
+        member,
+        weight,
+        width=width,
+        cost=shared_block_cost(seats) if cost is None else cost,
+        most=entries // width,
+    )
 
     groups = empty_groups(lanes=seats, entries=entries, page_size=shapes.page_size)
     groups = dataclasses.replace(groups, count=np.asarray(len(chosen), np.int32))
@@ -84,12 +109,12 @@ def empty_groups(*, lanes: int, entries: int, page_size: int) -> GroupTables:
 
 
 def _shared(
-    lanes: Sequence[LanePlan],
+    behind: Int[np.ndarray, " lanes"],
     owner: Int[np.ndarray, " entries"],
     table: Int[np.ndarray, "5 entries"],
     page_size: int,
 ) -> tuple[Int[np.ndarray, " held"], Int[np.ndarray, " held"]]:
-    """Finds the written entries that several lanes hold.
+    """Finds the entries in front of `behind` that several lanes hold.
 
     Where a lane names one several times, its second time is one with the second time of others.
 
@@ -97,8 +122,7 @@ def _shared(
       The entries, and what they share: numbers in the order in which the lanes first name it.
     """
     page, _, first, slots, start = table
-    prompt = np.array([len(lane.token_ids) for lane in lanes])
-    written = np.flatnonzero(start + slots <= prompt[owner])
+    written = np.flatnonzero(start + slots <= behind[owner])
     key = (page.astype(np.int64) * page_size + first) * (page_size + 1) + slots
     owner, key = owner[written], key[written]
 
@@ -154,16 +178,18 @@ def _worthwhile(
     block: Int[np.ndarray, " shared"],
     frame: Int[np.ndarray, "blocks lanes"],
     member: Bool[np.ndarray, "shared lanes"],
+    visits: Int[np.ndarray, " lanes"],
     *,
     width: int,
+    cost: float,
     most: int,
 ) -> Int[np.ndarray, " chosen"]:
     """The blocks that save more than they cost, at most so many of them, the best first choice."""
     held = np.zeros(frame.shape, np.int64)
     np.add.at(held, block, member)
     # Entries of another frame than their neighbours' take a key block of their own.
-    saved = np.where(frame != 0, np.minimum(held, 1), held / width).sum(axis=1)
-    chosen = np.flatnonzero(saved >= shared_block_cost(frame.shape[1]))
+    saved = np.where(frame != 0, np.minimum(held, 1), held / width) @ visits
+    chosen = np.flatnonzero(saved >= cost)
     best = np.argsort(-saved[chosen], kind="stable")[:most]
     return np.sort(chosen[best])
 

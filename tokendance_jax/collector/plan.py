@@ -8,57 +8,13 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.collector.shapes import Shapes as Shapes
+from tokendance_jax.collector.shared_rows import blank_rows, share_rows
+from tokendance_jax.collector.tiles import row_tiles as row_tiles
 from tokendance_jax.kernels.flash import block_pages
-from tokendance_jax.kernels.lanes import TILE_ROWS, Array, LaneTables, RowTiles
+from tokendance_jax.kernels.lanes import Array, LaneTables, RowTiles, SharedRows
 from tokendance_jax.models.qwen2.model import Rows
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shapes:
-    """The static shapes that programs are compiled for.
-
-    Attributes:
-      rows: buckets of rows computed in one call; a round above the budget takes several calls.
-      lanes: buckets of lanes.
-      entries: buckets of table entries, each a multiple of a key block.
-      pages: pages of the pool.
-      page_size: token slots in a page.
-    """
-
-    rows: Buckets
-    lanes: Buckets
-    entries: Buckets
-    pages: int
-    page_size: int
-
-    @classmethod
-    def of(
-        cls, *, row_budget: int, max_lanes: int, max_tokens: int, pages: int, page_size: int
-    ) -> "Shapes":
-        """Buckets up to the given budgets, for contexts of at most `max_tokens`."""
-        block = block_pages(page_size)
-        most = cls.entries_of(max_tokens, page_size)
-        return cls(
-            rows=Buckets(min(64, row_budget), row_budget),
-            # Four lanes decode in the time of one: one-row bfloat16 products are slow on CPU.
-            lanes=Buckets(min(4, max_lanes), max_lanes),
-            entries=Buckets(min(4 * block, most), most),
-            pages=pages,
-            page_size=page_size,
-        )
-
-    @staticmethod
-    def entries_of(tokens: int, page_size: int) -> int:
-        """Table entries that hold so many tokens in one frame: whole key blocks."""
-        block = block_pages(page_size)
-        return -(-tokens // (block * page_size)) * block
-
-    @property
-    def no_slot(self) -> int:
-        """The write slot of rows that write nothing: past the pool."""
-        return self.pages * self.page_size
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
@@ -81,6 +37,7 @@ class RoundPlan:
     tables: LaneTables
     tiles: RowTiles
     out_row: Int32[Array, " seats"]
+    shared: SharedRows | None = None
 
 
 def lane_tables(lanes: Sequence[LanePlan], shapes: Shapes, *, least: int = 1) -> LaneTables:
@@ -132,6 +89,7 @@ def pack(
         for p, seat, end in zip(lanes, seats, row, strict=True)
         if seat >= 0 and p.computed[-1] == len(p.token_ids) - 1
     }
+    share = share_rows(lanes, tables, shapes) if shapes.shared_rows else None
     plans, start = [], 0
     for size in shapes.rows.cover(len(token)):
         stop = min(start + size, len(token))
@@ -152,7 +110,8 @@ def pack(
             slot=padded(slot, shapes.no_slot),
         )
         tiles = row_tiles(lane[start:stop], rows=size, lanes=lane_count)
-        plans.append(RoundPlan(rows, padded(lane, lane_count), tables, tiles, out_row))
+        shared = share and share.of_rows(lane[start:stop], position[start:stop], rows=size)
+        plans.append(RoundPlan(rows, padded(lane, lane_count), tables, tiles, out_row, shared))
         start = stop
     return plans
 
@@ -164,32 +123,13 @@ def blank_plan(*, rows: int, lanes: int, seats: int, entries: int, shapes: Shape
         return np.zeros(shape, np.int32)
 
     table = zeros(lanes, entries)
+    tables = LaneTables(page=table, frame=table, first=table, slots=table, start=table)
     nowhere = np.full(rows, shapes.no_slot, np.int32)
     return RoundPlan(
         rows=Rows(token=zeros(rows), position=zeros(rows), canonical=zeros(rows), slot=nowhere),
         lane=np.full(rows, lanes, np.int32),
-        tables=LaneTables(page=table, frame=table, first=table, slots=table, start=table),
+        tables=tables,
         tiles=row_tiles(zeros(0), rows=rows, lanes=lanes),
         out_row=np.full(seats, rows, np.int32),
+        shared=blank_rows(tables, rows=rows, shapes=shapes) if shapes.shared_rows else None,
     )
-
-
-def row_tiles(lane: Int32[np.ndarray, " used"], *, rows: int, lanes: int) -> RowTiles:
-    """Groups rows into tiles of one lane each.
-
-    Args:
-      lane: lane of each row; rows of one lane stand together.
-      rows: rows of the plan, padding included: the number that marks an unused place.
-      lanes: lanes of the plan.
-    """
-    most = -(-rows // TILE_ROWS) + lanes
-    row = np.full((most, TILE_ROWS), rows, np.int32)
-    tile_lane = np.zeros(most, np.int32)
-    count = 0
-    for group in np.split(np.arange(len(lane), dtype=np.int32), np.flatnonzero(np.diff(lane)) + 1):
-        for start in range(0, len(group), TILE_ROWS):
-            part = group[start : start + TILE_ROWS]
-            row[count, : len(part)] = part
-            tile_lane[count] = lane[part[0]]
-            count += 1
-    return RowTiles(row=row, lane=tile_lane, count=np.asarray(count, np.int32))

@@ -6,7 +6,7 @@ import numpy as np
 
 from tokendance_jax.collector.groups import group_tables
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.programs import DecodeState
 from tokendance_jax.engine.result import FinishReason
 from tokendance_jax.engine.sampling import SamplingArrays

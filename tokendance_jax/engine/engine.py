@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float32
 
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import OpenRound
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.decode import Answer, OnToken, generate
 from tokendance_jax.engine.prefill import Cost, Prefill
 from tokendance_jax.engine.programs import DecodeState, Programs
@@ -28,6 +28,7 @@ from tokendance_jax.engine.result import (
     tokens_by_kind,
 )
 from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_arrays
+from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.mirror import MasterMirror, MirrorLayout, Quantised, decode_pages, encode
 from tokendance_jax.model import Model
@@ -125,6 +126,8 @@ class RoundEngine:
             max_tokens=model.config.max_position_embeddings,
             pages=pages,
             page_size=page_size,
+            # Tiles of the GPU kernel are filled with rows of several lanes.
+            shared_rows=dispatch.platform_of(implementation) == "gpu",
         )
         if programs is None:
             programs = Programs(model, shapes, implementation=implementation)

@@ -12,8 +12,9 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int32
 
 from tokendance_jax.collector.groups import empty_groups
-from tokendance_jax.collector.plan import RoundPlan, Shapes, blank_plan
+from tokendance_jax.collector.plan import RoundPlan, blank_plan
 from tokendance_jax.collector.policy import Policy
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.sampling import SamplingArrays, is_stop, sample, sampling_arrays
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.decode_attention import decode_attention
@@ -277,6 +278,7 @@ class Programs:
                 position,
                 plan.tables,
                 plan.tiles,
+                shared=plan.shared,
                 theta=theta,
                 implementation=self.implementation,
             )

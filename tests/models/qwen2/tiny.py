@@ -8,7 +8,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import Shapes, pack
+from tokendance_jax.collector.plan import pack
+from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.demo import demo_tokenizer_json
 from tokendance_jax.demo.model import DEMO_CONFIG
 from tokendance_jax.engine.programs import Programs
