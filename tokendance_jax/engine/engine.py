@@ -26,10 +26,11 @@ from tokendance_jax.engine.result import (
     tokens_by_kind,
 )
 from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_arrays
+from tokendance_jax.kernels.dispatch import platform_of
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.mirror import MirrorLayout, encode
 from tokendance_jax.model import Model
-from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.paged.kv import PagedKV, pool_format
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.prompt.live import relive
 from tokendance_jax.prompt.round import AgentPrompt, PromptError, Round
@@ -103,16 +104,16 @@ class RoundEngine:
         spec = model.kv_spec(
             pages=1, page_size=page_size, dtype=kv_dtype, implementation=implementation
         )
-        page_bytes = spec.page_bytes
-        pages = kv_memory // page_bytes
+        room = spec.page_room(platform_of(implementation))
+        pages = kv_memory // room
         if pages < 2:
             raise ValueError(
-                f"kv_memory: {kv_memory} bytes hold {pages} pages of {page_bytes} bytes; "
-                f"give at least {2 * page_bytes}"
+                f"kv_memory: {kv_memory} bytes hold {pages} pages of {room} bytes; "
+                f"give at least {2 * room}"
             )
         self.model = model
         self.policy = policy
-        self.page_bytes = page_bytes
+        self.page_bytes = spec.page_bytes
         self._options = options
         self._preamble = np.array(model.tokenizer.encode_text(preamble), np.int32)
         self._salt = salt
@@ -339,7 +340,8 @@ class RoundEngine:
             order[pages] = draw.permutation(pages)
             return pool[:, order]
 
-        self._kv = PagedKV(k=shuffled(self._kv.k), v=shuffled(self._kv.v))
+        pools = PagedKV(k=shuffled(self._kv.k), v=shuffled(self._kv.v))
+        self._kv = jax.device_put(pools, pool_format())
         return len(pages)
 
     def _prefill(self, opened: OpenRound, wanted: Sequence[int] | None = None) -> Prefill:
