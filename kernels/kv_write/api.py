@@ -12,13 +12,18 @@ def kv_write(pool: jax.Array, layer: int, slot: jax.Array, value: jax.Array) -> 
     Args:
       pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype.
       layer: index of the layer.
-      slot: i32 [rows]; page * page_size + offset. Slots past the pool are dropped, never clamped.
+      slot: i32 [rows]; page * page_size + offset, no two rows with the same. Slots past the pool
+        are dropped, never clamped, and may be the same.
       value: f32 [rows, kv_heads, head_dim].
 
     Returns:
       The pool with the rows written.
     """
-    page_size = pool.shape[2]
+    pages, page_size = pool.shape[1:3]
     stored = storage.store(value, pool.dtype)
+    # Without a promise that no two rows meet, XLA writes bfloat16 on GPUs number by number, each by
+    # comparing and swapping a word. What is dropped goes to places of its own.
+    past = pages * page_size + jnp.arange(slot.shape[0], dtype=slot.dtype)
+    slot = jnp.where(slot < pages * page_size, slot, past)
     index = jnp.full_like(slot, layer), slot // page_size, slot % page_size
-    return pool.at[index].set(stored, mode="drop")
+    return pool.at[index].set(stored, mode="drop", unique_indices=True)
