@@ -39,13 +39,16 @@ class Array:
     near: bool
 
     @property
-    def size(self) -> int:
-        """Bytes in the device's memory, without padding."""
-        if self.near:
-            return 0
+    def bytes(self) -> int:
+        """Bytes, without padding."""
         bits = re.search(r"\d+", self.dtype)
         width = _SIZES.get(self.dtype) or (max(1, int(bits[0]) // 8) if bits else 0)
         return math.prod(self.shape) * width
+
+    @property
+    def size(self) -> int:
+        """Bytes in the device's memory."""
+        return 0 if self.near else self.bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,9 +93,12 @@ class Program:
         """Reads the program's text.
 
         Raises:
-          ValueError: it has none, or one that this file does not understand.
+          ValueError: it has none, or this version of jaxlib cannot read it.
         """
-        text = compiled.as_text() or ""
+        try:
+            text = compiled.as_text() or ""
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"compiled: {error}") from error
         self._computations: dict[str, dict[str, Instruction]] = {}
         self._entry = ""
         here: dict[str, Instruction] = {}
@@ -193,6 +199,9 @@ def _moved(instruction: Instruction, computation: dict[str, Instruction]) -> int
         return 2 * given
     if instruction.opcode in _IN_PLACE:
         return 2 * sum(array.size for array in taken[-1].arrays)
+    if instruction.opcode == "slice-start":
+        part = instruction.arrays[1]  # behind what it is a part of
+        return part.bytes + part.size
     if instruction.opcode.endswith("-start"):
         given = sum(array.size for array in instruction.arrays[:1])
     return given + sum(array.size for operand in taken for array in operand.arrays)

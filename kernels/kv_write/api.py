@@ -19,11 +19,12 @@ def kv_write(pool: jax.Array, layer: int, slot: jax.Array, value: jax.Array) -> 
     Returns:
       The pool with the rows written.
     """
-    pages, page_size = pool.shape[1:3]
-    stored = storage.store(value, pool.dtype)
+    layers, pages, page_size = pool.shape[:3]
+    slots = pages * page_size
     # Without a promise that no two rows meet, XLA writes bfloat16 on GPUs number by number, each by
     # comparing and swapping a word. What is dropped goes to places of its own.
-    past = pages * page_size + jnp.arange(slot.shape[0], dtype=slot.dtype)
-    slot = jnp.where(slot < pages * page_size, slot, past)
-    index = jnp.full_like(slot, layer), slot // page_size, slot % page_size
-    return pool.at[index].set(stored, mode="drop", unique_indices=True)
+    past = layers * slots + jnp.arange(slot.shape[0], dtype=slot.dtype)
+    index = jnp.where(slot < slots, layer * slots + slot, past)
+    rows = pool.reshape(layers * slots, *pool.shape[3:])
+    stored = storage.store(value, pool.dtype)
+    return rows.at[index].set(stored, mode="drop", unique_indices=True).reshape(pool.shape)
