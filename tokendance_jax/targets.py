@@ -133,11 +133,18 @@ def compile_for(
     Raises:
       TargetUnavailable: see `device`.
     """
-    place = SingleDeviceSharding(device(target))
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
-    )
+    shapes = placed(target, arguments)
     return jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
+
+
+def placed(target: Target, tree: Any) -> Any:
+    """The shapes of a pytree of arrays, on a device of the target.
+
+    Raises:
+      TargetUnavailable: see `device`.
+    """
+    place = SingleDeviceSharding(device(target))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.mirror import MasterMirror, MirrorLayout, Quantised, decode_pages, encode
 from tokendance_jax.model import Model
-from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.paged.kv import PagedKV, pool_format
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.prompt.live import relive
 from tokendance_jax.prompt.round import AgentPrompt, PromptError, Round
@@ -106,16 +106,17 @@ class RoundEngine:
         spec = model.kv_spec(
             pages=1, page_size=page_size, dtype=kv_dtype, implementation=implementation
         )
-        page_bytes = spec.page_bytes
-        pages = kv_memory // page_bytes
+        platform = dispatch.platform_of(implementation)
+        room = spec.page_room(platform)
+        pages = kv_memory // room
         if pages < 2:
             raise ValueError(
-                f"kv_memory: {kv_memory} bytes hold {pages} pages of {page_bytes} bytes; "
-                f"give at least {2 * page_bytes}"
+                f"kv_memory: {kv_memory} bytes hold {pages} pages of {room} bytes; "
+                f"give at least {2 * room}"
             )
         self.model = model
         self.policy = policy
-        self.page_bytes = page_bytes
+        self.page_bytes = spec.page_bytes
         self._options = options
         self._preamble = np.array(model.tokenizer.encode_text(preamble), np.int32)
         self._salt = salt
@@ -127,7 +128,7 @@ class RoundEngine:
             pages=pages,
             page_size=page_size,
             # Tiles of the GPU kernel are filled with rows of several lanes.
-            shared_rows=dispatch.platform_of(implementation) == "gpu",
+            shared_rows=platform == "gpu",
         )
         if programs is None:
             programs = Programs(model, shapes, implementation=implementation)
@@ -371,7 +372,8 @@ class RoundEngine:
             order[pages] = draw.permutation(pages)
             return pool[:, order]
 
-        self._kv = PagedKV(k=shuffled(self._kv.k), v=shuffled(self._kv.v))
+        pools = PagedKV(k=shuffled(self._kv.k), v=shuffled(self._kv.v))
+        self._kv = jax.device_put(pools, pool_format())
         return len(pages)
 
     def _prefill(self, opened: OpenRound, wanted: Sequence[int] | None = None) -> Prefill:

@@ -1,6 +1,7 @@
 """The jitted programs of a round, compiled ahead of time for bucket shapes."""
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any, no_type_check
@@ -24,7 +25,7 @@ from tokendance_jax.kernels.round_attention import attention_mass, round_attenti
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
 from tokendance_jax.model import Model
 from tokendance_jax.models.qwen2.model import Attend, Rows
-from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.paged.kv import PagedKV, pool_format
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
@@ -53,7 +54,22 @@ class Programs:
     up what that took, so that callers can keep it out of their timings. Calls trace nothing.
     """
 
-    def __init__(self, model: Model, shapes: Shapes, *, implementation: str | None = None):
+    def __init__(
+        self,
+        model: Model,
+        shapes: Shapes,
+        *,
+        implementation: str | None = None,
+        device: jax.Device | None = None,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          model: the model.
+          shapes: the static shapes.
+          implementation: which kernels run (see `kernels.dispatch`).
+          device: where the programs run; None: the default device.
+        """
         self.shapes = shapes
         self.implementation = implementation
         self.compile_s = 0.0
@@ -61,14 +77,14 @@ class Programs:
         self._state = model.state
         self._config = model.config
         self._jitted = {
-            "prefill": jax.jit(self._prefill, donate_argnames=("kv", "hidden")),
-            "link": jax.jit(self._link, donate_argnames=("kv",)),
-            "deviation": jax.jit(self._deviation, donate_argnames=("kv",)),
-            "attention": jax.jit(self._attention, donate_argnames=("kv",)),
-            "rest": jax.jit(self._rest, donate_argnames=("kv", "hidden")),
+            "prefill": _jit(self._prefill, device, results=3, donate=("kv", "hidden")),
+            "link": _jit(self._link, device),
+            "deviation": _jit(self._deviation, device, results=3),
+            "attention": _jit(self._attention, device, results=2),
+            "rest": _jit(self._rest, device, results=3, donate=("kv", "hidden")),
             "first_token": jax.jit(self._first_token),
             "logits": jax.jit(self._logits),
-            "decode": jax.jit(self._decode, donate_argnames=("kv",)),
+            "decode": _jit(self._decode, device, results=2),
         }
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
@@ -204,22 +220,13 @@ class Programs:
             plan = RestorePlan.of_slots(nothing, nothing, nothing, page_size=shapes.page_size)
             self._program("link", kv, plan.padded(rows, rows))
         for lanes in shapes.lanes.upto(agents):
-            sampling = sampling_arrays(
-                lanes, temperature=0.0, top_k=0, top_p=1.0, keys=[], limits=[], stop_ids=[]
-            )
             hidden = self.new_hidden(lanes)
-            self._program("first_token", hidden, sampling)
-            idle = np.zeros(lanes, np.int32)
-            state = DecodeState(idle, idle, np.zeros(lanes, np.bool_), idle)
-            slot = np.full((lanes, steps), shapes.no_slot, np.int32)
+            self._program("first_token", hidden, blank_sampling(lanes))
             for entries in shapes.entries.upto(most):
                 for rows in shapes.rows.sizes:
                     self._warm_up_prefill(kv, policy, agents, hidden, rows, entries)
-                tables = blank_plan(
-                    rows=1, lanes=lanes, seats=lanes, entries=entries, shapes=shapes
-                ).tables
-                groups = empty_groups(lanes=lanes, entries=entries, page_size=shapes.page_size)
-                self._program("decode", kv, state, tables, groups, slot, sampling)
+                idle = blank_decode(lanes=lanes, entries=entries, steps=steps, shapes=shapes)
+                self._program("decode", kv, *idle)
 
     def _warm_up_prefill(
         self,
@@ -247,6 +254,10 @@ class Programs:
                 if name in policy.programs:
                     self._program(name, *arguments)
 
+    def lower(self, name: str, *arguments: Any) -> jax.stages.Lowered:
+        """The program of that name, lowered for arguments of these shapes."""
+        return self._jitted[name].lower(self._state, *arguments)
+
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._program(name, *arguments)(self._state, *arguments)
 
@@ -259,7 +270,7 @@ class Programs:
             # compilation and be missing from the caller's timings.
             jax.block_until_ready(arguments)
             started = time.perf_counter()
-            program = self._jitted[name].lower(self._state, *arguments).compile()
+            program = self.lower(name, *arguments).compile()
             self._compiled[name, shapes] = program
             self.compile_s += time.perf_counter() - started
         return program
@@ -400,6 +411,46 @@ class Programs:
         carry = (jnp.int32(0), kv, start, jnp.full((lanes, steps), -1, jnp.int32))
         _, kv, _, tokens = jax.lax.while_loop(go_on, step, carry)
         return kv, tokens
+
+
+def blank_decode(
+    *, lanes: int, entries: int, steps: int, shapes: Shapes
+) -> tuple[DecodeState, LaneTables, GroupTables, np.ndarray, SamplingArrays]:
+    """What a decode call takes behind the pool, of idle lanes: to compile for."""
+    idle = np.zeros(lanes, np.int32)
+    plan = blank_plan(rows=1, lanes=lanes, seats=lanes, entries=entries, shapes=shapes)
+    return (
+        DecodeState(idle, idle, np.zeros(lanes, np.bool_), idle),
+        plan.tables,
+        empty_groups(lanes=lanes, entries=entries, page_size=shapes.page_size),
+        np.full((lanes, steps), shapes.no_slot, np.int32),
+        blank_sampling(lanes),
+    )
+
+
+def blank_sampling(lanes: int) -> SamplingArrays:
+    """Greedy settings of lanes that generate nothing: to compile for."""
+    return sampling_arrays(
+        lanes, temperature=0.0, top_k=0, top_p=1.0, keys=[], limits=[], stop_ids=[]
+    )
+
+
+def _jit(
+    function: Callable[..., Any],
+    device: jax.Device | None,
+    *,
+    results: int = 1,
+    donate: tuple[str, ...] = ("kv",),
+) -> Any:
+    """Jits a function of the model's state, a pool and more, that returns the pool and more."""
+    pool = pool_format(device)
+    more = len(inspect.signature(function).parameters) - 2
+    return jax.jit(
+        function,
+        donate_argnames=donate,
+        in_shardings=(None, pool, *[None] * more),
+        out_shardings=(pool, *[None] * (results - 1)) if results > 1 else pool,
+    )
 
 
 def _keep(hidden: jax.Array, x: jax.Array, plan: RoundPlan) -> jax.Array:

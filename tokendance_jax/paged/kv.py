@@ -6,6 +6,8 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float, Int32, Shaped
 
 from tokendance_jax.kernels.kv_write import kv_write
@@ -68,11 +70,32 @@ class KVSpec:
         values = self.layers * self.page_size * self.kv_heads * self.head_dim
         return 2 * values * self.storage.itemsize
 
+    def page_room(self, platform: str) -> int:
+        """Bytes that a page takes on a platform: on a TPU, heads fill up lanes of 128 numbers."""
+        width = -(-self.head_dim // 128) * 128 if platform == "tpu" else self.head_dim
+        return self.page_bytes // self.head_dim * width
+
     def zeros(self) -> PagedKV:
-        """A new pool, filled with zeros."""
-        shape = (self.layers, self.pages, self.page_size, self.kv_heads, self.head_dim)
-        return PagedKV(k=jnp.zeros(shape, self.storage), v=jnp.zeros(shape, self.storage))
+        """A new pool on the default device, filled with zeros."""
+        return jax.jit(self._zeros, out_shardings=pool_format())()
 
     def abstract(self) -> PagedKV:
         """A pool of shapes alone, to compile for."""
-        return jax.eval_shape(self.zeros)
+        return jax.eval_shape(self._zeros)
+
+    def _zeros(self) -> PagedKV:
+        shape = (self.layers, self.pages, self.page_size, self.kv_heads, self.head_dim)
+        return PagedKV(k=jnp.zeros(shape, self.storage), v=jnp.zeros(shape, self.storage))
+
+
+def pool_format(device: jax.Device | None = None) -> Format:
+    """How the arrays of a pool lie in memory: slot after slot, as all kernels read them.
+
+    Whatever program gives back a pool says so. On TPUs, XLA would choose another order for large
+    pools with heads narrower than 128, and copy them before and after every program.
+
+    Args:
+      device: where the pool lies; None: the default device.
+    """
+    device = jax.devices()[0] if device is None else device
+    return Format(Layout(major_to_minor=tuple(range(5))), SingleDeviceSharding(device))

@@ -1,0 +1,65 @@
+"""Whole programs of rounds as XLA compiles them for accelerators: they fit, and copy no pool."""
+
+import pytest
+
+from tokendance_jax import targets
+from tokendance_jax.engine.ahead import NAMES, RoundSize, compile_round
+from tokendance_jax.models.qwen2.config import Qwen2Config
+
+# Parameters that a row is multiplied with: published sizes without embedding and vectors.
+MATRICES = {"0.5B": 0.358e9, "7B": 6.525e9, "14B": 13.21e9}
+HEAD = {"0.5B": 151936 * 896, "7B": 152064 * 3584, "14B": 152064 * 5120}
+
+
+def compiled(name, model, target, agents):
+    """The program, with all that holds whatever the target."""
+    config, target = Qwen2Config.preset(model), targets.TARGETS[target]
+    size = RoundSize(agents)
+    found = compile_round(name, config, target, size)
+    # Everything fits the device, the pool being all that the weights leave; the round fits that.
+    assert found.memory < target.memory
+    assert found.round_pool < found.pool
+    # Both pools are written in place; nothing of their size is made beside.
+    assert found.aliased >= found.pool
+    assert found.temporaries < 0.1 * found.pool
+    if target.name == "tpu-v6e":
+        assert found.kernels is None  # once this fails, the rest holds for a v6e too
+        return found
+    assert found.copies == ()
+    # Every layer has its kernels: nothing fell back to XLA code.
+    assert found.kernels
+    assert found.kernels % config.num_hidden_layers == 0
+    # All products are there, of padding rows too, and beside them attention's.
+    products = 2 * found.rows * (MATRICES[model] + (HEAD[model] if name == "decode" else 0))
+    assert found.operations is not None
+    assert products < 1.01 * found.operations < 1.4 * products
+    # Matrices are read once.
+    assert found.moved is not None
+    assert found.moved > 0.95 * 2 * MATRICES[model]
+    if name == "decode":
+        assert found.moved < 1.5 * found.weights + found.round_pool
+    return found
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("model", ["7B", "14B"])
+def test_rounds_of_25_agents_fit_an_h100(model, name):
+    found = compiled(name, model, "h100", 25)
+    # The residual stream and the widest rows of one layer, and never those of all layers.
+    assert found.temporaries < 3e9
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("name", "target"), [("prefill", "tpu-v5e"), ("decode", "tpu-v5e"), ("decode", "tpu-v6e")]
+)
+def test_narrow_heads_are_not_copied_on_tpus(name, target):
+    compiled(name, "0.5B", target, 25)
+
+
+@pytest.mark.aot
+def test_a_pool_that_does_not_hold_the_round_is_refused():
+    v5e = targets.TARGETS["tpu-v5e"]
+    with pytest.raises(ValueError, match="the round of 50 agents needs 1729"):
+        compile_round("decode", Qwen2Config.preset("0.5B"), v5e, RoundSize(50), kv_memory=10**8)

@@ -1,0 +1,79 @@
+"""Whether XLA's scatter will do, or rows need a kernel to be written by: asked of its compilers."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.kernels.cases import shape
+from tokendance_jax import targets
+from tokendance_jax.hlo import Program
+from tokendance_jax.kernels.kv_write import kv_write
+from tokendance_jax.paged.kv import pool_format
+
+# KV heads and head dims of Qwen2.5 from 0.5B to 72B.
+HEADS = ((2, 64), (2, 128), (4, 128), (8, 128))
+LAYERS, SLOTS = 12, 1 << 17
+# Pages and rows of a prefill call and of a decode step.
+SIZES = ((16, 2048), (32, 32))
+
+
+def compiled_write(target, heads, dtype, sizes, **options):
+    """The program, which is in place whatever the target."""
+    page_size, rows = sizes
+    pool = shape(LAYERS, SLOTS // page_size, page_size, *heads, dtype=dtype)
+    arguments = pool, shape(rows), shape(rows, *heads, dtype="float32")
+    layout = pool_format(targets.device(target))
+    program = jax.jit(
+        lambda pool, slot, value: kv_write(pool, 3, slot, value),
+        donate_argnums=0,
+        in_shardings=(layout, None, None),
+        out_shardings=layout,
+    )
+    compiled = program.lower(*targets.placed(target, arguments)).compile(**options)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    assert memory.alias_size_in_bytes >= pool.size * pool.dtype.itemsize
+    assert memory.temp_size_in_bytes < 1 << 20
+    found = Program(compiled)
+    assert found.made(pool.shape) == []
+    # Rows in and out, and their slots, in a few steps; no page, and no part of one.
+    row = math.prod(heads) * (4 + jnp.dtype(dtype).itemsize)
+    assert found.bytes_moved() < 4 * rows * (row + 4)
+    assert " sort(" not in text
+    return found
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_an_h100_writes_rows_alone(heads, dtype, sizes, tmp_path):
+    h100 = targets.TARGETS["h100"]
+    found = compiled_write(
+        h100, heads, dtype, sizes, compiler_options={"xla_dump_to": str(tmp_path)}
+    )
+    # One kernel: the conversion is part of it.
+    opcodes = [instruction.opcode for instruction, _ in found.executed()]
+    assert set(opcodes) == {"parameter", "bitcast", "fusion"}
+    assert opcodes.count("fusion") == 1
+    ptx = "".join(file.read_text() for file in tmp_path.glob("*.ptx"))
+    stores = re.findall(r"\bst\S*\.global\S*", ptx)
+    assert stores
+    # Nothing is compared and swapped, and nothing of the pool is read.
+    assert not re.search(r"\b(atom|red)\.", ptx)
+    assert all(".nc." in load for load in re.findall(r"\bld\.global\S*", ptx))
+    if heads[1] == 128 and sizes[1] == 2048:
+        # Four numbers a thread.
+        assert set(stores) == {"st.global.v2.b32" if dtype == "bfloat16" else "st.global.v4.b32"}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_tpu_writes_rows_alone(heads, dtype, target):
+    compiled_write(targets.TARGETS[target], heads, dtype, SIZES[0])
