@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         for name in _TARGET.value:
             for size in _MODEL.value:
                 config = Qwen2Config.preset(size)
-                rows += [report(case, targets.TARGETS[name], size) for case in cases(config)]
+                target = targets.TARGETS[name]
+                rows += [report(case, target, size) for case in cases(config, target)]
             console.print(_table(name, [row for row in rows if row["target"] == name]))
     except (targets.TargetUnavailable, ValueError, OSError) as error:
         print(f"kernel_report: {error}", file=sys.stderr)
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def cases(config: Qwen2Config) -> list[dict[str, Any]]:
+def cases(config: Qwen2Config, target: targets.Target) -> list[dict[str, Any]]:
     """The kernels on a round of the flags' sizes: how to call them, and what they must do.
 
     Returns:
@@ -132,10 +133,12 @@ def cases(config: Qwen2Config) -> list[dict[str, Any]]:
         "operations": 4 * agents * heads * head_dim * (shared + own),
     }
 
-    return [restored, decoded, *(_prefill(config, pool, page, rows) for rows in _ROWS.value)]
+    packed = target.platform == "cuda"
+    prefills = [_prefill(config, pool, page, rows, packed) for rows in _ROWS.value]
+    return [restored, decoded, *prefills]
 
 
-def _prefill(config: Qwen2Config, pool: Any, page: int, each: int) -> dict[str, Any]:
+def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: bool) -> dict[str, Any]:
     """Round attention of so many rows of each agent, behind what all of them share."""
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
@@ -147,7 +150,7 @@ def _prefill(config: Qwen2Config, pool: Any, page: int, each: int) -> dict[str, 
         entries=Buckets(context // page_size, context // page_size),
         pages=pool.shape[1],
         page_size=page_size,
-        shared_rows=True,
+        shared_rows=packed,
     )
     base = np.arange(1, 1 + shared // page_size, dtype=np.int32)
     lanes = [
@@ -160,7 +163,7 @@ def _prefill(config: Qwen2Config, pool: Any, page: int, each: int) -> dict[str, 
         for agent in range(agents)
     ]
     (plan,) = pack(lanes, shapes)
-    # Without anything to share the plan is one of tiles of single lanes.
+    # Where packing does not pay, tiles are of single lanes.
     together = plan.shared if plan.shared and plan.shared.groups.count else None
     plans = jax.tree.map(lambda x: _shape(*x.shape, dtype=x.dtype.name), (plan.tables, plan.tiles))
     options = {} if together is None else {"shared": together}
