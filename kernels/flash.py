@@ -175,19 +175,6 @@ def log_sum_exp(carry: Carry) -> jax.Array:
     return jnp.where(saw, maximum + jnp.log(jnp.where(saw, total, jnp.ones_like(total))), MASKED)
 
 
-def merge_parts(
-    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """`merge` of finished parts: outputs f32 [..., width] and log-sum-exps f32 [...]."""
-    higher = jnp.maximum(a[1], b[1])
-    shares = [jnp.where(lse > MASKED, jnp.exp(lse - higher), 0.0) for _, lse in (a, b)]
-    total = shares[0] + shares[1]
-    saw = total > 0
-    total = jnp.where(saw, total, jnp.ones_like(total))
-    out = (a[0] * shares[0][..., None] + b[0] * shares[1][..., None]) / total[..., None]
-    return out, jnp.where(saw, higher + jnp.log(total), MASKED)
-
-
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
     """Full products for float32, where an accelerator would round the inputs to bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

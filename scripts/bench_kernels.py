@@ -76,7 +76,8 @@ def _measure(console: Console) -> dict[str, Any]:
             work = Work(config, dtype, page_size, FLAGS.agents, shared, own, each)
             # The report counts each number of rows apart: here the first is worked on.
             cases = {}
-            for case in kernel_report.cases(config, dtype):
+            packed = jax.default_backend() == "gpu"
+            for case in kernel_report.cases(config, dtype, packed=packed):
                 cases.setdefault(case["name"].partition(",")[0], case)
             found: list[dict[str, Any]] = []
             for kernel in dict.fromkeys(_KERNEL.value):

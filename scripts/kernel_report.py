@@ -60,18 +60,22 @@ def _measure(console: Console) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name in _TARGET.value:
         for size in _MODEL.value:
-            config = Qwen2Config.preset(size)
-            rows += [report(case, targets.TARGETS[name], size) for case in cases(config)]
+            config, target = Qwen2Config.preset(size), targets.TARGETS[name]
+            packed = target.platform == "cuda"
+            rows += [report(case, target, size) for case in cases(config, packed=packed)]
         console.print(_table(name, [row for row in rows if row["target"] == name]))
     return {"kernels": rows}
 
 
-def cases(config: Qwen2Config, dtype: str = "bfloat16") -> list[dict[str, Any]]:
+def cases(
+    config: Qwen2Config, dtype: str = "bfloat16", *, packed: bool = False
+) -> list[dict[str, Any]]:
     """The kernels on a round of the flags' sizes: how to call them, and what they must do.
 
     Args:
       config: sizes of the model.
       dtype: precision of the pool.
+      packed: whether plans pack rows of several lanes, as they do for GPUs.
 
     Returns:
       Of each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
@@ -151,11 +155,11 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16") -> list[dict[str, Any]]:
         # A key is turned as in a restore; a difference, a maximum and a sum of squares for all.
         "operations": layers * pieces * page // 4 * (8 + 2 * 5),
     }
-    prefills = [_prefill(config, pool, page, rows) for rows in _ROWS.value]
+    prefills = [_prefill(config, pool, page, rows, packed) for rows in _ROWS.value]
     return [restored, decoded, *prefills, compared]
 
 
-def _prefill(config: Qwen2Config, pool: Any, page: int, each: int) -> dict[str, Any]:
+def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: bool) -> dict[str, Any]:
     """Round attention of so many rows of each agent, behind what all of them share."""
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
@@ -167,7 +171,7 @@ def _prefill(config: Qwen2Config, pool: Any, page: int, each: int) -> dict[str, 
         entries=Buckets(context // page_size, context // page_size),
         pages=pool.shape[1],
         page_size=page_size,
-        shared_rows=True,
+        shared_rows=packed,
     )
     base = np.arange(1, 1 + shared // page_size, dtype=np.int32)
     lanes = [
@@ -180,7 +184,7 @@ def _prefill(config: Qwen2Config, pool: Any, page: int, each: int) -> dict[str, 
         for agent in range(agents)
     ]
     (plan,) = pack(lanes, shapes)
-    # Without anything to share the plan is one of tiles of single lanes.
+    # Where packing does not pay, tiles are of single lanes.
     together = plan.shared if plan.shared and plan.shared.groups.count else None
     plans = jax.tree.map(lambda x: _shape(*x.shape, dtype=x.dtype.name), (plan.tables, plan.tiles))
     options = {} if together is None else {"shared": together}

@@ -154,15 +154,8 @@ def bytes_beside_pages(
     # Pages, positions and where they stop; the frame of a lane's step; what tiles see of a step.
     of_steps = 4 * (shared + own) * (SLOTS // page_size + SLOTS + 1) + 4 * own
     of_tiles = 4 * tiles * (shared * (QUERIES + 1) + parts * QUERIES)
-    # The log-sum-exps of the whole are written, though nobody reads them.
-    return (
-        queries
-        + 4 * numbers
-        + written_and_read
-        + of_steps
-        + of_tiles
-        + 4 * QUERIES * (tiles + lanes * kv_heads)
-    )
+    limits = 4 * QUERIES * (tiles + lanes)
+    return queries + 4 * numbers + written_and_read + of_steps + of_tiles + limits
 
 
 def _most_parts(lanes: int, heads: int, kv_heads: int) -> tuple[int, int]:

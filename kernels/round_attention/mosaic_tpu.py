@@ -17,7 +17,6 @@ from jax.experimental.pallas import tpu as pltpu
 from tokendance_jax.kernels import flash, flash_tpu, rope
 from tokendance_jax.kernels.flash_tpu import PLACES, TILE, product
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
-from tokendance_jax.kernels.round_attention.xla_shared import attend_shared
 
 # Rows of a small tile: what is left of a lane behind its full tiles is often little.
 SMALL_TILE = 32
@@ -55,27 +54,12 @@ def round_attention_mosaic_tpu(
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane; of a tile, the rows in use stand first.
       theta: base of the rotary frequencies.
-      shared: what these rows share they meet in XLA code.
+      shared: not taken.
       with_lse: whether log-sum-exps are wanted.
       interpret: whether to run on a CPU, or parameters of the simulator.
     """
     if shared is not None:
-        flash_tpu.check_pool(k_pool)
-        before = attend_shared(q, k_pool, v_pool, layer, shared, theta=theta)
-        found = round_attention_mosaic_tpu(
-            q,
-            k_pool,
-            v_pool,
-            layer,
-            position,
-            shared.tables,
-            shared.tiles,
-            theta=theta,
-            with_lse=True,
-            interpret=interpret,
-        )
-        out, lse = flash.merge_parts(before, found)
-        return (out, lse) if with_lse else out
+        raise NotImplementedError("the kernel takes tiles of one lane each, no shared rows")
     rows, heads, head_dim = q.shape
     page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
     dtype, group, tile_rows = k_pool.dtype, heads // kv_heads, tiles.row.shape[1]

@@ -218,7 +218,7 @@ def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
     assert not np.asarray(out)[~case.used].any()
 
 
-def test_the_tpu_kernel_goes_on_behind_what_rows_share():
+def test_the_tpu_kernel_gives_log_sum_exps():
     case, heads = cases.tasks(16), cases.Heads(14, 2, 64)
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, "uint16")
@@ -226,14 +226,27 @@ def test_the_tpu_kernel_goes_on_behind_what_rows_share():
     kernel = functools.partial(
         round_attention_mosaic_tpu, theta=cases.THETA, with_lse=True, interpret=True
     )
+    out, lse = jax.jit(kernel, static_argnums=3)(
+        q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
+    )
     expected = cases.reference(case, q, k, v, case.position, case.lane)
-    for shared in (None, cases.share(case)):
-        out, lse = jax.jit(kernel, static_argnums=3)(
-            q, *inputs, cases.LAYER, case.position, case.tables, case.tiles, shared=shared
+    cases.assert_close(np.asarray(out), expected, "uint16")
+    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=2e-2)
+    assert not np.asarray(out)[~case.used].any()
+
+
+def test_the_tpu_kernel_takes_no_shared_rows():
+    case, heads = cases.tasks(16), cases.Heads(4, 2, 128)
+    pools = map(bits_to_numbers, cases.pools(case, heads, "uint16"))
+    arguments = cases.queries(cases.ROWS, heads), *pools, cases.LAYER, case.position
+    with pytest.raises(NotImplementedError, match="one lane each"):
+        program(
+            *arguments,
+            case.tables,
+            case.tiles,
+            shared=cases.share(case),
+            implementation="mosaic_tpu",
         )
-        cases.assert_close(np.asarray(out), expected, "uint16")
-        np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=2e-2)
-        assert not np.asarray(out)[~case.used].any()
 
 
 def test_the_tpu_kernel_has_no_races(tpu_simulator):
