@@ -10,7 +10,7 @@ from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 # one, and 4 take 0.75; but blocks that the last step lacks are paid for.
 STEP_BLOCKS = 8
 # Shared key blocks that are read at once where all lanes see them whole.
-PLAIN_BLOCKS = 4
+PLAIN_BLOCKS = 2
 
 # The online softmax of each KV head.
 Softmax = tuple[flash.Carry, ...]
