@@ -29,10 +29,11 @@ def compiled(name, model, target, agents):
     # Every layer has its kernels: nothing fell back to XLA code.
     assert found.kernels
     assert found.kernels % config.num_hidden_layers == 0
-    # All products are there, of padding rows too, and beside them attention's.
+    # All products are there once, of padding rows too, and beside them attention's.
+    attention = 0.4 if config.hidden_size < 1000 else 0.1
     products = 2 * found.rows * (MATRICES[model] + (HEAD[model] if name == "decode" else 0))
     assert found.operations is not None
-    assert products < 1.01 * found.operations < 1.4 * products
+    assert products < 1.01 * found.operations < (1.01 + attention) * products
     # Matrices are read once.
     assert found.moved is not None
     assert found.moved > 0.95 * 2 * MATRICES[model]

@@ -27,8 +27,8 @@ from tokendance_jax.prompt.tokenizer import Tokenizer
 
 Name = Literal["prefill", "decode"]
 NAMES: tuple[Name, ...] = ("prefill", "decode")
-# Share of a device's memory that is neither weights nor pool. Of a GPU's JAX takes three quarters
-# unless told otherwise; with more than four fifths XLA would compute things twice to save memory.
+# Share of a device's memory that is neither weights nor pool. Of a GPU's, JAX takes three quarters
+# unless told otherwise.
 RESERVE = {"cuda": 0.25, "tpu": 0.06}
 MAX_AGENTS = 128
 
@@ -161,7 +161,7 @@ def compile_round(
     programs = Programs(model, shapes, implementation=implementation, device=device)
     kv = spec.abstract()
     arguments = _arguments(name, config, kv, size, shapes, steps)
-    compiled = programs.lower(name, *targets.placed(target, arguments)).compile()
+    compiled = programs.compile(name, *targets.placed(target, arguments))
 
     memory, pool = compiled.memory_analysis(), pages * room
     assert memory is not None

@@ -73,6 +73,11 @@ class Programs:
         self.shapes = shapes
         self.implementation = implementation
         self.compile_s = 0.0
+        platform = (jax.devices()[0] if device is None else device).platform
+        # XLA counts a donated pool twice, and then computes products twice to save memory.
+        self._compiler_options = (
+            {"xla_disable_hlo_passes": "rematerialization"} if platform in ("cuda", "gpu") else None
+        )
         self._graph = model.graph
         self._state = model.state
         self._config = model.config
@@ -254,9 +259,10 @@ class Programs:
                 if name in policy.programs:
                     self._program(name, *arguments)
 
-    def lower(self, name: str, *arguments: Any) -> jax.stages.Lowered:
-        """The program of that name, lowered for arguments of these shapes."""
-        return self._jitted[name].lower(self._state, *arguments)
+    def compile(self, name: str, *arguments: Any) -> jax.stages.Compiled:
+        """The program of that name, compiled for arguments of these shapes."""
+        lowered = self._jitted[name].lower(self._state, *arguments)
+        return lowered.compile(compiler_options=self._compiler_options)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._program(name, *arguments)(self._state, *arguments)
@@ -270,7 +276,7 @@ class Programs:
             # compilation and be missing from the caller's timings.
             jax.block_until_ready(arguments)
             started = time.perf_counter()
-            program = self.lower(name, *arguments).compile()
+            program = self.compile(name, *arguments)
             self._compiled[name, shapes] = program
             self.compile_s += time.perf_counter() - started
         return program
