@@ -17,7 +17,14 @@ from tokendance_jax.kernels.round_attention.reference import round_attention_ref
 from tokendance_jax.models.qwen2.config import Qwen2Config
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ["sparse_restore", "round_attention", "decode_attention", "kv_write", "attention_mass"]
+KERNELS = [
+    "sparse_restore",
+    "page_diff",
+    "round_attention",
+    "decode_attention",
+    "kv_write",
+    "attention_mass",
+]
 SIZES = "--agents=3", "--shared=256", "--own=256", "--rows=20", "--layers=2", "--turns=2"
 # Runs the script with a kernel that gives wrong values.
 _WRONG = """
