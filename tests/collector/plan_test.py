@@ -8,6 +8,7 @@ from tokendance_jax.collector.exact import Prefix
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import lane_tables, pack
 from tokendance_jax.collector.shapes import Shapes
+from tokendance_jax.collector.tiles import row_tiles
 from tokendance_jax.engine.programs import Programs
 from tokendance_jax.kernels.lanes import KEY_BLOCK, TILE_ROWS
 from tokendance_jax.paged import PagePool, PrefixCache
@@ -114,7 +115,7 @@ def test_all_shapes_are_buckets(case):
         assert lane_count in shapes.lanes.sizes
         assert entries in shapes.entries.sizes
         assert plan.out_row.shape == (lane_count,)
-        assert plan.tiles.row.shape == (-(-rows // TILE_ROWS) + lane_count, TILE_ROWS)
+        assert plan.tiles.row.shape == (-(-rows // TILE_ROWS) + 2 * lane_count, TILE_ROWS)
 
 
 @given(rounds())
@@ -128,6 +129,19 @@ def test_tiles_hold_each_row_once_and_one_lane_each(case):
         for row, lane in zip(plan.tiles.row[:count], plan.tiles.lane[:count], strict=True):
             assert (plan.lane[row[row < rows]] == lane).all()
             assert (row < rows).any()
+
+
+def test_tiles_do_not_reach_across_a_gap_that_takes_a_key_block():
+    wide, narrow = KEY_BLOCK + 1, KEY_BLOCK
+    gaps = np.array([1, 1, wide, 1, 1, narrow, 1, wide - 1, 1])
+    position = np.concatenate([[3], 3 + np.cumsum(gaps)]).astype(np.int32)
+    lane = np.array([0] * 5 + [1] * 5, np.int32)
+    tiles = row_tiles(lane, position, rows=16, lanes=2)
+    held = [row[row < 16].tolist() for row in tiles.row[: int(tiles.count)]]
+    assert held == [[0, 1, 2], [3, 4], [5, 6, 7, 8, 9]]
+    assert tiles.lane[: int(tiles.count)].tolist() == [0, 0, 1]
+    whole = row_tiles(lane, rows=16, lanes=2)
+    assert int(whole.count) == 2
 
 
 @given(rounds())

@@ -96,7 +96,7 @@ def test_what_does_not_pay_is_not_shared(lanes):
     for plan, shared in plans_of(lanes):
         assert not packed(shared)
         assert not shared.groups.count
-        np.testing.assert_array_equal(shared.tiles.count, plan.tiles.count)
+        assert shared.tiles.lane.max() < len(plan.tables.page)
 
 
 @st.composite

@@ -109,7 +109,7 @@ def pack(
             canonical=padded(canonical, 0),
             slot=padded(slot, shapes.no_slot),
         )
-        tiles = row_tiles(lane[start:stop], rows=size, lanes=lane_count)
+        tiles = row_tiles(lane[start:stop], position[start:stop], rows=size, lanes=lane_count)
         shared = share and share.of_rows(lane[start:stop], position[start:stop], rows=size)
         plans.append(RoundPlan(rows, padded(lane, lane_count), tables, tiles, out_row, shared))
         start = stop
@@ -129,7 +129,7 @@ def blank_plan(*, rows: int, lanes: int, seats: int, entries: int, shapes: Shape
         rows=Rows(token=zeros(rows), position=zeros(rows), canonical=zeros(rows), slot=nowhere),
         lane=np.full(rows, lanes, np.int32),
         tables=tables,
-        tiles=row_tiles(zeros(0), rows=rows, lanes=lanes),
+        tiles=row_tiles(zeros(0), zeros(0), rows=rows, lanes=lanes),
         out_row=np.full(seats, rows, np.int32),
         shared=blank_rows(tables, rows=rows, shapes=shapes) if shapes.shared_rows else None,
     )
