@@ -15,9 +15,12 @@ __all__ = ["simulator", "tpu_simulator"]
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Engines of several tests compile the same programs: once per run is enough.
-_PROGRAMS = tempfile.TemporaryDirectory(prefix="tokendance-tests-")
-jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
+# Engines of several tests compile the same programs: once per run is enough, whichever of its
+# processes needs them. Those that run tests are started by the one that makes the folder.
+if "TOKENDANCE_TEST_PROGRAMS" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="tokendance-tests-")
+    os.environ["TOKENDANCE_TEST_PROGRAMS"] = _PROGRAMS.name
+jax.config.update("jax_compilation_cache_dir", os.environ["TOKENDANCE_TEST_PROGRAMS"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

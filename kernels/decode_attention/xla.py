@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from tokendance_jax.kernels import flash, rope
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 
-# Key blocks of lanes' own tables that are read in one step. On CPU 8 take 0.7 of the time of one by
-# one, and 4 take 0.75; but blocks that the last step lacks are paid for.
+# Most key blocks of lanes' own tables that are read in one step. On CPU 8 take 0.7 of the time of
+# one by one, and 4 take 0.75; but blocks that the last step lacks are paid for.
 STEP_BLOCKS = 8
 # Shared key blocks that are read at once where all lanes see them whole.
 PLAIN_BLOCKS = 2
@@ -60,7 +60,8 @@ def _own_blocks(
     lanes, heads, head_dim = q.shape
     page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
     group, width = heads // kv_heads, kv_heads * head_dim
-    size = min(STEP_BLOCKS, lanes)
+    # Where every lane has as many blocks, the last step lacks few.
+    size = -(-lanes // -(-lanes // STEP_BLOCKS))
     lane, page, frame, seen, count = _list_blocks(position, tables, page_size, size)
     cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
     own_head = jnp.eye(kv_heads, dtype=jnp.float32)[None, :, None, :, None]
