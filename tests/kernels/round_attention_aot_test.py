@@ -91,7 +91,7 @@ def test_compiles_for_a_tpu(heads, dtype, target):
     ids=str,
 )
 def test_compiles_shared_rows_for_a_tpu(heads, page_size, dtype, target):
-    shapes = arguments(heads, page_size, dtype=dtype, pages=1024), shared_rows(page_size)
-    memory = aot.compile_for_a_tpu(with_shared_rows, (*shapes[0], shapes[1]), target)
-    # Queries and results, log-sum-exps with as many numbers, and how rows read the groups.
-    assert memory.temp_size_in_bytes < 6 * ROWS * heads.heads * 128 * 4
+    shapes = *arguments(heads, page_size, dtype=dtype, pages=1024), shared_rows(page_size)
+    memory = aot.compile_for_a_tpu(with_shared_rows, shapes, target)
+    # What rows saw of shared pages never leaves the kernel.
+    assert memory.temp_size_in_bytes < shapes[0].size * 4
