@@ -93,5 +93,5 @@ def test_compiles_for_a_tpu(heads, dtype, target):
 def test_compiles_shared_rows_for_a_tpu(heads, page_size, dtype, target):
     shapes = *arguments(heads, page_size, dtype=dtype, pages=1024), shared_rows(page_size)
     memory = aot.compile_for_a_tpu(with_shared_rows, shapes, target)
-    # What rows saw of shared pages never leaves the kernel.
-    assert memory.temp_size_in_bytes < shapes[0].size * 4
+    # Queries, results and log-sum-exps; what rows saw of shared pages never leaves the kernel.
+    assert memory.temp_size_in_bytes < 3 * shapes[0].size * 4
