@@ -34,9 +34,14 @@ def check_pool(pool: jax.Array) -> None:
         raise NotImplementedError(f"{kv_heads} KV heads: the kernel takes pairs of bfloat16 heads")
 
 
+def table_bytes(columns: dict[str, jax.Array]) -> int:
+    """Bytes of numbers in SMEM."""
+    return 4 * sum(column.size for column in columns.values())
+
+
 def compiler_params(columns: dict[str, jax.Array], vmem: int) -> pltpu.CompilerParams:
     """How an attention kernel is compiled that has `columns` in SMEM and `vmem` bytes in VMEM."""
-    if 4 * sum(column.size for column in columns.values()) > TABLE_BYTES:
+    if table_bytes(columns) > TABLE_BYTES:
         raise NotImplementedError(f"tables of {columns['page'].size} entries fill SMEM")
     if vmem > VMEM_BYTES:
         raise NotImplementedError(f"queries and key blocks of {vmem} bytes fill VMEM")

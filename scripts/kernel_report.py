@@ -30,6 +30,7 @@ from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import pack
 from tokendance_jax.collector.shapes import Shapes
+from tokendance_jax.collector.shared_rows import PACKED_ROWS
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.decode_attention.mosaic_gpu import bytes_beside_pages
 from tokendance_jax.kernels.flash import block_pages
@@ -61,21 +62,19 @@ def _measure(console: Console) -> dict[str, Any]:
     for name in _TARGET.value:
         for size in _MODEL.value:
             config, target = Qwen2Config.preset(size), targets.TARGETS[name]
-            packed = target.platform == "cuda"
+            packed = PACKED_ROWS[target.platform]
             rows += [report(case, target, size) for case in cases(config, packed=packed)]
         console.print(_table(name, [row for row in rows if row["target"] == name]))
     return {"kernels": rows}
 
 
-def cases(
-    config: Qwen2Config, dtype: str = "bfloat16", *, packed: bool = False
-) -> list[dict[str, Any]]:
+def cases(config: Qwen2Config, dtype: str = "bfloat16", *, packed: int = 0) -> list[dict[str, Any]]:
     """The kernels on a round of the flags' sizes: how to call them, and what they must do.
 
     Args:
       config: sizes of the model.
       dtype: precision of the pool.
-      packed: whether plans pack rows of several lanes, as they do for GPUs.
+      packed: `Shapes.packed_rows`.
 
     Returns:
       Of each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
@@ -159,7 +158,7 @@ def cases(
     return [restored, decoded, *prefills, compared]
 
 
-def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: bool) -> dict[str, Any]:
+def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: int) -> dict[str, Any]:
     """Round attention of so many rows of each agent, behind what all of them share."""
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
@@ -171,7 +170,7 @@ def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: bool)
         entries=Buckets(context // page_size, context // page_size),
         pages=pool.shape[1],
         page_size=page_size,
-        shared_rows=packed,
+        packed_rows=packed,
     )
     base = np.arange(1, 1 + shared // page_size, dtype=np.int32)
     lanes = [
@@ -189,7 +188,8 @@ def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: bool)
     plans = jax.tree.map(lambda x: _shape(*x.shape, dtype=x.dtype.name), (plan.tables, plan.tiles))
     options = {} if together is None else {"shared": together}
     numbers = rows * heads * head_dim
-    # What rows see together is written and read once more in two bytes, and queries are read.
+    # On a GPU what rows see together is written and read once more in two bytes, and queries are
+    # read.
     extra = 0 if together is None else 4 * numbers + 2 * (2 * numbers + 4 * rows * heads)
 
     def call(implementation: str) -> Callable[..., Any]:

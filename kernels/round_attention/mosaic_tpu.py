@@ -3,6 +3,10 @@
 One program goes through the tiles in use and, of each, through the key blocks that it sees. The
 pages of a block, and the rows of the next tile, come while the block before is attended to. Tiles
 are gathered and scattered row by row, by copies: rows may stand in any order.
+
+Packed rows of many lanes meet the blocks of groups in one tile, each row's query rotated into the
+block's frame in its own lane. Then each lane's rows go on with the lane's own blocks, in the window
+of the tile in which they lie: what they saw stays in VMEM.
 """
 
 from collections.abc import Callable
@@ -17,9 +21,13 @@ from jax.experimental.pallas import tpu as pltpu
 from tokendance_jax.kernels import flash, flash_tpu, rope
 from tokendance_jax.kernels.flash_tpu import PLACES, TILE, product
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
+from tokendance_jax.kernels.round_attention.tpu_stretches import (
+    WINDOW,
+    WORD,
+    stretches,
+    window_sizes,
+)
 
-# Rows of a small tile: what is left of a lane behind its full tiles is often little.
-SMALL_TILE = 32
 # Numbers of a row of memory: a log-sum-exp is sent in each of them.
 LSE_WIDTH = 128
 
@@ -54,27 +62,29 @@ def round_attention_mosaic_tpu(
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane; of a tile, the rows in use stand first.
       theta: base of the rotary frequencies.
-      shared: not taken.
+      shared: which rows are packed; left aside if its tables would fill SMEM.
       with_lse: whether log-sum-exps are wanted.
       interpret: whether to run on a CPU, or parameters of the simulator.
     """
-    if shared is not None:
-        raise NotImplementedError("the kernel takes tiles of one lane each, no shared rows")
-    rows, heads, head_dim = q.shape
+    heads, head_dim = q.shape[1:]
     page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
     dtype, group, tile_rows = k_pool.dtype, heads // kv_heads, tiles.row.shape[1]
     flash_tpu.check_pool(k_pool)
-    columns, slot_position, row_position = _columns(rows, layer, position, tables, tiles, page_size)
+    columns, arrays = stretches(layer, position, tables, tiles, shared, page_size)
+    if shared is not None and flash_tpu.table_bytes(columns) > flash_tpu.TABLE_BYTES:
+        columns, arrays = stretches(layer, position, tables, tiles, None, page_size)
 
     filled = -(-heads // TILE) * TILE
     queries = jnp.pad(q * head_dim**-0.5, ((0, 0), (0, filled - heads), (0, 0)))
-    entries, slots = flash.block_pages(page_size), slot_position.shape[2]
+    entries, slots = flash.block_pages(page_size), arrays["slot_position"].shape[2]
     shapes = {
         "pages_k": ((PLACES, entries, page_size, kv_heads, head_dim), dtype),
         "pages_v": ((PLACES, entries, page_size, kv_heads, head_dim), dtype),
         "slot_position": ((PLACES, 1, slots), jnp.int32),
         "rows": ((PLACES, tile_rows * filled, head_dim), jnp.float32),
         "row_position": ((tile_rows, tile_rows), jnp.int32),
+        "cos": ((tile_rows, head_dim), jnp.float32),
+        "sin": ((tile_rows, head_dim), jnp.float32),
         "out": ((tile_rows * filled, head_dim), jnp.float32),
         "queries": ((kv_heads, group, tile_rows, head_dim), dtype),
         "keys": ((kv_heads, slots, head_dim), dtype),
@@ -85,6 +95,10 @@ def round_attention_mosaic_tpu(
     }
     if with_lse:
         shapes["lse"] = ((tile_rows * filled, LSE_WIDTH), jnp.float32)
+    if "reading" in arrays:
+        words = arrays["reading"].shape[1] - 1
+        shapes["reading"] = ((PLACES, 1 + words, tile_rows), jnp.int32)
+        shapes["held"] = ((words, tile_rows, tile_rows), jnp.int32)
     vmem = sum(
         int(np.prod(shape[:-1])) * max(shape[-1], 128) * jnp.dtype(kind).itemsize
         for shape, kind in shapes.values()
@@ -95,90 +109,34 @@ def round_attention_mosaic_tpu(
         "rows_arrived": pltpu.SemaphoreType.DMA((PLACES,)),
         "sent": pltpu.SemaphoreType.DMA,
     }
-    angles = jnp.asarray(np.tile(rope.turn_tables(theta, head_dim), 2))
-
+    smem, there = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
+    inputs = arrays | {"q": queries, "k": k_pool, "v": v_pool}
+    inputs["angles"] = jnp.asarray(np.tile(rope.turn_tables(theta, head_dim), 2))
+    specs = dict.fromkeys(inputs, there)
+    specs["angles"] = specs["row_position"] = pl.BlockSpec(memory_space=pltpu.VMEM)
     results = {"out": jnp.zeros(queries.shape, jnp.float32)}
     if with_lse:
         results["lse"] = jnp.full((*queries.shape[:2], LSE_WIDTH), flash.MASKED)
 
-    def kernel(*refs: Ref) -> None:
-        columns, slot_position, row_position, angles, q, k_pool, v_pool, _, out, vmem = refs
-        inputs = {"k": k_pool, "v": v_pool, "slot_position": slot_position, "q": q}
-        inputs |= {"row_position": row_position, "angles": angles}
-        _attend_tiles(
-            columns,
-            inputs,
-            out,
-            vmem,
-            lane_blocks=tables.page.shape[1] // entries,
-            simulated=not isinstance(interpret, bool),
-        )
+    def kernel(columns: Any, inputs: Any, _: Any, out: Any, vmem: Any) -> None:
+        _attend_tiles(columns, inputs, out, vmem, simulated=not isinstance(interpret, bool))
 
-    smem, there = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
-    whole = pl.BlockSpec(memory_space=pltpu.VMEM)
-    kept = {name: there for name in results}
     found = pl.pallas_call(
         kernel,
         out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results),
-        in_specs=[jax.tree.map(lambda _: smem, columns), there, whole, whole, *[there] * 3, kept],
-        out_specs=kept,
+        in_specs=[dict.fromkeys(columns, smem), specs, dict.fromkeys(results, there)],
+        out_specs=dict.fromkeys(results, there),
         scratch_shapes=[scratch],
         # Rows of no tile stay as they are.
-        input_output_aliases={len(columns) + 6 + index: index for index in range(len(results))},
+        input_output_aliases={
+            len(columns) + len(inputs) + index: index for index in range(len(results))
+        },
         compiler_params=flash_tpu.compiler_params(columns, vmem),
         interpret=interpret,
         name="round_attention",
-    )(
-        columns,
-        slot_position,
-        row_position,
-        angles,
-        queries,
-        k_pool,
-        v_pool,
-        results,
-    )
+    )(columns, inputs, results)
     out = found["out"][:, :heads]
     return (out, found["lse"][:, :heads, 0]) if with_lse else out
-
-
-def _columns(
-    rows: int,
-    layer: int,
-    position: jax.Array,
-    tables: LaneTables,
-    tiles: RowTiles,
-    page_size: int,
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-    """Prepares tables and tiles; all but the layer's number is the same code in all layers.
-
-    Returns:
-      Numbers for SMEM, flat; the slots' positions i32 [lanes * blocks, 1, slots]; the rows'
-      positions i32 [tiles, tile_rows], -1 where there is no row.
-    """
-    entries = flash.block_pages(page_size)
-    lanes = tables.page.shape[0]
-    slot_position = tables.slot_positions(page_size).reshape(lanes, -1, entries * page_size)
-    row, lane = jnp.asarray(tiles.row), jnp.asarray(tiles.lane)
-    row_position = jnp.where(row < rows, jnp.take(position, row, mode="clip"), -1)
-    last = jnp.max(row_position, axis=1)
-    blocks = jnp.min(slot_position, axis=2)[lane] <= last[:, None]
-    # A tile has a block at least, so that the copies of the next can start beside its last.
-    blocks = jnp.maximum(jnp.sum(blocks.astype(jnp.int32), axis=1), 1)
-    columns = {
-        "layer": jnp.asarray(layer, jnp.int32)[None],
-        "tiles": jnp.asarray(tiles.count)[None],
-        "row": row.reshape(-1),
-        "rows": jnp.sum((row < rows).astype(jnp.int32), axis=1),
-        "lane": lane,
-        "last": last,
-        "blocks": blocks,
-        "begin": jnp.cumsum(blocks) - blocks,
-        "frame": jnp.asarray(tables.frame).reshape(-1, entries)[:, 0],
-    }
-    for name in ("page", "first", "slots", "start"):
-        columns[name] = jnp.asarray(getattr(tables, name)).reshape(-1)
-    return columns, slot_position.reshape(-1, 1, entries * page_size), row_position
 
 
 def _attend_tiles(
@@ -187,34 +145,35 @@ def _attend_tiles(
     out: dict[str, Ref],
     vmem: dict[str, Ref],
     *,
-    lane_blocks: int,
     simulated: bool,
 ) -> None:
     """Attends all tiles in use."""
     tiles, tile_rows = columns["tiles"][0], vmem["row_position"].shape[0]
     entries, heads = vmem["pages_k"].shape[1], out["out"].shape[1]
 
-    def number(tile: jax.Array, block: jax.Array) -> jax.Array:
-        """The block's number among those of all lanes."""
-        return columns["lane"][tile] * lane_blocks + block
-
-    def seen_slots(tile: jax.Array, entry: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The first slot of an entry that some row of the tile sees, and the end of these."""
+    def seen_slots(stretch: jax.Array, entry: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first slot of an entry that some row of the stretch sees, and the end of these."""
         first = columns["first"][entry]
-        ahead = columns["last"][tile] - columns["start"][entry] + 1
+        ahead = columns["last"][stretch] - columns["start"][entry] + 1
         return first, first + jnp.clip(ahead, 0, columns["slots"][entry])
 
-    def fetch(tile: jax.Array, block: jax.Array, act: Callable[[Any], None]) -> None:
+    def fetch(stretch: jax.Array, block: jax.Array, act: Callable[[Any], None]) -> None:
         """Starts or awaits the copies of a block into VMEM."""
-        place = jax.lax.rem(columns["begin"][tile] + block, PLACES)
-        arrived = vmem["arrived"].at[place]
-        there = inputs["slot_position"].at[number(tile, block)]
+        place = jax.lax.rem(columns["begin"][stretch] + block, PLACES)
+        number, arrived = columns["block"][stretch] + block, vmem["arrived"].at[place]
+        there = inputs["slot_position"].at[number]
         act(pltpu.make_async_copy(there, vmem["slot_position"].at[place], arrived))
+        if "reading" in vmem:
+
+            @pl.when(columns["reading"][stretch] >= 0)
+            def _() -> None:
+                there = inputs["reading"].at[columns["reading"][stretch] + block]
+                act(pltpu.make_async_copy(there, vmem["reading"].at[place], arrived))
 
         @pl.loop(0, entries)
         def _(index: jax.Array) -> None:
-            entry = number(tile, block) * entries + index
-            first, stop = seen_slots(tile, entry)
+            entry = number * entries + index
+            first, stop = seen_slots(stretch, entry)
 
             @pl.when(stop > first)
             def _() -> None:
@@ -223,13 +182,14 @@ def _attend_tiles(
                     here = vmem[f"pages_{name}"].at[place, index]
                     act(pltpu.make_async_copy(inputs[name].at[page], here, arrived))
 
-    def clean(tile: jax.Array, block: jax.Array) -> None:
+    def clean(stretch: jax.Array, block: jax.Array) -> None:
         """Clears the values that nobody sees."""
-        place = jax.lax.rem(columns["begin"][tile] + block, PLACES)
+        place = jax.lax.rem(columns["begin"][stretch] + block, PLACES)
+        number = columns["block"][stretch] + block
 
         @pl.loop(0, entries)
         def _(index: jax.Array) -> None:
-            seen = seen_slots(tile, number(tile, block) * entries + index)
+            seen = seen_slots(stretch, number * entries + index)
             flash_tpu.clear_unseen(vmem["pages_v"].at[place, index], *seen)
 
     def move_rows(tile: jax.Array, act: Callable[[Ref, Ref], None]) -> None:
@@ -267,43 +227,27 @@ def _attend_tiles(
             fetch_rows(tile + 1, lambda copy: copy.start())
 
         fetch_rows(tile, lambda copy: copy.wait())
-        positions = inputs["row_position"][pl.ds(tile, 1)]
-        # A column of the row's positions, in every column.
-        vmem["row_position"][...] = jnp.broadcast_to(positions, (tile_rows, tile_rows)).T
+        vmem["row_position"][...] = _column(inputs["row_position"][pl.ds(tile, 1)])
         vmem["maximum"][...] = jnp.full(vmem["maximum"].shape, flash_tpu.LOWEST, jnp.float32)
         vmem["total"][...] = jnp.zeros(vmem["total"].shape, jnp.float32)
         vmem["weighted"][...] = jnp.zeros(vmem["weighted"].shape, jnp.float32)
-        blocks = columns["blocks"][tile]
 
-        @pl.loop(0, blocks)
-        def _(block: jax.Array) -> None:
-            is_last = block + 1 == blocks
-            next_tile = jnp.where(is_last, tile + 1, tile)
+        @pl.loop(columns["stretch"][tile], columns["stretch"][tile + 1])
+        def _(stretch: jax.Array) -> None:
+            blocks = columns["blocks"][stretch]
 
-            @pl.when(next_tile < tiles)
-            def _() -> None:
-                fetch(next_tile, jnp.where(is_last, 0, block + 1), lambda copy: copy.start())
+            @pl.loop(0, blocks)
+            def _(block: jax.Array) -> None:
+                is_last = block + 1 == blocks
+                onward = jnp.where(is_last, stretch + 1, stretch)
 
-            fetch(tile, block, lambda copy: copy.wait())
-            clean(tile, block)
-            frame = columns["frame"][number(tile, block)]
-            before = columns["frame"][number(tile, jnp.maximum(block - 1, 0))]
+                @pl.when(onward < columns["stretches"][0])
+                def _() -> None:
+                    fetch(onward, jnp.where(is_last, 0, block + 1), lambda copy: copy.start())
 
-            @pl.when((block == 0) | (frame != before))
-            def _() -> None:
-                _rotate_back(frame, inputs["angles"], vmem, jax.lax.rem(tile, PLACES))
-
-            place = jax.lax.rem(columns["begin"][tile] + block, PLACES)
-            for name in ("keys", "values"):
-                heads_rows = flash_tpu.heads_of(
-                    vmem[f"pages_{name[0]}"].at[place], simulated=simulated
-                )
-                for head, rows in enumerate(heads_rows):
-                    vmem[name][head] = rows
-            small = min(SMALL_TILE, tile_rows)
-            few = columns["rows"][tile] <= small
-            for size, fits in ((small, few), (tile_rows, jnp.logical_not(few))):
-                pl.when(fits)(lambda size=size: _attend(size, place, vmem))
+                fetch(stretch, block, lambda copy: copy.wait())
+                clean(stretch, block)
+                _meet(columns, stretch, block, jax.lax.rem(tile, PLACES), inputs, vmem, simulated)
 
         @pl.when(tile > 0)
         def _() -> None:
@@ -317,29 +261,122 @@ def _attend_tiles(
         send_rows(tiles - 1, lambda copy: copy.wait())
 
 
-def _rotate_back(frame: jax.Array, tables: Ref, vmem: dict[str, Ref], place: jax.Array) -> None:
-    """Rotates a tile's queries into a frame, head by head."""
-    kv_heads, group, tile_rows, head_dim = vmem["queries"].shape
-    stride = vmem["rows"].shape[1] // tile_rows
-    position = jnp.full((1, head_dim), -frame, jnp.int32)
+def _meet(
+    columns: dict[str, Ref],
+    stretch: jax.Array,
+    block: jax.Array,
+    rows_place: jax.Array,
+    inputs: dict[str, Ref],
+    vmem: dict[str, Ref],
+    simulated: bool,
+) -> None:
+    """Attends a stretch's rows to a block, in the window of the tile in which they lie."""
+    number, place = columns["block"][stretch] + block, columns["begin"][stretch] + block
+    place, tile_rows = jax.lax.rem(place, PLACES), vmem["row_position"].shape[0]
+    moved = columns["moved"][number] != 0
+    if "reading" in vmem:
+        together = columns["reading"][stretch] >= 0
+
+        @pl.when(together)
+        def _() -> None:
+            for word in range(vmem["held"].shape[0]):
+                vmem["held"][word] = _column(vmem["reading"][place, pl.ds(1 + word, 1)])
+
+        @pl.when(together & moved)
+        def _() -> None:
+            frame = _column(vmem["reading"][place, pl.ds(0, 1)])[:, :1]
+            _set_angles(frame, inputs["angles"], vmem)
+
+        # The rows that see a lane's entries see all of them.
+        @pl.when(jnp.logical_not(together) & (block == 0))
+        def _() -> None:
+            vmem["held"][...] = jnp.full(vmem["held"].shape, -1, jnp.int32)
+
+        alone = jnp.logical_not(together) & moved
+    else:
+        alone = moved
+
+    @pl.when(alone)
+    def _() -> None:
+        frame = jnp.full((1, 1), columns["frame"][number], jnp.int32)
+        _set_angles(frame, inputs["angles"], vmem)
+
+    for name in ("keys", "values"):
+        pages = vmem[f"pages_{name[0]}"].at[place]
+        for head, x in enumerate(flash_tpu.heads_of(pages, simulated=simulated)):
+            vmem[name][head] = x
+    span = columns["from"][stretch], columns["to"][stretch]
+    for index, size in enumerate(window_sizes(tile_rows)):
+
+        @pl.when(columns["window"][stretch] == index)
+        def _(size: int = size) -> None:
+            whole = size == tile_rows
+            offset = 0 if whole else pl.multiple_of(columns["offset"][stretch], WINDOW)
+
+            @pl.when(moved)
+            def _() -> None:
+                _rotate_back(offset, size, rows_place, vmem)
+
+            _attend(offset, size, span, place, vmem)
+
+
+def _column(row: jax.Array) -> jax.Array:
+    """The numbers [n, n] of a row [1, n] as a column, in every column."""
+    return jnp.broadcast_to(row, (row.shape[1], row.shape[1])).T
+
+
+def _set_angles(frame: jax.Array, tables: Ref, vmem: dict[str, Ref]) -> None:
+    """Cosines and signed sines of a rotation back from frames [tile_rows, 1], or [1, 1]."""
+    shape, head_dim = vmem["cos"].shape, vmem["cos"].shape[1]
+    position = jnp.broadcast_to(-frame, (frame.shape[0], head_dim))
     angle = rope.angles(position, *(tables[pl.ds(index, 1)] for index in range(3)))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first = jax.lax.broadcasted_iota(jnp.int32, sin.shape, 1) < head_dim // 2
-    sin = jnp.where(first, -sin, sin)
-    for head in range(kv_heads * group):
-        x = vmem["rows"][place, pl.ds(head, tile_rows, stride=stride)]
+    vmem["cos"][...] = jnp.broadcast_to(cos, shape)
+    vmem["sin"][...] = jnp.broadcast_to(jnp.where(first, -sin, sin), shape)
+
+
+def _rotate_back(offset: Any, size: int, place: jax.Array, vmem: dict[str, Ref]) -> None:
+    """Rotates the queries of a window of a tile into frames, head by head."""
+    kv_heads, group, tile_rows, _ = vmem["queries"].shape
+    stride, window = vmem["rows"].shape[1] // tile_rows, pl.ds(offset, size)
+    cos, sin = vmem["cos"][window], vmem["sin"][window]
+
+    @pl.loop(0, kv_heads * group)
+    def _(head: jax.Array) -> None:
+        x = vmem["rows"][place, pl.ds(offset * stride + head, size, stride=stride)]
         turned = (x * cos + flash_tpu.swapped(x) * sin).astype(vmem["queries"].dtype)
-        vmem["queries"][head // group, head % group] = turned
+        vmem["queries"][jax.lax.div(head, group), jax.lax.rem(head, group), window] = turned
 
 
-def _attend(size: int, place: jax.Array, vmem: dict[str, Ref]) -> None:
-    """One step of the online softmax of a tile's first `size` rows."""
-    kv_heads, rows = vmem["queries"].shape[0], pl.ds(0, size)
-    seen = vmem["slot_position"][place] <= vmem["row_position"][rows, pl.ds(0, 1)]
+def _attend(
+    offset: Any,
+    size: int,
+    span: tuple[jax.Array, jax.Array],
+    place: jax.Array,
+    vmem: dict[str, Ref],
+) -> None:
+    """One step of the online softmax of those rows of a window that lie in a span of the tile."""
+    kv_heads, window = vmem["queries"].shape[0], pl.ds(offset, size)
+    limit, slot_position = vmem["row_position"][window, pl.ds(0, 1)], vmem["slot_position"][place]
+    if "held" in vmem:
+        row = offset + jax.lax.broadcasted_iota(jnp.int32, limit.shape, 0)
+        limit = jnp.where((row >= span[0]) & (row < span[1]), limit, -1)
+    seen = slot_position <= limit
+    if "held" in vmem:
+        entry = jax.lax.broadcasted_iota(jnp.int32, slot_position.shape, 1)
+        entry = jax.lax.div(entry, np.int32(vmem["pages_k"].shape[2]))
+        bits = jnp.zeros(seen.shape, jnp.int32)
+        for word in range(vmem["held"].shape[0]):
+            held = jnp.broadcast_to(vmem["held"][word, window, pl.ds(0, 1)], seen.shape)
+            here = jax.lax.div(entry, np.int32(WORD)) == word
+            bits = jnp.where(jnp.broadcast_to(here, seen.shape), held, bits)
+        bit = jnp.broadcast_to(jax.lax.rem(entry, np.int32(WORD)), seen.shape)
+        seen = seen & (jax.lax.shift_right_logical(bits, bit) & 1 == 1)
 
     @pl.loop(0, kv_heads)
     def _(head: jax.Array) -> None:
-        at = head, slice(None), rows
+        at = head, slice(None), window
         scores = product(vmem["queries"][at], vmem["keys"][head], 1)
         scores = jnp.where(jnp.broadcast_to(seen[None], scores.shape), scores, flash.MASKED)
         before = vmem["maximum"][at]

@@ -43,6 +43,8 @@ def sparse_restore(
     """
     if source is not None:
         _check(k_pool, source)
+    if plan.first.shape[0] == 0:
+        return k_pool, v_pool
     return dispatch.call(
         "sparse_restore",
         implementation,

@@ -11,7 +11,7 @@ from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import blank_plan, pack
 from tokendance_jax.collector.shapes import Shapes
-from tokendance_jax.collector.shared_rows import MOST_ROWS
+from tokendance_jax.collector.shared_rows import MOST_ROWS, PACKED_ROWS
 from tokendance_jax.kernels.lanes import KEY_BLOCK
 
 PAGE_SIZE = 64
@@ -19,14 +19,14 @@ WIDTH = KEY_BLOCK // PAGE_SIZE
 LANES, ROWS = 8, 256
 
 
-def shapes_of():
+def shapes_of(platform="gpu"):
     return Shapes(
         rows=Buckets(ROWS, ROWS),
         lanes=Buckets(LANES, LANES),
         entries=Buckets(64 * WIDTH, 64 * WIDTH),
         pages=10_000,
         page_size=PAGE_SIZE,
-        shared_rows=True,
+        packed_rows=PACKED_ROWS[platform],
     )
 
 
@@ -50,9 +50,9 @@ def lane_of(own, base, task, *, patch=()):
     return LanePlan(tokens, position, *columns, base=np.zeros_like(columns[0]))
 
 
-def plans_of(lanes):
+def plans_of(lanes, platform="gpu"):
     """Plans, each with its shared rows."""
-    for plan in pack(lanes, shapes_of()):
+    for plan in pack(lanes, shapes_of(platform)):
         assert plan.shared is not None
         yield plan, plan.shared
 
@@ -63,10 +63,11 @@ def packed(shared):
     return Counter(shared.lane[used].tolist())
 
 
-def test_short_ends_of_lanes_meet_their_base_together():
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_short_ends_of_lanes_meet_their_base_together(platform):
     base = range(1, 33)
     lanes = [lane_of(3 + index, base, 9, patch=[index + 1]) for index in range(5)]
-    ((_, shared),) = plans_of(lanes)
+    ((_, shared),) = plans_of(lanes, platform)
     assert packed(shared) == dict.fromkeys(range(5), 9)
     # All of the base is shared but for what stands in the block of a patch.
     held = shared.groups.member.sum(axis=(0, 2))
@@ -109,6 +110,12 @@ def rounds(draw):
         task = int(random.choice([1, 5, 9, 12, 30, 80]))
         lanes.append(lane_of(3 + index, base, task, patch=random.integers(1, 33, 2).tolist()))
     return lanes
+
+
+def test_a_lane_that_fills_the_smallest_tile_is_not_packed_on_a_tpu():
+    lanes = [lane_of(3 + index, range(1, 33), 32) for index in range(5)]
+    ((_, shared),) = plans_of(lanes, "tpu")
+    assert not packed(shared)
 
 
 @given(rounds())

@@ -7,6 +7,7 @@ from tests.kernels import cases
 from tests.kernels.cases import shape
 from tokendance_jax import targets
 from tokendance_jax.kernels.lanes import LaneTables
+from tokendance_jax.paged.kv import pool_format
 
 # Heads of Qwen2.5: 0.5B, 1.5B, 3B, 7B, 14B and 32B, 72B.
 HEADS = (
@@ -81,10 +82,13 @@ def compile_for_an_h100(kernel, shapes, page_size):
 
 
 def compile_for_a_tpu(kernel, shapes, target):
-    """Compiles a kernel. Returns what memory it needs."""
-    return memory_of(
-        targets.compile_for(targets.TARGETS[target], attend(kernel, "mosaic_tpu"), *shapes)
+    """Compiles a kernel, of pools as programs take them. Returns what memory it needs."""
+    target = targets.TARGETS[target]
+    pool = pool_format(targets.device(target))
+    program = jax.jit(
+        attend(kernel, "mosaic_tpu"), in_shardings=(None, pool, pool, *[None] * (len(shapes) - 3))
     )
+    return memory_of(program.lower(*targets.placed(target, shapes)).compile())
 
 
 def memory_of(compiled):

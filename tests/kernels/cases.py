@@ -233,6 +233,7 @@ def share(case: Case, *, whatever: bool = False) -> SharedRows:
         entries=Buckets(entries, entries),
         pages=case.pages,
         page_size=case.page_size,
+        packed_rows=shared_rows.PACKED_ROWS["gpu"],
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_rows, "group_tables", split)

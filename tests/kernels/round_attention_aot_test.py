@@ -42,9 +42,10 @@ def test_lowers(implementation, platform):
     aot.check_lowers(round_attention, implementation, platform, shapes)
 
 
-def test_shared_rows_lower():
+@aot.on_platforms
+def test_shared_rows_lower(implementation, platform):
     shapes = *arguments(aot.HEADS[1], 16), shared_rows(16)
-    aot.check_lowers(with_shared_rows, "mosaic_gpu", "cuda", shapes)
+    aot.check_lowers(with_shared_rows, implementation, platform, shapes)
 
 
 @pytest.mark.aot
@@ -79,4 +80,18 @@ def test_compiles_shared_rows_for_an_h100(heads, page_size):
 def test_compiles_for_a_tpu(heads, dtype, target):
     shapes = arguments(heads, 16, dtype=dtype, pages=1024)  # a v5e has 16 GiB
     memory = aot.compile_for_a_tpu(round_attention, shapes, target)
+    assert memory.temp_size_in_bytes < 3 * shapes[0].size * 4
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [(aot.HEADS[0], 16, "bfloat16"), (aot.HEADS[3], 16, "bfloat16"), (aot.HEADS[3], 32, "float32")],
+    ids=str,
+)
+def test_compiles_shared_rows_for_a_tpu(heads, page_size, dtype, target):
+    shapes = *arguments(heads, page_size, dtype=dtype, pages=1024), shared_rows(page_size)
+    memory = aot.compile_for_a_tpu(with_shared_rows, shapes, target)
+    # Queries, results and log-sum-exps; what rows saw of shared pages never leaves the kernel.
     assert memory.temp_size_in_bytes < 3 * shapes[0].size * 4

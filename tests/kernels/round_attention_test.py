@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import cases
+from tokendance_jax.kernels import flash_tpu
 from tokendance_jax.kernels.lanes import TILE_ROWS, RowTiles
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.round_attention.mosaic_tpu import round_attention_mosaic_tpu
+from tokendance_jax.kernels.round_attention.tpu_stretches import stretches
 
 SMALL = cases.HEADS[1]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -235,18 +237,60 @@ def test_the_tpu_kernel_gives_log_sum_exps():
     assert not np.asarray(out)[~case.used].any()
 
 
-def test_the_tpu_kernel_takes_no_shared_rows():
-    case, heads = cases.tasks(16), cases.Heads(4, 2, 128)
-    pools = map(bits_to_numbers, cases.pools(case, heads, "uint16"))
-    arguments = cases.queries(cases.ROWS, heads), *pools, cases.LAYER, case.position
-    with pytest.raises(NotImplementedError, match="one lane each"):
-        program(
-            *arguments,
-            case.tables,
-            case.tiles,
-            shared=cases.share(case),
-            implementation="mosaic_tpu",
-        )
+def run_on_tpu(case, heads, dtype, shared, interpret=True):
+    """What the TPU kernel finds with packed rows, and what it should."""
+    q = cases.queries(cases.ROWS, heads)
+    k, v = cases.pools(case, heads, dtype)
+    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    arguments = q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
+    out, lse = tpu_kernel(interpret)(*arguments, shared=shared)
+    expected = cases.reference(case, q, k, v, case.position, case.lane)
+    cases.assert_close(np.asarray(out), expected, dtype)
+    atol = 2e-2 if dtype == "uint16" else 1e-4
+    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=atol)
+    assert not np.asarray(out)[~case.used].any()
+
+
+@functools.cache
+def tpu_kernel(interpret):
+    options = {"theta": cases.THETA, "with_lse": True, "interpret": interpret}
+    return jax.jit(functools.partial(round_attention_mosaic_tpu, **options), static_argnums=3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [
+        (cases.Heads(14, 2, 64), 16, "uint16"),
+        (cases.Heads(10, 2, 128), 32, "uint16"),
+        (cases.Heads(8, 4, 128), 8, "float32"),
+    ],
+    ids=str,
+)
+def test_the_tpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype):
+    case = cases.tasks(page_size)
+    shared = cases.share(case)
+    assert shared.groups.count >= 2
+    run_on_tpu(case, heads, dtype, shared)
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+@given(SEEDS)
+@settings(max_examples=6, deadline=None)
+def test_the_tpu_kernel_packs_rows_of_random_lanes(page_size, seed):
+    case = cases.random_case(seed, page_size=page_size)
+    run_on_tpu(case, SMALL, "float32", cases.share(case, whatever=True))
+
+
+def test_the_tpu_kernel_leaves_packing_aside_where_smem_is_full(monkeypatch):
+    case = cases.tasks(16)
+    shared = cases.share(case)
+    arguments = cases.LAYER, jnp.asarray(case.position), case.tables, case.tiles
+    alone, together = (
+        flash_tpu.table_bytes(stretches(*arguments, x, 16)[0]) for x in (None, shared)
+    )
+    assert alone < together
+    monkeypatch.setattr(flash_tpu, "TABLE_BYTES", alone)
+    run_on_tpu(case, cases.Heads(6, 2, 64), "uint16", shared)
 
 
 def test_the_tpu_kernel_has_no_races(tpu_simulator):
@@ -265,6 +309,15 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     lane = np.where(np.isin(case.lane, lanes), case.lane, cases.LANES)
     expected = cases.reference(case, q, k, v, case.position, lane)
     cases.assert_close(np.asarray(out), expected, "uint16")
+    assert not tpu_simulator.races()
+
+
+def test_the_tpu_kernel_packs_rows_without_races(tpu_simulator):
+    case = cases.tasks(16)
+    case = cases.Case.of(case.lanes[2:5], pages=case.pages, page_size=16)
+    shared = cases.share(case, whatever=True)
+    assert shared.groups.count
+    run_on_tpu(case, cases.Heads(4, 2, 128), "uint16", shared, tpu_simulator.parameters)
     assert not tpu_simulator.races()
 
 

@@ -191,6 +191,31 @@ def test_any_slots_go_anywhere_and_all_others_keep_their_bits(dtype, seed, turns
     np.testing.assert_allclose(values(flat(found_k)[:, target]), expected, atol=atol)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "interpret", "mosaic_tpu"])
+def test_a_plan_of_no_pieces_changes_nothing(implementation):
+    k, v = pools(np.random.default_rng(0), (2, 12, 16, 2, 64), "float32")
+    nothing = np.zeros(0, np.int32)
+    plan = RestorePlan.of_slots(nothing, nothing, nothing, page_size=16)
+    found = restore(k, v, None, plan, implementation=implementation)
+    np.testing.assert_array_equal(found, (k, v))
+
+
+@pytest.mark.parametrize("kind", ["pool", "int8"])
+def test_padding_alone_changes_nothing(kind, simulator):
+    random, shape = np.random.default_rng(0), (2, 12, 16, 2, 64)
+    k, v = pools(random, shape, "float32")
+    source, nothing = source_of(kind, random, shape, "float32"), np.zeros(0, np.int32)
+    plan = RestorePlan.of_slots(nothing, nothing, nothing, page_size=16).padded(4, 8)
+    tpu = functools.partial(sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=True)
+    for found in (
+        restore(k, v, source, plan),
+        restore(k, v, source, plan, implementation="interpret"),
+        jax.jit(tpu)(k, v, source, plan),
+    ):
+        np.testing.assert_array_equal(found, (k, v))
+    assert not simulator.races()
+
+
 def test_keys_are_turned_once_and_rounded_once():
     # The bits are those of one rotation in float32, rounded to the pool's precision.
     layers, pages, page_size, kv_heads, head_dim = SMALL

@@ -89,7 +89,7 @@ def pack(
         for p, seat, end in zip(lanes, seats, row, strict=True)
         if seat >= 0 and p.computed[-1] == len(p.token_ids) - 1
     }
-    share = share_rows(lanes, tables, shapes) if shapes.shared_rows else None
+    share = share_rows(lanes, tables, shapes) if shapes.packed_rows else None
     plans, start = [], 0
     for size in shapes.rows.cover(len(token)):
         stop = min(start + size, len(token))
@@ -131,5 +131,5 @@ def blank_plan(*, rows: int, lanes: int, seats: int, entries: int, shapes: Shape
         tables=tables,
         tiles=row_tiles(zeros(0), zeros(0), rows=rows, lanes=lanes),
         out_row=np.full(seats, rows, np.int32),
-        shared=blank_rows(tables, rows=rows, shapes=shapes) if shapes.shared_rows else None,
+        shared=blank_rows(tables, rows=rows, shapes=shapes) if shapes.packed_rows else None,
     )

@@ -16,7 +16,8 @@ class Shapes:
       entries: buckets of table entries, each a multiple of a key block.
       pages: pages of the pool.
       page_size: token slots in a page.
-      shared_rows: whether plans say which rows of many lanes meet shared pages together.
+      packed_rows: rows of a lane that the kernel attends to at a time, where plans say which rows
+        of many lanes are packed; 0: they pack none.
     """
 
     rows: Buckets
@@ -24,7 +25,7 @@ class Shapes:
     entries: Buckets
     pages: int
     page_size: int
-    shared_rows: bool = False
+    packed_rows: int = 0
 
     @classmethod
     def of(
@@ -35,7 +36,7 @@ class Shapes:
         max_tokens: int,
         pages: int,
         page_size: int,
-        shared_rows: bool = False,
+        packed_rows: int = 0,
     ) -> "Shapes":
         """Buckets up to the given budgets, for contexts of at most `max_tokens`."""
         block = block_pages(page_size)
@@ -47,7 +48,7 @@ class Shapes:
             entries=Buckets(min(4 * block, most), most),
             pages=pages,
             page_size=page_size,
-            shared_rows=shared_rows,
+            packed_rows=packed_rows,
         )
 
     @staticmethod

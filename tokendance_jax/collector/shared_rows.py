@@ -18,10 +18,11 @@ from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, LaneTables, Sha
 
 # Most rows at the end of a lane that are packed with those of others.
 MOST_ROWS = TILE_ROWS // 2
-# Rows that the GPU kernel attends to at a time, for up to 8 query heads of a KV head.
-PACKED_ROWS = 8
-# What rows cost that are packed, in key blocks that their tiles read: their queries are read once
-# more, and what they saw is written and read again.
+# `Shapes.packed_rows` by platform (GPUs have two names): a tile of the GPU kernel, of up to
+# 8 query heads a KV head; the smallest tile of the TPU kernel. For XLA code plans pack nothing.
+PACKED_ROWS = {"gpu": 8, "cuda": 8, "tpu": 32}
+# What rows cost that are packed, in key blocks that their tiles read: on a GPU their queries are
+# read once more, and what they saw is written and read again.
 PACKING_COST = 0.5
 
 
@@ -85,14 +86,14 @@ def share_rows(lanes: Sequence[LanePlan], tables: LaneTables, shapes: Shapes) ->
     few = (rows <= MOST_ROWS) & (behind > 0)
     # Nothing lies in front of position 0.
     behind, rows = behind * few, rows * few
-    visits = -(-rows // PACKED_ROWS)
+    visits = -(-rows // shapes.packed_rows)
 
     def split(cost: float) -> tuple[GroupTables, LaneTables]:
         return group_tables(
             lanes, shapes, behind=behind.tolist(), visits=visits.tolist(), cost=cost, least=seats
         )
 
-    together = float(-(-rows.sum() // PACKED_ROWS))
+    together = float(-(-rows.sum() // shapes.packed_rows))
     groups, rest = split(together)
     held = np.any(groups.member[:, : len(lanes)], axis=2)
     if (held @ visits).sum() - together * groups.count <= PACKING_COST * together:

@@ -15,6 +15,7 @@ from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import OpenRound
 from tokendance_jax.collector.shapes import Shapes
+from tokendance_jax.collector.shared_rows import PACKED_ROWS
 from tokendance_jax.engine.decode import Answer, OnToken, generate
 from tokendance_jax.engine.prefill import Cost, Prefill
 from tokendance_jax.engine.programs import DecodeState, Programs
@@ -127,8 +128,7 @@ class RoundEngine:
             max_tokens=model.config.max_position_embeddings,
             pages=pages,
             page_size=page_size,
-            # Tiles of the GPU kernel are filled with rows of several lanes.
-            shared_rows=platform == "gpu",
+            packed_rows=PACKED_ROWS.get(platform, 0),
         )
         if programs is None:
             programs = Programs(model, shapes, implementation=implementation)

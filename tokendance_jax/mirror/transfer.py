@@ -5,8 +5,9 @@ beside the pool and the arrays stays small.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.sparse_restore import RestorePlan, Source, sparse_restore
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.pages import Quantised, StoredPages, before_rotation, quantised
-from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.paged.kv import PagedKV, pool_format
 
 # Pages of one call. On CPU, 16 pages of the 0.5B model stay in the cache: 4 GB/s out of the pool
 # and 2 GB/s into it, against 3 and 0.7 GB/s with 256 pages.
@@ -95,21 +96,37 @@ def restore(
     Returns:
       The pool with the slots written.
     """
+    program = restorer(theta, implementation)
     # As many pieces as pages: most pages are one piece. A page of several may be read twice.
     for group in groups(len(plan.first)):
         part = plan.cut(group.start, group.stop)
         page = np.asarray(part.page)
         source = pages.take(padded(page, 0))
         part = dataclasses.replace(part, page=np.arange(len(page), dtype=np.int32))
-        kv = _restore(
-            kv,
-            source,
-            form,
-            part.padded(GROUP, GROUP),
-            theta=theta,
-            implementation=implementation,
-        )
+        kv = program(kv, source, form, part.padded(GROUP, GROUP))
     return kv
+
+
+@functools.cache
+def restorer(theta: float, implementation: str | None, device: jax.Device | None = None) -> Any:
+    """The program that writes a group of pages into a pool.
+
+    Args:
+      theta: base of the rotary frequencies.
+      implementation: see `kernels.dispatch`.
+      device: where the pool lies; None: the default device.
+
+    Returns:
+      A jitted function of the pool, which is donated, `StoredPages`, their form and the plan. Pools
+      come and go in the layout that all programs take (`pool_format`).
+    """
+    pool = pool_format(device)
+    return jax.jit(
+        functools.partial(_restore, theta=theta, implementation=implementation),
+        donate_argnums=0,
+        in_shardings=(pool, None, None, None),
+        out_shardings=pool,
+    )
 
 
 def turns(
@@ -147,7 +164,6 @@ def _read(
     return StoredPages(k, v, k_scale, v_scale)
 
 
-@partial(jax.jit, donate_argnames="kv", static_argnames=("theta", "implementation"))
 def _restore(
     kv: PagedKV,
     pages: StoredPages,
