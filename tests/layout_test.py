@@ -137,7 +137,7 @@ def test_readme_and_ci_share_the_commands():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     first, second = re.findall(r"^```sh\n(.+)\n```$", readme, re.MULTILINE)[:2]
     assert first.endswith(" && .venv/bin/python -m scripts.serve_round")
-    assert second.endswith(" && .venv/bin/python -m pytest")
+    assert second.endswith(" && .venv/bin/python -m pytest -n auto")
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     for command in (first, second):
         assert command.split(" && ")[-1] in ci
