@@ -33,12 +33,12 @@ from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.decode_attention.mosaic_gpu import bytes_beside_pages
 from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.gpu_pages import part_slots
 from tokendance_jax.kernels.gpu_tiles import SLOTS
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
-from tokendance_jax.kernels.sparse_restore.tuning import part_slots
 from tokendance_jax.models.qwen2.config import Qwen2Config
 
 _MODEL = flags.DEFINE_multi_string("model", ["0.5B", "7B", "14B"], "Published sizes; repeat.")
