@@ -6,6 +6,7 @@ import pytest
 from tests.kernels import cases
 from tests.kernels.cases import shape
 from tokendance_jax import targets
+from tokendance_jax.kernels.gpu_planes import planes_of
 from tokendance_jax.kernels.lanes import LaneTables
 
 # Heads of Qwen2.5: 0.5B, 1.5B, 3B, 7B, 14B and 32B, 72B.
@@ -18,6 +19,15 @@ HEADS = (
     cases.Heads(64, 8, 128),
 )
 LAYERS, PAGES = 28, 8192
+
+# What is compiled for an H100: all heads in bfloat16, and in float32 pages of other sizes too.
+ON_H100 = [
+    *((heads, page_size, "bfloat16") for heads in HEADS for page_size in (16, 32)),
+    (HEADS[0], 16, "float32"),
+    (HEADS[0], 64, "float32"),
+    (HEADS[3], 8, "float32"),
+    (HEADS[4], 16, "float32"),
+]
 
 on_platforms = pytest.mark.parametrize(("implementation", "platform"), cases.PLATFORMS)
 
@@ -64,14 +74,15 @@ def check_lowers(kernel, implementation, platform, shapes):
 
 def compile_for_an_h100(kernel, shapes, page_size):
     """Compiles a kernel and checks each program of it. Returns them, and what memory they need."""
-    h100 = targets.TARGETS["h100"]
+    h100, pool = targets.TARGETS["h100"], shapes[1]
+    planes = planes_of(pool.dtype)
     compiled, programs = targets.gpu_kernels(h100, attend(kernel, "mosaic_gpu"), *shapes)
     for program in programs:
         assert program.spill_bytes == program.stack_bytes == 0
         assert program.shared_bytes <= h100.scratch
-        assert program.blocks_per_core >= 2
-        # Both products on tensor cores.
-        assert program.count(r"wgmma\.mma_async\S*\.bf16\.bf16") >= 8
+        assert program.blocks_per_core >= (2 if planes == 1 or pool.shape[4] == 64 else 1)
+        # Both products on tensor cores, and each of the three that planes make of them.
+        assert program.count(r"wgmma\.mma_async\S*\.bf16\.bf16") >= 8 * (2 * planes - 1)
         # Keys, values, queries and results move by bulk copies; threads load entries of tables.
         copies = program.count(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global")
         assert copies >= 2 * 64 // page_size

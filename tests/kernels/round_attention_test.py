@@ -2,8 +2,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -139,20 +137,28 @@ def small_tiles(case, lanes, rows):
     )
 
 
-@pytest.mark.parametrize(
-    ("heads", "page_size"),
-    [(cases.Heads(6, 2, 64), 16), (cases.Heads(10, 2, 128), 32)],
+on_gpus = pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [
+        (cases.Heads(6, 2, 64), 16, "uint16"),
+        (cases.Heads(10, 2, 128), 32, "uint16"),
+        (cases.Heads(6, 2, 64), 32, "float32"),
+        (cases.Heads(10, 2, 128), 16, "float32"),
+    ],
     ids=str,
 )
-def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, simulator):
+
+
+@on_gpus
+def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, dtype, simulator):
     case, lanes = cases.sharing(page_size), range(1, 6)
     tiles = small_tiles(case, lanes, 16)
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, "uint16")
-    inputs = (cases.poisoned(case, pool).view(ml_dtypes.bfloat16) for pool in (k, v))
+    k, v = cases.pools(case, heads, dtype)
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     out = program(
         q,
-        *map(jnp.asarray, inputs),
+        *inputs,
         cases.LAYER,
         case.position,
         case.tables,
@@ -161,16 +167,12 @@ def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, sim
     )
     lane = np.where(np.isin(case.lane, lanes), case.lane, cases.LANES)
     expected = cases.reference(case, q, k, v, case.position, lane)
-    cases.assert_close(np.asarray(out), expected, "uint16")
+    cases.assert_close(np.asarray(out), expected, cases.on_tensor_cores(dtype))
     assert not simulator.races()
 
 
-@pytest.mark.parametrize(
-    ("heads", "page_size"),
-    [(cases.Heads(6, 2, 64), 16), (cases.Heads(10, 2, 128), 32)],
-    ids=str,
-)
-def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, simulator):
+@on_gpus
+def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype, simulator):
     case = cases.tasks(page_size)
     case = cases.Case.of(case.lanes[2:5], pages=case.pages, page_size=page_size)
     shared = cases.share(case, whatever=True)
@@ -180,18 +182,15 @@ def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, simulator):
     row = np.where(tiles.row < cases.ROWS, tiles.row, cases.ROWS)[:, :64]
     shared = dataclasses.replace(shared, tiles=dataclasses.replace(tiles, row=row))
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, "uint16")
-    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    k, v = cases.pools(case, heads, dtype)
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     arguments = q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
     out, lse = program(*arguments, shared=shared, with_lse=True, implementation="interpret")
     expected = cases.reference(case, q, k, v, case.position, case.lane)
-    cases.assert_close(np.asarray(out), expected, "uint16")
-    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=2e-2)
+    cases.assert_close(np.asarray(out), expected, cases.on_tensor_cores(dtype))
+    atol = 2e-2 if dtype == "uint16" else 1e-4
+    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=atol)
     assert not simulator.races()
-
-
-def bits_to_numbers(pool):
-    return jnp.asarray(pool.view(ml_dtypes.bfloat16) if pool.dtype == np.uint16 else pool)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +206,7 @@ def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
     case = cases.sharing(page_size)
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, dtype)
-    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     kernel = functools.partial(round_attention_mosaic_tpu, theta=cases.THETA, interpret=True)
     out = jax.jit(kernel, static_argnums=3)(
         q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
@@ -222,7 +221,7 @@ def test_the_tpu_kernel_gives_log_sum_exps():
     case, heads = cases.tasks(16), cases.Heads(14, 2, 64)
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, "uint16")
-    inputs = [bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v)]
+    inputs = [cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v)]
     kernel = functools.partial(
         round_attention_mosaic_tpu, theta=cases.THETA, with_lse=True, interpret=True
     )
@@ -237,7 +236,7 @@ def test_the_tpu_kernel_gives_log_sum_exps():
 
 def test_the_tpu_kernel_takes_no_shared_rows():
     case, heads = cases.tasks(16), cases.Heads(4, 2, 128)
-    pools = map(bits_to_numbers, cases.pools(case, heads, "uint16"))
+    pools = map(cases.numbers_of, cases.pools(case, heads, "uint16"))
     arguments = cases.queries(cases.ROWS, heads), *pools, cases.LAYER, case.position
     with pytest.raises(NotImplementedError, match="one lane each"):
         program(
@@ -254,7 +253,7 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     lanes = range(1, 6)
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, "uint16")
-    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     kernel = functools.partial(
         round_attention_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
     )
@@ -268,19 +267,17 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     assert not tpu_simulator.races()
 
 
-def test_the_gpu_kernel_takes_no_float32_pool():
+@pytest.mark.parametrize(
+    ("heads", "dtype", "message"),
+    [
+        (cases.HEADS[1], "float32", "heads of 64 or 128"),
+        (cases.HEADS[0], "float16", "bfloat16 and float32"),
+    ],
+)
+def test_the_gpu_kernel_says_what_it_takes(heads, dtype, message):
     case = cases.sharing(16)
-    heads = cases.Heads(6, 2, 64)
-    k, v = cases.pools(case, heads, "float32")
+    k, v = (pool.astype(dtype) for pool in cases.pools(case, heads, "float32"))
     q = cases.queries(cases.ROWS, heads)
-    with pytest.raises(NotImplementedError, match="tensor cores"):
-        program(
-            q,
-            k,
-            v,
-            cases.LAYER,
-            case.position,
-            case.tables,
-            case.tiles,
-            implementation="mosaic_gpu",
-        )
+    arguments = q, k, v, cases.LAYER, case.position, case.tables, case.tiles
+    with pytest.raises(NotImplementedError, match=message):
+        program(*arguments, implementation="mosaic_gpu")
