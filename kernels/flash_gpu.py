@@ -47,17 +47,20 @@ def check_pool(k_pool: jax.Array) -> None:
         )
 
 
+# Traced and lowered once for all layers of a program; equal kernels are compiled once.
+@functools.partial(jax.jit, static_argnames=("theta", "most_parts", "with_lse", "interpret"))
 def flash_attention_gpu(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     tiles: Tiles,
     steps: Steps,
     *,
     theta: float,
     before: Parts | None = None,
-    parts: tuple[int, jax.Array] | None = None,
+    parts: jax.Array | None = None,
+    most_parts: int = 1,
     with_lse: bool = True,
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
@@ -67,26 +70,27 @@ def flash_attention_gpu(
       q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
       k_pool: bf16 or f32 [layers, pages, page_size, kv_heads, head_dim].
       v_pool: as k_pool.
-      layer: index of the layer.
+      layer: index of the layer; data, so that all layers have one kernel.
       tiles: the rows; at most `QUERIES` queries of a KV head in a tile.
       steps: what the tiles walk.
       theta: base of the rotary frequencies.
       before: what the rows saw already, to be joined with what they see here.
-      parts: most parts that a tile's steps are split into, for different blocks, and how many it
-        are, i32 []; None: the result is whole.
+      parts: how many parts a tile's steps are split into, for different blocks, i32 []; None: the
+        result is whole.
+      most_parts: most that it can be.
       with_lse: whether log-sum-exps are wanted.
       interpret: parameters of the simulator, to run on a CPU.
 
     Returns:
-      The output f32 [1, rows, heads, head_dim], or [parts, ...] over each part in the pool's
+      The output f32 [1, rows, heads, head_dim], or [most_parts, ...] over each part in the pool's
       precision; zero where a row saw nothing, and anything in rows of no tile. If wanted, the
-      log-sum-exp of the queries' scores f32 [1 or parts, tiles, kv_heads, QUERIES], where they saw
+      log-sum-exp of the queries' scores f32 [most_parts, tiles, kv_heads, QUERIES], where they saw
       nothing `flash.MASKED`.
     """
     _, heads, head_dim = q.shape
     _, pages, page_size, kv_heads, _ = k_pool.shape
     (count, tile_rows), group = tiles.row.shape, heads // kv_heads
-    most, used = (1, jnp.ones((), jnp.int32)) if parts is None else parts
+    used = jnp.ones((), jnp.int32) if parts is None else parts
     inputs = {
         "q": q,
         "k": k_pool.reshape(-1, kv_heads, head_dim),
@@ -94,6 +98,7 @@ def flash_attention_gpu(
         "turns": jnp.asarray(rope.turn_tables(theta, head_dim)),
         "stop": steps.slot_position.max(axis=2),
         "parts": used[None],
+        "layer": jnp.asarray(layer, jnp.int32)[None],
         **vars(tiles),
         **{name: value for name, value in vars(steps).items() if value is not None},
     }
@@ -123,7 +128,7 @@ def flash_attention_gpu(
     if interpret and planes == 1:
         scratch["weights"] = _swizzled((planes, QUERIES, SLOTS))
     walk = functools.partial(
-        _walk, layer * pages * page_size, page_size, group, interpreted=bool(interpret)
+        _walk, pages * page_size, page_size, group, interpreted=bool(interpret)
     )
 
     def kernel(inputs: dict[str, Ref], out: Ref, *lse: Ref) -> None:
@@ -137,13 +142,13 @@ def flash_attention_gpu(
             plgpu.Barrier(num_arrivals=tile_rows),
         )
 
-    results = [jax.ShapeDtypeStruct((most, *q.shape), out_type)]
+    results = [jax.ShapeDtypeStruct((most_parts, *q.shape), out_type)]
     if with_lse:
-        results.append(jax.ShapeDtypeStruct((most, count, kv_heads, QUERIES), jnp.float32))
+        results.append(jax.ShapeDtypeStruct((most_parts, count, kv_heads, QUERIES), jnp.float32))
     return pl.kernel(
         kernel,
         out_type=tuple(results),
-        mesh=plgpu.Mesh(grid=(most, kv_heads, count), grid_names=("part", "head", "tile")),
+        mesh=plgpu.Mesh(grid=(most_parts, kv_heads, count), grid_names=("part", "head", "tile")),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
@@ -153,7 +158,7 @@ def flash_attention_gpu(
 
 
 def _walk(
-    first_slot: int,
+    slots_of_layer: int,
     page_size: int,
     group: int,
     inputs: dict[str, Ref],
@@ -168,7 +173,7 @@ def _walk(
 ) -> None:
     """Attends the queries of a tile to their part of what it sees."""
     part, head, tile = (jax.lax.axis_index(name) for name in ("part", "head", "tile"))
-    parts = inputs["parts"][0]
+    parts, first_slot = inputs["parts"][0], inputs["layer"][0] * slots_of_layer
     steps, count, last = (inputs[name][tile] for name in ("of_tile", "count", "last"))
     mine = part < parts
     count, parts = jnp.where(mine, count, 0), jnp.maximum(parts, 1)

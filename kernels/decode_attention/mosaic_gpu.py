@@ -68,7 +68,8 @@ def decode_attention_mosaic_gpu(
         Tiles.of(row, jnp.zeros_like(row[:, 0]), jnp.minimum(limit, 0), group),
         walked,
         theta=theta,
-        parts=(most, count),
+        parts=count,
+        most_parts=most,
         interpret=interpret,
     )
     shared = Parts(out, lse, lane // width, jnp.broadcast_to(count, lane.shape))
@@ -96,7 +97,8 @@ def decode_attention_mosaic_gpu(
         own_tiles,
         own,
         theta=theta,
-        parts=(own_most, count),
+        parts=count,
+        most_parts=own_most,
         interpret=interpret,
     )
     whole = Parts(out, lse, lane, jnp.broadcast_to(count, lane.shape))

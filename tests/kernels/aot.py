@@ -5,7 +5,7 @@ import pytest
 
 from tests.kernels import cases
 from tests.kernels.cases import shape
-from tokendance_jax import targets
+from tokendance_jax import hlo, targets
 from tokendance_jax.kernels.gpu_planes import planes_of
 from tokendance_jax.kernels.lanes import LaneTables
 
@@ -58,11 +58,16 @@ def tables_of(lanes, entries):
     return LaneTables(column, column, column, column, column)
 
 
-def attend(kernel, implementation):
-    """One layer of a kernel, as a program of its arrays."""
+def attend(kernel, implementation, layers=(3,)):
+    """Layers of a kernel, as a program of its arrays."""
 
     def program(q, k, v, *arguments):
-        return kernel(q, k, v, 3, *arguments, theta=cases.THETA, implementation=implementation)
+        for layer in layers:
+            with jax.named_scope(f"layer_{layer}"):
+                q = kernel(
+                    q, k, v, layer, *arguments, theta=cases.THETA, implementation=implementation
+                )
+        return q
 
     return program
 
@@ -70,6 +75,17 @@ def attend(kernel, implementation):
 def check_lowers(kernel, implementation, platform, shapes):
     program = jax.jit(attend(kernel, implementation)).trace(*shapes)
     assert "custom_call" in program.lower(lowering_platforms=(platform,)).as_text()
+
+
+def check_layers_have_one_kernel(kernel, shapes, kernels):
+    """A kernel of all layers is lowered once and compiled once."""
+    h100, layers = targets.TARGETS["h100"], range(3)
+    program = attend(kernel, "mosaic_gpu", layers)
+    lowered = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == kernels
+    compiled, programs = targets.gpu_kernels(h100, program, *shapes)
+    assert len(programs) == kernels
+    assert len(hlo.Program(compiled).kernels()) == kernels * len(layers)
 
 
 def compile_for_an_h100(kernel, shapes, page_size):

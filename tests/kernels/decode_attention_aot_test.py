@@ -34,6 +34,13 @@ def test_compiles_for_an_h100(heads, page_size, dtype):
     assert memory.temp_size_in_bytes < 0.05 * shapes[1].size
 
 
+@pytest.mark.aot
+def test_layers_have_one_kernel_on_an_h100():
+    # A pool of its own: what was compiled once is not compiled again.
+    shapes = arguments(aot.HEADS[0], 16, pages=1024)
+    aot.check_layers_have_one_kernel(decode_attention, shapes, 2)  # shared blocks, own pages
+
+
 @aot.for_tpus
 def test_compiles_for_a_tpu(heads, dtype, target):
     shapes = arguments(heads, 16, dtype=dtype, pages=1024)  # a v5e has 16 GiB
