@@ -4,6 +4,9 @@ A block of threads takes the queries of a few rows of one KV head and walks a li
 copies bring the pages of the next step into shared memory while tensor cores multiply those of this
 one. Queries are turned in float32 when the frame changes; keys and values are used as they lie in
 the pool. Queries come from where the model left them, row by row, and results go there.
+
+Of a float32 pool threads first split the pages of a step into planes of bfloat16; once that is
+done, those of the next are on their way.
 """
 
 import functools
@@ -18,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokendance_jax.kernels import flash, rope
+from tokendance_jax.kernels.gpu_planes import planes_of, products, scores, split, store
 from tokendance_jax.kernels.gpu_tiles import QUERIES, SLOTS, Parts, Steps, Tiles
 
-# Steps whose pages are in shared memory or on their way.
+# Steps that are in shared memory or on their way; of float32 pages those of one, and its planes.
 STAGES = 2
 # Columns of a head that pass through registers at a time.
 COLUMNS = 64
@@ -32,9 +36,9 @@ Ref = Any
 def check_pool(k_pool: jax.Array) -> None:
     """Raises NotImplementedError for pools that the attention kernels cannot read."""
     _, _, page_size, _, head_dim = k_pool.shape
-    if k_pool.dtype != jnp.bfloat16:
+    if k_pool.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(
-            f"a pool of {k_pool.dtype}: tensor cores would round its numbers to 10 bits"
+            f"the kernel takes bfloat16 and float32 pools, not {k_pool.dtype}"
         )
     if head_dim not in (64, 128) or page_size not in (8, 16, 32, 64):
         raise NotImplementedError(
@@ -43,17 +47,20 @@ def check_pool(k_pool: jax.Array) -> None:
         )
 
 
+# Traced and lowered once for all layers of a program; equal kernels are compiled once.
+@functools.partial(jax.jit, static_argnames=("theta", "most_parts", "with_lse", "interpret"))
 def flash_attention_gpu(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     tiles: Tiles,
     steps: Steps,
     *,
     theta: float,
     before: Parts | None = None,
-    parts: tuple[int, jax.Array] | None = None,
+    parts: jax.Array | None = None,
+    most_parts: int = 1,
     with_lse: bool = True,
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
@@ -61,27 +68,29 @@ def flash_attention_gpu(
 
     Args:
       q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
-      k_pool: bf16 [layers, pages, page_size, kv_heads, head_dim].
+      k_pool: bf16 or f32 [layers, pages, page_size, kv_heads, head_dim].
       v_pool: as k_pool.
-      layer: index of the layer.
+      layer: index of the layer; data, so that all layers have one kernel.
       tiles: the rows; at most `QUERIES` queries of a KV head in a tile.
       steps: what the tiles walk.
       theta: base of the rotary frequencies.
       before: what the rows saw already, to be joined with what they see here.
-      parts: most parts that a tile's steps are split into, for different blocks, and how many it
-        are, i32 []; None: the result is whole.
+      parts: how many parts a tile's steps are split into, for different blocks, i32 []; None: the
+        result is whole.
+      most_parts: most that it can be.
       with_lse: whether log-sum-exps are wanted.
       interpret: parameters of the simulator, to run on a CPU.
 
     Returns:
-      The output f32 [1, rows, heads, head_dim], or bf16 [parts, ...] over each part; zero where a
-      row saw nothing, and anything in rows of no tile. If wanted, the log-sum-exp of the queries'
-      scores f32 [1 or parts, tiles, kv_heads, QUERIES], where they saw nothing `flash.MASKED`.
+      The output f32 [1, rows, heads, head_dim], or [most_parts, ...] over each part in the pool's
+      precision; zero where a row saw nothing, and anything in rows of no tile. If wanted, the
+      log-sum-exp of the queries' scores f32 [most_parts, tiles, kv_heads, QUERIES], where they saw
+      nothing `flash.MASKED`.
     """
     _, heads, head_dim = q.shape
     _, pages, page_size, kv_heads, _ = k_pool.shape
     (count, tile_rows), group = tiles.row.shape, heads // kv_heads
-    most, used = (1, jnp.ones((), jnp.int32)) if parts is None else parts
+    used = jnp.ones((), jnp.int32) if parts is None else parts
     inputs = {
         "q": q,
         "k": k_pool.reshape(-1, kv_heads, head_dim),
@@ -89,20 +98,18 @@ def flash_attention_gpu(
         "turns": jnp.asarray(rope.turn_tables(theta, head_dim)),
         "stop": steps.slot_position.max(axis=2),
         "parts": used[None],
+        "layer": jnp.asarray(layer, jnp.int32)[None],
         **vars(tiles),
         **{name: value for name, value in vars(steps).items() if value is not None},
     }
-    narrow = functools.partial(
-        plgpu.SMEM,
-        dtype=k_pool.dtype,
-        transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
-    )
+    planes = planes_of(k_pool.dtype)
     column = plgpu.SMEM((QUERIES,), jnp.int32)
-    out_type = jnp.float32 if parts is None else jnp.bfloat16
+    out_type = jnp.float32 if parts is None else k_pool.dtype
+    pages_of_steps = _swizzled((STAGES // planes, SLOTS, head_dim), k_pool.dtype)
     scratch = {
-        "q": narrow((QUERIES, head_dim)),
-        "k": narrow((STAGES, SLOTS, head_dim)),
-        "v": narrow((STAGES, SLOTS, head_dim)),
+        "q": _swizzled((planes, QUERIES, head_dim)),
+        "k": pages_of_steps,
+        "v": pages_of_steps,
         # Queries on their way in, results on their way out.
         "wide": plgpu.SMEM((QUERIES, COLUMNS), jnp.float32),
         "lse": plgpu.SMEM((QUERIES,), jnp.float32),
@@ -114,12 +121,14 @@ def flash_attention_gpu(
         scratch |= {"frame": column, "held": plgpu.SMEM((STAGES, QUERIES), jnp.int32)}
     if before is not None:
         inputs |= {f"before_{name}": value for name, value in vars(before).items()}
-    if interpret:
-        scratch["weights"] = narrow((QUERIES, SLOTS))
-    if before is not None or parts is not None:
+    if planes > 1:
+        scratch |= {f"{name}_planes": _swizzled((planes, SLOTS, head_dim)) for name in ("k", "v")}
+    elif before is not None or parts is not None:
         scratch["part"] = plgpu.SMEM((QUERIES, COLUMNS), jnp.bfloat16)
+    if interpret and planes == 1:
+        scratch["weights"] = _swizzled((planes, QUERIES, SLOTS))
     walk = functools.partial(
-        _walk, layer * pages * page_size, page_size, group, interpreted=bool(interpret)
+        _walk, pages * page_size, page_size, group, interpreted=bool(interpret)
     )
 
     def kernel(inputs: dict[str, Ref], out: Ref, *lse: Ref) -> None:
@@ -133,13 +142,13 @@ def flash_attention_gpu(
             plgpu.Barrier(num_arrivals=tile_rows),
         )
 
-    results = [jax.ShapeDtypeStruct((most, *q.shape), out_type)]
+    results = [jax.ShapeDtypeStruct((most_parts, *q.shape), out_type)]
     if with_lse:
-        results.append(jax.ShapeDtypeStruct((most, count, kv_heads, QUERIES), jnp.float32))
+        results.append(jax.ShapeDtypeStruct((most_parts, count, kv_heads, QUERIES), jnp.float32))
     return pl.kernel(
         kernel,
         out_type=tuple(results),
-        mesh=plgpu.Mesh(grid=(most, kv_heads, count), grid_names=("part", "head", "tile")),
+        mesh=plgpu.Mesh(grid=(most_parts, kv_heads, count), grid_names=("part", "head", "tile")),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
@@ -149,7 +158,7 @@ def flash_attention_gpu(
 
 
 def _walk(
-    first_slot: int,
+    slots_of_layer: int,
     page_size: int,
     group: int,
     inputs: dict[str, Ref],
@@ -164,7 +173,7 @@ def _walk(
 ) -> None:
     """Attends the queries of a tile to their part of what it sees."""
     part, head, tile = (jax.lax.axis_index(name) for name in ("part", "head", "tile"))
-    parts = inputs["parts"][0]
+    parts, first_slot = inputs["parts"][0], inputs["layer"][0] * slots_of_layer
     steps, count, last = (inputs[name][tile] for name in ("of_tile", "count", "last"))
     mine = part < parts
     count, parts = jnp.where(mine, count, 0), jnp.maximum(parts, 1)
@@ -172,22 +181,27 @@ def _walk(
     (rows, _, head_dim), tile_rows = inputs["q"].shape, inputs["row"].shape[1]
     pages, half = SLOTS // page_size, head_dim // 2
     columns_of_head = [pl.ds(start, COLUMNS) for start in range(0, head_dim, COLUMNS)]
+    (planes, *_), (ahead, *_) = smem["q"].shape, smem["k"].shape
 
     def fetch(step: jax.Array) -> None:
         """Starts the copies of a step."""
-        stage = jax.lax.rem(step, STAGES)
+        stage, place = jax.lax.rem(step, STAGES), jax.lax.rem(step, ahead)
         done = arrived.at[stage]
         for index in range(pages):
             slot = first_slot + inputs["page"][steps, step * pages + index] * page_size
             there, here = pl.ds(slot, page_size), pl.ds(index * page_size, page_size)
             for name in ("k", "v"):
                 plgpu.copy_gmem_to_smem(
-                    inputs[name].at[there, head], smem[name].at[stage, here], done
+                    inputs[name].at[there, head], smem[name].at[place, here], done
                 )
         positions = inputs["slot_position"].at[steps, step]
         plgpu.copy_gmem_to_smem(positions, smem["slot_position"].at[stage], done)
         if "held" in smem:
             plgpu.copy_gmem_to_smem(inputs["held"].at[tile, step], smem["held"].at[stage], done)
+
+    def passage(dtype: jnp.dtype) -> Ref:
+        """Where columns of rows pass through."""
+        return smem["wide" if dtype == jnp.float32 else "part"]
 
     def bring(there: Ref, here: Ref) -> None:
         plgpu.copy_gmem_to_smem(there, here, brought)
@@ -231,7 +245,7 @@ def _walk(
                 plgpu.commit_smem()
                 bring_rows(inputs["q"], wide, columns_of_head[1 - index])
                 turned = turned + wide[...] * (sin if index else -sin)
-                smem["q"][:, columns] = turned.astype(smem["q"].dtype)
+                store(smem["q"].at[:, :, columns], turned)
                 plgpu.commit_smem()
             return
         bring_rows(inputs["q"], wide, columns_of_head[0])
@@ -241,12 +255,35 @@ def _walk(
         wide[:, pl.ds(0, half)] = first * cos - second * sin
         wide[:, pl.ds(half, half)] = second * cos + first * sin
         plgpu.commit_smem()
-        smem["q"][...] = wide[...].astype(smem["q"].dtype)
+        store(smem["q"], wide[...])
         plgpu.commit_smem()
+
+    def operand(name: str, place: jax.Array, first: Any) -> list[Ref]:
+        """The planes of a step's keys or values: its pages as they are, or split."""
+        if planes == 1:
+            return [smem[name].at[place]]
+        for columns in columns_of_head:
+            there = smem[f"{name}_planes"].at[:, :, columns]
+            store(there, smem[name][place, :, columns], first)
+        return planes_in(smem[f"{name}_planes"], first)
+
+    def share_out(weights: jax.Array, first: Any) -> list[Any]:
+        """The planes of weights. Two would fill the registers: they take the place of keys."""
+        if planes == 1 and not interpreted:
+            return split(weights, planes)
+        # The simulator's tensor cores take no operand from registers.
+        there = smem["k_planes"].at[:, :, columns_of_head[0]] if planes > 1 else smem["weights"]
+        plgpu.commit_smem()
+        store(there, weights, first)
+        plgpu.commit_smem()
+        return planes_in(there, first)
+
+    def planes_in(there: Ref, first: Any) -> list[Ref]:
+        return [there.at[first + index] for index in range(planes)]
 
     def attend(step: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         maximum, total, weighted = carry
-        stage = jax.lax.rem(step, STAGES)
+        stage, place = jax.lax.rem(step, STAGES), jax.lax.rem(step, ahead)
         if "held" in smem:
 
             @pl.when(jnp.logical_or(step == begin, inputs["moved"][tile, step] > 0))
@@ -265,43 +302,47 @@ def _walk(
             # Slots that no query sees may hold anything; a weight of zero would keep a NaN.
             written = _down(smem["slot_position"][stage], (SLOTS, COLUMNS)) <= last
             for columns in columns_of_head:
-                value = smem["v"][stage, :, columns]
-                smem["v"][stage, :, columns] = jnp.where(written, value, jnp.zeros_like(value))
+                value = smem["v"][place, :, columns]
+                smem["v"][place, :, columns] = jnp.where(written, value, jnp.zeros_like(value))
             plgpu.commit_smem()
 
+        def fetch_next() -> None:
+            """Once no warp reads the pages of this step any more."""
+            plgpu.commit_smem()
+            pl.when(step + ahead < end)(lambda: fetch(step + ahead))
+
         shape = QUERIES, SLOTS
-        scores = _scores(smem["q"], smem["k"].at[stage], interpreted=interpreted)
+        # A zero that the compiler cannot know: it would keep addresses of all planes in registers.
+        first = 0 if planes == 1 else jnp.minimum(inputs["stop"][steps, step], 0)
+        k, v = operand("k", place, first), operand("v", place, first)
+        if planes > 1:
+            fetch_next()
+        score = scores(planes_in(smem["q"], first), k, interpreted=interpreted)
         seen = _across(smem["slot_position"][stage], shape) <= _down(smem["limit"][...], shape)
         if "held" in smem:
             page = jax.lax.broadcasted_iota(jnp.int32, shape, 1) // page_size
             held = jax.lax.shift_right_logical(_down(smem["held"][stage], shape), page) & 1
             seen = jnp.logical_and(seen, held == 1)
-        scores = jnp.where(seen, scores, flash.MASKED)
-        higher = jnp.maximum(maximum, scores.max(axis=1))
-        weights = jnp.exp2(scores - _down(higher, shape))
+        score = jnp.where(seen, score, flash.MASKED)
+        higher = jnp.maximum(maximum, score.max(axis=1))
+        weights = jnp.exp2(score - _down(higher, shape))
         shrink = jnp.exp2(maximum - higher)
-        narrow = weights.astype(smem["v"].dtype)
-        if interpreted:  # the simulator's tensor cores take no operand from registers
-            smem["weights"][...] = narrow
-            narrow = smem["weights"]
-
-        def values(columns: Any, accumulator: Ref) -> jax.Array:
-            plgpu.wgmma(accumulator, narrow, smem["v"].at[stage, :, columns])
-            return accumulator[...]
-
+        shares = share_out(weights, first)
         weighted = tuple(
             part * _down(shrink, part.shape)
-            + pl.run_scoped(functools.partial(values, columns), plgpu.ACC(part.shape, jnp.float32))
+            + products(shares, [plane.at[:, columns] for plane in v], part.shape)
             for part, columns in zip(weighted, columns_of_head, strict=True)
         )
-        # No warp reads the stage any more.
-        plgpu.commit_smem()
-        pl.when(step + STAGES < end)(lambda: fetch(step + STAGES))
+        if planes > 1:  # no warp reads the planes any more
+            plgpu.commit_smem()
+        else:
+            fetch_next()
         return higher, total * shrink + weights.sum(axis=1), weighted
 
     def join(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         """Takes up a part of what the queries saw before: a sum of one at its log-sum-exp."""
         maximum, total, weighted = carry
+        through = passage(inputs["before_out"].dtype)
         bring(inputs["before_lse"].at[number, inputs["before_of_tile"][tile], head], smem["lse"])
         score = smem["lse"][...]
         plgpu.commit_smem()
@@ -312,16 +353,16 @@ def _walk(
         share = jnp.where(saw, share, jnp.zeros_like(share))
         joined = []
         for part, columns in zip(weighted, columns_of_head, strict=True):
-            bring_rows(inputs["before_out"].at[number], smem["part"], columns)
-            found = smem["part"][...].astype(jnp.float32)
+            bring_rows(inputs["before_out"].at[number], through, columns)
+            found = through[...].astype(jnp.float32)
             plgpu.commit_smem()
             # What stands in places of no row may be no number.
             found = jnp.where(_down(share, found.shape) > 0, found, jnp.zeros_like(found))
             joined.append(part * _down(shrink, part.shape) + found * _down(share, part.shape))
         return higher, total * shrink + share, tuple(joined)
 
-    for ahead in range(STAGES):
-        pl.when(begin + ahead < end)(functools.partial(fetch, begin + ahead))
+    for step in range(ahead):
+        pl.when(begin + step < end)(functools.partial(fetch, begin + step))
     bring(inputs["limit"].at[tile], smem["limit"])
     bring(inputs["turns"], smem["turns"])
     carry = (
@@ -340,7 +381,7 @@ def _walk(
     # Until the first slot is seen, all slots have weight: queries that saw none hold no result.
     saw = _down(maximum, (QUERIES, COLUMNS)) > flash.MASKED
     total = _down(total, (QUERIES, COLUMNS))
-    result = smem["wide" if out.dtype == jnp.float32 else "part"]
+    result = passage(out.dtype)
     for values, columns in zip(weighted, columns_of_head, strict=True):
         values = jnp.where(saw, values / total, jnp.zeros_like(values))
         result[...] = values.astype(result.dtype)
@@ -365,14 +406,7 @@ def _across(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.broadcast_in_dim(row, shape, (1,))
 
 
-def _scores(q: Ref, k: Ref, *, interpreted: bool) -> jax.Array:
-    """Products of queries and keys. The simulator's wgmma takes no transposed operand."""
-    if interpreted:
-        exact = jax.lax.Precision.HIGHEST
-        return jnp.dot(q[...], k[...].T, preferred_element_type=jnp.float32, precision=exact)
-
-    def product(accumulator: Ref) -> jax.Array:
-        plgpu.wgmma(accumulator, q, plgpu.transpose_ref(k, (1, 0)))
-        return accumulator[...]
-
-    return pl.run_scoped(product, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
+def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype = jnp.bfloat16) -> Any:
+    """Shared memory as tensor cores read it: tiles of eight rows of 128 bytes."""
+    tiles = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiles, plgpu.SwizzleTransform(128)))

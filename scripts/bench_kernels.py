@@ -52,8 +52,9 @@ _LAYERS = flags.DEFINE_integer("layers", 0, "Layers of the pool; 0: the model's.
 _TURNS = flags.DEFINE_integer("turns", 5, "How often each is timed.", lower_bound=1)
 
 # Largest difference from the reference, over its largest number. A bfloat16 number is rounded by
-# 2**-9, a rotated key once more, and queries and weights that meet it likewise.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
+# 2**-9, a rotated key once more, and queries and weights that meet it likewise. Tensor cores take a
+# float32 number as two of bfloat16, whose products are good to about 2**-16.
+TOLERANCE = {"float32": 5e-5, "bfloat16": 1e-2}
 
 
 class WrongValues(ValueError):

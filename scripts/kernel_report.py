@@ -8,6 +8,7 @@ time that bytes and operations would take at the target's published bandwidth an
 a bound, not a measurement. Needs the `aot` extra.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,15 +35,19 @@ from tokendance_jax.collector.shared_rows import PACKED_ROWS
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.decode_attention.mosaic_gpu import bytes_beside_pages
 from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.gpu_pages import part_slots
+from tokendance_jax.kernels.gpu_planes import planes_of
 from tokendance_jax.kernels.gpu_tiles import SLOTS
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
-from tokendance_jax.kernels.sparse_restore.tuning import part_slots
 from tokendance_jax.models.qwen2.config import Qwen2Config
 
 _MODEL = flags.DEFINE_multi_string("model", ["0.5B", "7B", "14B"], "Published sizes; repeat.")
+_DTYPE = flags.DEFINE_multi_enum(
+    "dtype", ["bfloat16"], ["float32", "bfloat16"], "Precisions of the pool; repeat."
+)
 _TARGET = flags.DEFINE_multi_enum("target", ["h100"], list(targets.TARGETS), "Targets; repeat.")
 _AGENTS = flags.DEFINE_integer("agents", 25, "Agents.", lower_bound=1)
 _SHARED = flags.DEFINE_integer("shared", 2048, "Tokens that all agents share.", lower_bound=256)
@@ -54,16 +59,18 @@ _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 
 def main(argv: Sequence[str]) -> int:
     """Compiles and prints; returns the exit status: 0, or 1 after an error."""
-    return measure.run(argv, _measure, json=_JSON.value, width=120)  # Markdown, as wide as it is
+    return measure.run(argv, _measure, json=_JSON.value, width=132)  # Markdown, as wide as it is
 
 
 def _measure(console: Console) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name in _TARGET.value:
-        for size in _MODEL.value:
-            config, target = Qwen2Config.preset(size), targets.TARGETS[name]
-            packed = PACKED_ROWS[target.platform]
-            rows += [report(case, target, size) for case in cases(config, packed=packed)]
+        target = targets.TARGETS[name]
+        packed = PACKED_ROWS[target.platform]
+        for size, dtype in itertools.product(_MODEL.value, _DTYPE.value):
+            of_kernels = cases(Qwen2Config.preset(size), dtype, packed=packed)
+            found = (report(case, target) for case in of_kernels)
+            rows += [{"model": size, "dtype": dtype} | row for row in found]
         console.print(_table(name, [row for row in rows if row["target"] == name]))
     return {"kernels": rows}
 
@@ -79,14 +86,15 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16", *, packed: int = 0) -> l
     Returns:
       Of each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
       of every page once for all agents that show it, of queries and of results; `extra`: what the
-      GPU kernel moves beside; and `operations`.
+      GPU kernel moves beside; and `operations`, of attention those of tensor cores.
     """
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
     heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
     shared, own = (-(-tokens // 256) * 256 for tokens in (_SHARED.value, _OWN.value))
+    itemsize, planes = jnp.dtype(dtype).itemsize, planes_of(jnp.dtype(dtype))
     # Bytes of keys and values of one layer.
-    page = 2 * page_size * kv_heads * head_dim * jnp.dtype(dtype).itemsize
+    page = 2 * page_size * kv_heads * head_dim * itemsize
     shared_pages, own_pages = shared // page_size, own // page_size
     pages = 1 + shared_pages + agents * (shared_pages + own_pages)
     pool = _shape(layers, pages, page_size, kv_heads, head_dim, dtype=dtype)
@@ -120,7 +128,8 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16", *, packed: int = 0) -> l
     q = _shape(agents, heads, head_dim, dtype="float32")
     queries = 4 * agents * heads * head_dim
     steps = {"shared": shared // SLOTS, "own": agents * own // SLOTS}
-    beside = bytes_beside_pages(agents, heads, kv_heads, head_dim, page_size, **steps)
+    numbers = agents, heads, kv_heads, head_dim, page_size
+    beside = bytes_beside_pages(*numbers, **steps, itemsize=itemsize)
     decoded = {
         "name": "decode_attention",
         "what": f"{agents} lanes, {shared} shared and {own} own tokens, one layer",
@@ -133,11 +142,11 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16", *, packed: int = 0) -> l
         "donate": (),
         "floor": page * (shared_pages + agents * own_pages) + 2 * queries,
         "extra": beside - 2 * queries,
-        "operations": 4 * agents * heads * head_dim * (shared + own),
+        "operations": 4 * agents * heads * head_dim * (shared + own) * (2 * planes - 1),
     }
 
     plan = DiffPlan(_shape(shared_pages), _shape(shared_pages + 1), *[piece] * 4)
-    parts = page_size // part_slots(page_size, 2 * kv_heads * head_dim)
+    parts = page_size // part_slots(page_size, itemsize * kv_heads * head_dim)
     compared = {
         "name": "page_diff",
         "what": f"{agents} siblings of {shared} tokens, all layers",
@@ -152,7 +161,7 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16", *, packed: int = 0) -> l
         # On a GPU: scores of parts of pages, written and read again.
         "extra": 2 * layers * pieces * parts * 16 + 4 * (4 * pieces + 2 * shared_pages),
         # A key is turned as in a restore; a difference, a maximum and a sum of squares for all.
-        "operations": layers * pieces * page // 4 * (8 + 2 * 5),
+        "operations": layers * pieces * page // (2 * itemsize) * (8 + 2 * 5),
     }
     prefills = [_prefill(config, pool, page, rows, packed) for rows in _ROWS.value]
     return [restored, decoded, *prefills, compared]
@@ -187,10 +196,11 @@ def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: int) 
     together = plan.shared if plan.shared and plan.shared.groups.count else None
     plans = jax.tree.map(lambda x: _shape(*x.shape, dtype=x.dtype.name), (plan.tables, plan.tiles))
     options = {} if together is None else {"shared": together}
-    numbers = rows * heads * head_dim
-    # On a GPU what rows see together is written and read once more in two bytes, and queries are
-    # read.
-    extra = 0 if together is None else 4 * numbers + 2 * (2 * numbers + 4 * rows * heads)
+    numbers, planes = rows * heads * head_dim, planes_of(pool.dtype)
+    # On a GPU what rows see together is written and read as the pool's numbers are, and queries are
+    # read once more.
+    part = pool.dtype.itemsize * numbers + 4 * rows * heads
+    extra = 0 if together is None else 4 * numbers + 2 * part
 
     def call(implementation: str) -> Callable[..., Any]:
         def program(q: Any, k: Any, v: Any, position: Any, plans: Any, options: Any) -> Any:
@@ -214,11 +224,11 @@ def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: int) 
         "donate": (),
         "floor": page * (shared + agents * own) // page_size + 8 * numbers,
         "extra": extra,
-        "operations": 4 * numbers * (context - each // 2),
+        "operations": 4 * numbers * (context - each // 2) * (2 * planes - 1),
     }
 
 
-def report(case: dict[str, Any], target: targets.Target, size: str) -> dict[str, Any]:
+def report(case: dict[str, Any], target: targets.Target) -> dict[str, Any]:
     """Compiles one kernel for a target.
 
     Returns:
@@ -238,7 +248,6 @@ def report(case: dict[str, Any], target: targets.Target, size: str) -> dict[str,
     return {
         "kernel": case["name"],
         "what": case["what"],
-        "model": size,
         "target": target.name,
         "registers": max((kernel.registers for kernel in kernels), default=None),
         "spill_bytes": sum(kernel.spill_bytes for kernel in kernels) if gpu else None,
@@ -253,12 +262,12 @@ def report(case: dict[str, Any], target: targets.Target, size: str) -> dict[str,
 
 
 def _shape(*shape: int, dtype: str = "int32") -> Any:
-    return jax.ShapeDtypeStruct(shape, np.dtype(dtype) if dtype != "bfloat16" else "bfloat16")
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
 def _table(target: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=f"Kernels on {target}", box=box.MARKDOWN, show_edge=True)
-    for column in ("kernel", "model"):
+    for column in ("kernel", "model", "dtype"):
         table.add_column(column, no_wrap=True)
     for column in (
         "registers",
@@ -279,6 +288,7 @@ def _table(target: str, rows: Sequence[dict[str, Any]]) -> Table:
         table.add_row(
             row["kernel"],
             row["model"],
+            row["dtype"],
             number("registers"),
             number("spill_bytes"),
             number("shared_bytes", 1e3),

@@ -68,7 +68,8 @@ def decode_attention_mosaic_gpu(
         Tiles.of(row, jnp.zeros_like(row[:, 0]), jnp.minimum(limit, 0), group),
         walked,
         theta=theta,
-        parts=(most, count),
+        parts=count,
+        most_parts=most,
         interpret=interpret,
     )
     shared = Parts(out, lse, lane // width, jnp.broadcast_to(count, lane.shape))
@@ -96,7 +97,8 @@ def decode_attention_mosaic_gpu(
         own_tiles,
         own,
         theta=theta,
-        parts=(own_most, count),
+        parts=count,
+        most_parts=own_most,
         interpret=interpret,
     )
     whole = Parts(out, lse, lane, jnp.broadcast_to(count, lane.shape))
@@ -120,13 +122,21 @@ def parts_of(lanes: int, heads: int, kv_heads: int, *, shared: Any, own: Any) ->
       i32 []; 0 where there are no shared steps.
     """
     most, _ = _most_parts(lanes, heads, kv_heads)
-    # A number of a page and one of a part have two bytes each; keys and values, written and read.
+    # A number of a page and one of a part have as many bytes; keys and values, written and read.
     affordable = (shared + own) * SLOTS * kv_heads // (lanes * heads * PARTS_SHARE)
     return jnp.minimum(jnp.clip(affordable, 1, most), shared)
 
 
 def bytes_beside_pages(
-    lanes: int, heads: int, kv_heads: int, head_dim: int, page_size: int, *, shared: int, own: int
+    lanes: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    *,
+    shared: int,
+    own: int,
+    itemsize: int = 2,
 ) -> int:
     """Bytes of one call that are not those of pages: queries, results, parts and what steps need.
 
@@ -141,13 +151,14 @@ def bytes_beside_pages(
       page_size: slots of a page.
       shared: steps that are read for several lanes.
       own: steps of all lanes' own pages.
+      itemsize: bytes of a number of the pool, and of the parts.
     """
     own_parts = _most_parts(lanes, heads, kv_heads)[1]
     tiles = -(-lanes // (QUERIES // (heads // kv_heads)))
     parts = int(parts_of(lanes, heads, kv_heads, shared=shared, own=own))
     numbers = lanes * heads * head_dim
     queries = 4 * numbers * (2 if shared else 1)
-    part, score = 2 * numbers, 4 * kv_heads * QUERIES
+    part, score = itemsize * numbers, 4 * kv_heads * QUERIES
     written_and_read = 2 * parts * (part + tiles * score)
     if own_parts > 1:
         written_and_read += 2 * own_parts * (part + lanes * score)

@@ -5,62 +5,20 @@ memory once, and then one sibling after the other, the next on its way while one
 goes to memory are four numbers for each part of a sibling.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tokendance_jax.kernels import rope
+from tokendance_jax.kernels.gpu_pages import PARAMETERS, PageParts, rotate, rotation
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
-from tokendance_jax.kernels.page_diff.tuning import CHUNK, STAGES
-from tokendance_jax.kernels.sparse_restore.tuning import part_slots
-
-# Threads of a block: a tile of registers has a multiple of as many numbers.
-THREADS = 128
+from tokendance_jax.kernels.page_diff.tuning import STAGES
 
 Ref = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """A row is one head of one slot; pools are arrays [rows, head_dim].
-
-    Attributes:
-      base_pages: pages of the pool.
-      sibling_pages: pages of what siblings are in.
-      page_size: slots of a page.
-      part: slots of a page that a block takes.
-      kv_heads: rows of a slot.
-      head_dim: numbers of a row.
-    """
-
-    base_pages: int
-    sibling_pages: int
-    page_size: int
-    part: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of a part."""
-        return self.part * self.kv_heads
-
-    @property
-    def half(self) -> int:
-        """The width of a half head: the rotary embedding pairs its numbers with the other half."""
-        return self.head_dim // 2
-
-    @property
-    def chunk(self) -> int:
-        """Rows that are compared at a time."""
-        return min(self.rows, CHUNK // self.half)
 
 
 def page_diff_mosaic_gpu(
@@ -82,62 +40,44 @@ def page_diff_mosaic_gpu(
       theta: base of the rotary frequencies.
       interpret: parameters of the simulator, to run on a CPU.
     """
-    layers, pages, page_size, kv_heads, head_dim = k_pool.shape
     dtype = k_pool.dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {dtype}")
+    parts = PageParts.of(k_pool)
     own_k, own_v = siblings or (k_pool, v_pool)
-    part = part_slots(page_size, kv_heads * head_dim * dtype.itemsize)
-    sizes = _Sizes(pages, own_k.shape[1], page_size, part, kv_heads, head_dim)
-    tiled = sizes.rows % sizes.chunk == 0 and sizes.chunk * sizes.half % THREADS == 0
-    if head_dim not in (64, 128) or sizes.rows > 256 or not tiled:
-        raise NotImplementedError(
-            f"pages of {page_size} slots with {kv_heads} heads of {head_dim}: the kernel takes "
-            f"heads of 64 or 128 and parts of {sizes.chunk} to 256 rows"
-        )
-
-    def flat(x: Array) -> jax.Array:
-        return jnp.asarray(x).reshape(-1, head_dim)
-
-    tables = rope.turn_tables(theta, head_dim)
-    tables = jnp.asarray(np.broadcast_to(tables[:, None], (3, sizes.chunk, sizes.half)))
     columns = (plan.page, plan.begin, plan.sibling, plan.frame, plan.first, plan.slots)
     inputs = {
-        "k": flat(k_pool),
-        "v": flat(v_pool),
-        "own_k": flat(own_k),
-        "own_v": flat(own_v),
-        "tables": tables,
+        "k": parts.flat(k_pool),
+        "v": parts.flat(v_pool),
+        "own_k": parts.flat(own_k),
+        "own_v": parts.flat(own_v),
+        "tables": parts.turn_tables(theta),
     }
-    shape = sizes.rows, head_dim
+    shape = parts.rows, parts.head_dim
     scratch = {
         "k": plgpu.SMEM(shape, dtype),
         "v": plgpu.SMEM(shape, dtype),
         "own_k": plgpu.SMEM((STAGES, *shape), dtype),
         "own_v": plgpu.SMEM((STAGES, *shape), dtype),
-        "tables": plgpu.SMEM(tables.shape, jnp.int32),
+        "tables": plgpu.SMEM(inputs["tables"].shape, jnp.int32),
     }
 
     def kernel(columns: list[Ref], inputs: dict[str, Ref], out: Ref) -> None:
         pl.run_scoped(
-            functools.partial(_compare_part, sizes, columns, inputs, out),
+            functools.partial(_compare_part, parts, columns, inputs, out),
             scratch,
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         )
 
-    comparisons, parts = plan.sibling.shape[0], page_size // part
+    comparisons, pages = plan.sibling.shape[0], plan.page.shape[0]
     out = pl.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((layers, comparisons, parts, SCORES), jnp.float32),
-        mesh=plgpu.Mesh(
-            grid=(plan.page.shape[0], parts, layers), grid_names=("page", "part", "layer")
+        out_type=jax.ShapeDtypeStruct(
+            (parts.layers, comparisons, parts.of_page, SCORES), jnp.float32
         ),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            # Angles lie in [-pi, pi), where the fast sine and cosine are good to 2^-20.
-            approx_math=True,
-        ),
+        mesh=parts.mesh(pages),
+        compiler_params=PARAMETERS,
         interpret=interpret,
         name="page_diff",
     )([jnp.asarray(column) for column in columns], inputs)
@@ -156,7 +96,7 @@ def page_diff_mosaic_gpu(
 
 
 def _compare_part(
-    sizes: _Sizes,
+    parts: PageParts,
     columns: list[Ref],
     inputs: dict[str, Ref],
     out: Ref,
@@ -169,20 +109,19 @@ def _compare_part(
     index, part, layer = (jax.lax.axis_index(name) for name in ("page", "part", "layer"))
     start, stop = begin[index], begin[index + 1]
 
-    def rows_of(page: jax.Array, number: int) -> Any:
-        slot = (layer * number + page) * sizes.page_size + part * sizes.part
-        return pl.ds(slot * sizes.kv_heads, sizes.rows)
+    def rows_of(flat: Ref, page: jax.Array) -> Any:
+        return pl.ds(parts.first_row(flat, layer, page, part), parts.rows)
 
     def fetch(comparison: jax.Array) -> None:
         """Starts the copies of a sibling."""
         stage = jax.lax.rem(comparison - start, STAGES)
-        rows = rows_of(sibling[comparison], sizes.sibling_pages)
+        rows = rows_of(inputs["own_k"], sibling[comparison])
         for name in ("own_k", "own_v"):
             plgpu.copy_gmem_to_smem(inputs[name].at[rows], smem[name].at[stage], arrived.at[stage])
 
     @pl.when(stop > start)
     def _() -> None:
-        rows = rows_of(pages[index], sizes.base_pages)
+        rows = rows_of(inputs["k"], pages[index])
         for name in ("k", "v"):
             plgpu.copy_gmem_to_smem(inputs[name].at[rows], smem[name], brought)
         plgpu.copy_gmem_to_smem(inputs["tables"], smem["tables"], brought)
@@ -193,15 +132,13 @@ def _compare_part(
         @pl.loop(start, stop)
         def _(comparison: jax.Array) -> None:
             stage = jax.lax.rem(comparison - start, STAGES)
-            before = part * sizes.part
-            begins = (first[comparison] - before) * sizes.kv_heads
-            ends = begins + slots[comparison] * sizes.kv_heads
-            angle = rope.angles(frame[comparison], *(smem["tables"][table] for table in range(3)))
-            turn = jnp.cos(angle), jnp.sin(angle)
+            begins = (first[comparison] - part * parts.slots) * parts.kv_heads
+            ends = begins + slots[comparison] * parts.kv_heads
+            turn = rotation(smem["tables"], frame[comparison])
             plgpu.barrier_wait(arrived.at[stage])
             scores = (
-                *_deviation(sizes, smem["own_k"].at[stage], smem["k"], turn, begins, ends),
-                *_deviation(sizes, smem["own_v"].at[stage], smem["v"], None, begins, ends),
+                *_deviation(parts, smem["own_k"].at[stage], smem["k"], turn, begins, ends),
+                *_deviation(parts, smem["own_v"].at[stage], smem["v"], None, begins, ends),
             )
             # All threads have read the sibling: they met to find the scores.
             pl.when(comparison + STAGES < stop)(lambda: fetch(comparison + STAGES))
@@ -210,7 +147,7 @@ def _compare_part(
 
 
 def _deviation(
-    sizes: _Sizes,
+    parts: PageParts,
     own: Ref,
     base: Ref,
     turn: tuple[jax.Array, jax.Array] | None,
@@ -218,19 +155,17 @@ def _deviation(
     ends: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The largest difference and the sum of squares of rows `begins` to `ends` of a part."""
-    shape = sizes.chunk, sizes.half
+    shape = parts.chunk, parts.half
     largest, squares = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    halves = pl.ds(0, sizes.half), pl.ds(sizes.half, sizes.half)
-    for start in range(0, sizes.rows, sizes.chunk):
-        rows = pl.ds(start, sizes.chunk)
+    for start in range(0, parts.rows, parts.chunk):
+        rows = pl.ds(start, parts.chunk)
         used = jnp.logical_and(row + start >= begins, row + start < ends)
-        first, second = (base[rows, half].astype(jnp.float32) for half in halves)
+        shown = parts.halves(base, rows)
         if turn is not None:
-            cos, sin = turn
-            first, second = first * cos - second * sin, second * cos + first * sin
-        for half, shown in zip(halves, (first, second), strict=True):
-            gap = jnp.where(used, jnp.abs(own[rows, half].astype(jnp.float32) - shown), 0.0)
+            shown = rotate(shown, turn)
+        for mine, other in zip(parts.halves(own, rows), shown, strict=True):
+            gap = jnp.where(used, jnp.abs(mine - other), 0.0)
             largest = jnp.maximum(largest, gap)
             squares = squares + gap * gap
     return largest.max(), squares.sum()

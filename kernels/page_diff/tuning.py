@@ -4,8 +4,6 @@
 # the base page and the tables of angles there: three blocks of parts as large as those of a restore
 # then fit an H100's 227 KiB.
 STAGES = 2
-# GPU: numbers of one half of the heads that a block has in registers at a time.
-CHUNK = 1024
 # TPU: bytes of keys of a page over the layers that are compared at a time. Keys and values of two
 # pages, each with what comes next, are in VMEM, of which a program has 16 MiB.
 LAYERS_BYTES = 1 << 19

@@ -107,7 +107,7 @@ def _attend_shared(
         Tiles.of(row, jnp.zeros_like(row[:, 0]), limit, group),
         group_steps(shared.groups, lane, group, page_size),
         theta=theta,
-        parts=(1, jnp.ones((), jnp.int32)),
+        parts=jnp.ones((), jnp.int32),
         interpret=interpret,
     )
     return out, scores_of_rows(lse[0], row, group, rows)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import types
 
 import numpy as np
@@ -18,20 +19,20 @@ from tokendance_jax.models.qwen2.random import random_parameters
 TALK = "the boats leave at dawn and the nets are dry, but the mill is closed until the rain ends; "
 
 
-@pytest.fixture(scope="module")
-def model():
+@functools.cache
+def model_of(dtype):
     """Heads as the kernels take them."""
     config = dataclasses.replace(DEMO_CONFIG, num_hidden_layers=2, head_dim=64)
     return Model.from_checkpoint(
         Checkpoint(
             config=config,
-            params=random_parameters(config, "bfloat16"),
+            params=random_parameters(config, dtype),
             tokenizer_json=demo_tokenizer_json(),
             chat_template=None,
             stop_ids=(),
             name="tiny",
         ),
-        "bfloat16",
+        dtype,
     )
 
 
@@ -106,12 +107,15 @@ def test_packed_rows_give_the_tokens_of_single_lanes(demo_model, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["tokendance", "blend"])
-def test_simulated_kernels_serve_the_tokens_of_xla_code(model, policy, simulator):
+@pytest.mark.parametrize(
+    ("policy", "dtype", "rounds"),
+    [("tokendance", "bfloat16", 2), ("blend", "bfloat16", 2), ("tokendance", "float32", 1)],
+)
+def test_simulated_kernels_serve_the_tokens_of_xla_code(policy, dtype, rounds, simulator):
     answers = {}
     for implementation in ("xla", "interpret"):
-        engine = engine_of(model, implementation, policy)
-        results = [engine.serve(moment(index)) for index in range(2)]
+        engine = engine_of(model_of(dtype), implementation, policy)
+        results = [engine.serve(moment(index)) for index in range(rounds)]
         assert all(result.ledger.reused_tokens > 0 for result in results[1:])
         answers[implementation] = [agent.token_ids for r in results for agent in r.agents]
     assert len(answers["xla"][0]) == 3
@@ -120,7 +124,8 @@ def test_simulated_kernels_serve_the_tokens_of_xla_code(model, policy, simulator
 
 
 @pytest.mark.slow
-def test_simulated_kernels_restore_the_int8_mirrors_of_xla_code(model, simulator):
+def test_simulated_kernels_restore_the_int8_mirrors_of_xla_code(simulator):
+    model = model_of("bfloat16")
     xla = engine_of(model, "xla")
     mirrors = xla.serve(moment(0), mirrors="int8").mirrors
     assert mirrors is not None

@@ -5,7 +5,8 @@ import pytest
 
 from tests.kernels import cases
 from tests.kernels.cases import shape
-from tokendance_jax import targets
+from tokendance_jax import hlo, targets
+from tokendance_jax.kernels.gpu_planes import planes_of
 from tokendance_jax.kernels.lanes import LaneTables
 from tokendance_jax.paged.kv import pool_format
 
@@ -19,6 +20,15 @@ HEADS = (
     cases.Heads(64, 8, 128),
 )
 LAYERS, PAGES = 28, 8192
+
+# What is compiled for an H100: all heads in bfloat16, and in float32 pages of other sizes too.
+ON_H100 = [
+    *((heads, page_size, "bfloat16") for heads in HEADS for page_size in (16, 32)),
+    (HEADS[0], 16, "float32"),
+    (HEADS[0], 64, "float32"),
+    (HEADS[3], 8, "float32"),
+    (HEADS[4], 16, "float32"),
+]
 
 on_platforms = pytest.mark.parametrize(("implementation", "platform"), cases.PLATFORMS)
 
@@ -49,11 +59,16 @@ def tables_of(lanes, entries):
     return LaneTables(column, column, column, column, column)
 
 
-def attend(kernel, implementation):
-    """One layer of a kernel, as a program of its arrays."""
+def attend(kernel, implementation, layers=(3,)):
+    """Layers of a kernel, as a program of its arrays."""
 
     def program(q, k, v, *arguments):
-        return kernel(q, k, v, 3, *arguments, theta=cases.THETA, implementation=implementation)
+        for layer in layers:
+            with jax.named_scope(f"layer_{layer}"):
+                q = kernel(
+                    q, k, v, layer, *arguments, theta=cases.THETA, implementation=implementation
+                )
+        return q
 
     return program
 
@@ -63,16 +78,28 @@ def check_lowers(kernel, implementation, platform, shapes):
     assert "custom_call" in program.lower(lowering_platforms=(platform,)).as_text()
 
 
+def check_layers_have_one_kernel(kernel, shapes, kernels):
+    """A kernel of all layers is lowered once and compiled once."""
+    h100, layers = targets.TARGETS["h100"], range(3)
+    program = attend(kernel, "mosaic_gpu", layers)
+    lowered = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == kernels
+    compiled, programs = targets.gpu_kernels(h100, program, *shapes)
+    assert len(programs) == kernels
+    assert len(hlo.Program(compiled).kernels()) == kernels * len(layers)
+
+
 def compile_for_an_h100(kernel, shapes, page_size):
     """Compiles a kernel and checks each program of it. Returns them, and what memory they need."""
-    h100 = targets.TARGETS["h100"]
+    h100, pool = targets.TARGETS["h100"], shapes[1]
+    planes = planes_of(pool.dtype)
     compiled, programs = targets.gpu_kernels(h100, attend(kernel, "mosaic_gpu"), *shapes)
     for program in programs:
         assert program.spill_bytes == program.stack_bytes == 0
         assert program.shared_bytes <= h100.scratch
-        assert program.blocks_per_core >= 2
-        # Both products on tensor cores.
-        assert program.count(r"wgmma\.mma_async\S*\.bf16\.bf16") >= 8
+        assert program.blocks_per_core >= (2 if planes == 1 or pool.shape[4] == 64 else 1)
+        # Both products on tensor cores, and each of the three that planes make of them.
+        assert program.count(r"wgmma\.mma_async\S*\.bf16\.bf16") >= 8 * (2 * planes - 1)
         # Keys, values, queries and results move by bulk copies; threads load entries of tables.
         copies = program.count(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global")
         assert copies >= 2 * 64 // page_size

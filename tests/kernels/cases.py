@@ -300,6 +300,16 @@ def poisoned(case: Case, pool: np.ndarray) -> np.ndarray:
     return pool
 
 
+def numbers_of(pool: np.ndarray) -> jax.Array:
+    """A pool as accelerators store it: bfloat16 in place of its bits."""
+    return jnp.asarray(pool.view(ml_dtypes.bfloat16) if pool.dtype == np.uint16 else pool)
+
+
+def on_tensor_cores(dtype: str) -> str:
+    """The precision of attention on tensor cores, by storage dtype: see `tolerance`."""
+    return "planes" if dtype == "float32" else dtype
+
+
 def queries(rows: int, heads: Heads, seed: int = 1) -> np.ndarray:
     """Random queries f32 [rows, heads, head_dim]."""
     shape = rows, heads.heads, heads.head_dim
@@ -339,9 +349,10 @@ def tolerance(dtype: str) -> float:
     """Largest error of an output, relative to the largest output.
 
     A bfloat16 pool meets queries and weights rounded to bfloat16, by 2**-9 (2e-3) each, which
-    partly averages out over the slots: 2e-3 measured, and 4e-7 in float32.
+    partly averages out over the slots: 2e-3 measured, and 4e-7 in float32. "planes" are a float32
+    pool's on tensor cores, whose products are good to about 2**-16 (2e-5): 5e-6 measured.
     """
-    return 5e-3 if dtype == "uint16" else 1e-5
+    return {"uint16": 5e-3, "planes": 2e-5, "float32": 1e-5}[dtype]
 
 
 def assert_close(out: np.ndarray, expected: np.ndarray, dtype: str) -> None:

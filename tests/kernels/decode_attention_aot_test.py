@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 
 from tests.kernels import aot
@@ -21,20 +19,26 @@ def arguments(heads, page_size, **pool):
 
 
 @aot.on_platforms
-def test_lowers(implementation, platform):
-    shapes = arguments(aot.HEADS[1], 16)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lowers(dtype, implementation, platform):
+    shapes = arguments(aot.HEADS[1], 16, dtype=dtype)
     aot.check_lowers(decode_attention, implementation, platform, shapes)
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("heads", "page_size"), list(itertools.product(aot.HEADS, (16, 32))), ids=str
-)
-def test_compiles_for_an_h100(heads, page_size):
-    shapes = arguments(heads, page_size)
+@pytest.mark.parametrize(("heads", "page_size", "dtype"), aot.ON_H100, ids=str)
+def test_compiles_for_an_h100(heads, page_size, dtype):
+    shapes = arguments(heads, page_size, dtype=dtype)
     kernels, memory = aot.compile_for_an_h100(decode_attention, shapes, page_size)
     assert len(kernels) == 2  # shared blocks, own pages
     assert memory.temp_size_in_bytes < 0.05 * shapes[1].size
+
+
+@pytest.mark.aot
+def test_layers_have_one_kernel_on_an_h100():
+    # A pool of its own: what was compiled once is not compiled again.
+    shapes = arguments(aot.HEADS[0], 16, pages=1024)
+    aot.check_layers_have_one_kernel(decode_attention, shapes, 2)  # shared blocks, own pages
 
 
 @aot.for_tpus

@@ -2,8 +2,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -198,16 +196,18 @@ def test_the_gpu_kernel_moves_little_more_than_it_must(heads):
 
 
 @pytest.mark.parametrize(
-    ("heads", "page_size", "blocks"),
+    ("heads", "page_size", "blocks", "dtype"),
     [
-        (cases.Heads(14, 2, 64), 16, 16),
-        (cases.Heads(10, 2, 128), 32, 16),
-        (cases.Heads(14, 2, 64), 16, 128),
+        (cases.Heads(14, 2, 64), 16, 16, "uint16"),
+        (cases.Heads(10, 2, 128), 32, 16, "uint16"),
+        (cases.Heads(14, 2, 64), 16, 128, "uint16"),
+        (cases.Heads(10, 2, 128), 16, 16, "float32"),
+        (cases.Heads(14, 2, 64), 32, 128, "float32"),
     ],
     ids=str,
 )
 def test_the_gpu_kernel_equals_the_reference_without_races(
-    heads, page_size, blocks, simulator, monkeypatch
+    heads, page_size, blocks, dtype, simulator, monkeypatch
 ):
     """A lane's own steps are whole on a device of 16 cores, and in parts on one of 128."""
     monkeypatch.setattr(mosaic_gpu, "BLOCKS", blocks)
@@ -221,14 +221,15 @@ def test_the_gpu_kernel_equals_the_reference_without_races(
     assert mosaic_gpu.parts_of(cases.LANES, heads.heads, heads.kv_heads, **counted) > 1
     position = case.last_positions()
     q = cases.queries(cases.LANES, heads)
-    k, v = cases.pools(case, heads, "uint16")
-    inputs = (cases.poisoned(case, pool).view(ml_dtypes.bfloat16) for pool in (k, v))
+    k, v = cases.pools(case, heads, dtype)
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     out = jax.jit(
         functools.partial(decode_attention, theta=cases.THETA, implementation="interpret"),
         static_argnums=3,
-    )(q, *map(jnp.asarray, inputs), cases.LAYER, position, tables, groups)
+    )(q, *inputs, cases.LAYER, position, tables, groups)
     lane = np.where(position >= 0, np.arange(cases.LANES), cases.LANES).astype(np.int32)
-    cases.assert_close(np.asarray(out), cases.reference(case, q, k, v, position, lane), "uint16")
+    expected = cases.reference(case, q, k, v, position, lane)
+    cases.assert_close(np.asarray(out), expected, cases.on_tensor_cores(dtype))
     assert not np.asarray(out)[position < 0].any()
     assert not simulator.races()
 
@@ -258,12 +259,9 @@ def check_tpu(heads, page_size, dtype, interpret):
     position = case.last_positions()
     q = cases.queries(cases.LANES, heads)
     k, v = cases.pools(case, heads, dtype)
-    inputs = (cases.poisoned(case, pool) for pool in (k, v))
-    inputs = (x.view(ml_dtypes.bfloat16) if dtype == "uint16" else x for x in inputs)
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     kernel = functools.partial(decode_attention_mosaic_tpu, theta=cases.THETA, interpret=interpret)
-    out = jax.jit(kernel, static_argnums=3)(
-        q, *map(jnp.asarray, inputs), cases.LAYER, position, tables, groups
-    )
+    out = jax.jit(kernel, static_argnums=3)(q, *inputs, cases.LAYER, position, tables, groups)
     lane = np.where(position >= 0, np.arange(cases.LANES), cases.LANES).astype(np.int32)
     expected = cases.reference(case, q, k, v, position, lane)
     cases.assert_close(np.asarray(out), expected, dtype)

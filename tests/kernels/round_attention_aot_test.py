@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 
 from tests.kernels import aot
@@ -37,8 +35,9 @@ def with_shared_rows(q, k, v, layer, position, tables, tiles, shared, **options)
 
 
 @aot.on_platforms
-def test_lowers(implementation, platform):
-    shapes = arguments(aot.HEADS[1], 16)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lowers(dtype, implementation, platform):
+    shapes = arguments(aot.HEADS[1], 16, dtype=dtype)
     aot.check_lowers(round_attention, implementation, platform, shapes)
 
 
@@ -49,11 +48,9 @@ def test_shared_rows_lower(implementation, platform):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("heads", "page_size"), list(itertools.product(aot.HEADS, (16, 32))), ids=str
-)
-def test_compiles_for_an_h100(heads, page_size):
-    shapes = arguments(heads, page_size)
+@pytest.mark.parametrize(("heads", "page_size", "dtype"), aot.ON_H100, ids=str)
+def test_compiles_for_an_h100(heads, page_size, dtype):
+    shapes = arguments(heads, page_size, dtype=dtype)
     kernels, memory = aot.compile_for_an_h100(round_attention, shapes, page_size)
     assert len(kernels) == 1
     # Temporaries are queries and results, in a few arrangements, and never a pool.
@@ -65,15 +62,27 @@ def test_compiles_for_an_h100(heads, page_size):
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("heads", "page_size"),
-    [(aot.HEADS[0], 16), (aot.HEADS[3], 32), (aot.HEADS[4], 16)],
+    ("heads", "page_size", "dtype"),
+    [
+        (aot.HEADS[0], 16, "bfloat16"),
+        (aot.HEADS[3], 32, "bfloat16"),
+        (aot.HEADS[4], 16, "bfloat16"),
+        (aot.HEADS[3], 16, "float32"),
+    ],
     ids=str,
 )
-def test_compiles_shared_rows_for_an_h100(heads, page_size):
-    shapes = *arguments(heads, page_size), shared_rows(page_size)
+def test_compiles_shared_rows_for_an_h100(heads, page_size, dtype):
+    shapes = *arguments(heads, page_size, dtype=dtype), shared_rows(page_size)
     kernels, memory = aot.compile_for_an_h100(with_shared_rows, shapes, page_size)
     assert len(kernels) == 2  # shared blocks, lanes' own
     assert memory.temp_size_in_bytes < 0.1 * shapes[1].size
+
+
+@pytest.mark.aot
+def test_layers_have_one_kernel_on_an_h100():
+    # A pool of its own: what was compiled once is not compiled again.
+    shapes = arguments(aot.HEADS[0], 16, pages=1024)
+    aot.check_layers_have_one_kernel(round_attention, shapes, 1)
 
 
 @aot.for_tpus

@@ -2,8 +2,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -141,20 +139,28 @@ def small_tiles(case, lanes, rows):
     )
 
 
-@pytest.mark.parametrize(
-    ("heads", "page_size"),
-    [(cases.Heads(6, 2, 64), 16), (cases.Heads(10, 2, 128), 32)],
+on_gpus = pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [
+        (cases.Heads(6, 2, 64), 16, "uint16"),
+        (cases.Heads(10, 2, 128), 32, "uint16"),
+        (cases.Heads(6, 2, 64), 32, "float32"),
+        (cases.Heads(10, 2, 128), 16, "float32"),
+    ],
     ids=str,
 )
-def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, simulator):
+
+
+@on_gpus
+def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, dtype, simulator):
     case, lanes = cases.sharing(page_size), range(1, 6)
     tiles = small_tiles(case, lanes, 16)
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, "uint16")
-    inputs = (cases.poisoned(case, pool).view(ml_dtypes.bfloat16) for pool in (k, v))
+    k, v = cases.pools(case, heads, dtype)
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     out = program(
         q,
-        *map(jnp.asarray, inputs),
+        *inputs,
         cases.LAYER,
         case.position,
         case.tables,
@@ -163,16 +169,12 @@ def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, sim
     )
     lane = np.where(np.isin(case.lane, lanes), case.lane, cases.LANES)
     expected = cases.reference(case, q, k, v, case.position, lane)
-    cases.assert_close(np.asarray(out), expected, "uint16")
+    cases.assert_close(np.asarray(out), expected, cases.on_tensor_cores(dtype))
     assert not simulator.races()
 
 
-@pytest.mark.parametrize(
-    ("heads", "page_size"),
-    [(cases.Heads(6, 2, 64), 16), (cases.Heads(10, 2, 128), 32)],
-    ids=str,
-)
-def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, simulator):
+@on_gpus
+def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype, simulator):
     case = cases.tasks(page_size)
     case = cases.Case.of(case.lanes[2:5], pages=case.pages, page_size=page_size)
     shared = cases.share(case, whatever=True)
@@ -182,18 +184,15 @@ def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, simulator):
     row = np.where(tiles.row < cases.ROWS, tiles.row, cases.ROWS)[:, :64]
     shared = dataclasses.replace(shared, tiles=dataclasses.replace(tiles, row=row))
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, "uint16")
-    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    k, v = cases.pools(case, heads, dtype)
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     arguments = q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
     out, lse = program(*arguments, shared=shared, with_lse=True, implementation="interpret")
     expected = cases.reference(case, q, k, v, case.position, case.lane)
-    cases.assert_close(np.asarray(out), expected, "uint16")
-    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=2e-2)
+    cases.assert_close(np.asarray(out), expected, cases.on_tensor_cores(dtype))
+    atol = 2e-2 if dtype == "uint16" else 1e-4
+    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=atol)
     assert not simulator.races()
-
-
-def bits_to_numbers(pool):
-    return jnp.asarray(pool.view(ml_dtypes.bfloat16) if pool.dtype == np.uint16 else pool)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
     case = cases.sharing(page_size)
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, dtype)
-    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     kernel = functools.partial(round_attention_mosaic_tpu, theta=cases.THETA, interpret=True)
     out = jax.jit(kernel, static_argnums=3)(
         q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
@@ -224,7 +223,7 @@ def test_the_tpu_kernel_gives_log_sum_exps():
     case, heads = cases.tasks(16), cases.Heads(14, 2, 64)
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, "uint16")
-    inputs = [bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v)]
+    inputs = [cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v)]
     kernel = functools.partial(
         round_attention_mosaic_tpu, theta=cases.THETA, with_lse=True, interpret=True
     )
@@ -241,7 +240,7 @@ def run_on_tpu(case, heads, dtype, shared, interpret=True):
     """What the TPU kernel finds with packed rows, and what it should."""
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, dtype)
-    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     arguments = q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
     out, lse = tpu_kernel(interpret)(*arguments, shared=shared)
     expected = cases.reference(case, q, k, v, case.position, case.lane)
@@ -298,7 +297,7 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     lanes = range(1, 6)
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, "uint16")
-    inputs = (bits_to_numbers(cases.poisoned(case, pool)) for pool in (k, v))
+    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
     kernel = functools.partial(
         round_attention_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
     )
@@ -321,19 +320,17 @@ def test_the_tpu_kernel_packs_rows_without_races(tpu_simulator):
     assert not tpu_simulator.races()
 
 
-def test_the_gpu_kernel_takes_no_float32_pool():
+@pytest.mark.parametrize(
+    ("heads", "dtype", "message"),
+    [
+        (cases.HEADS[1], "float32", "heads of 64 or 128"),
+        (cases.HEADS[0], "float16", "bfloat16 and float32"),
+    ],
+)
+def test_the_gpu_kernel_says_what_it_takes(heads, dtype, message):
     case = cases.sharing(16)
-    heads = cases.Heads(6, 2, 64)
-    k, v = cases.pools(case, heads, "float32")
+    k, v = (pool.astype(dtype) for pool in cases.pools(case, heads, "float32"))
     q = cases.queries(cases.ROWS, heads)
-    with pytest.raises(NotImplementedError, match="tensor cores"):
-        program(
-            q,
-            k,
-            v,
-            cases.LAYER,
-            case.position,
-            case.tables,
-            case.tiles,
-            implementation="mosaic_gpu",
-        )
+    arguments = q, k, v, cases.LAYER, case.position, case.tables, case.tiles
+    with pytest.raises(NotImplementedError, match=message):
+        program(*arguments, implementation="mosaic_gpu")
