@@ -12,8 +12,6 @@ from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, con
 
 # Rows of small tiles: what is left of a lane behind its full tiles is often little.
 SMALL_TILES = (32, 64)
-# Pieces of a key block, which are met one by one where not all rows see the whole block.
-PIECES = 2
 
 # Queries turned into the frame of the block before, and the online softmax of each KV head.
 Carry = tuple[jax.Array, tuple[flash.Carry, ...]]
@@ -46,13 +44,9 @@ def round_attention_xla(
     group = heads // kv_heads
     pages = flash.block_pages(page_size)
     lanes = tables.page.shape[0]
-    pieces = PIECES if pages % PIECES == 0 else 1
-    pages = pages // pieces
-    page = jnp.asarray(tables.page).reshape(lanes, -1, pages)
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
-    piece_start = jnp.min(slot_position, axis=2)
-    block_stop = jnp.max(slot_position, axis=2).reshape(lanes, -1, pieces).max(axis=2)
-    piece_frame = jnp.repeat(flash.block_frames(tables, page_size), pieces, axis=1)
+    block_start, block_stop = jnp.min(slot_position, axis=2), jnp.max(slot_position, axis=2)
+    block_frame = flash.block_frames(tables, page_size)
 
     def tile(index: jax.Array, tile_rows: int) -> tuple[jax.Array, ...]:
         """What a tile's first rows found, [tile_rows, heads, ...]."""
@@ -65,34 +59,26 @@ def round_attention_xla(
         q_tile = q_tile.reshape(tile_rows, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
         q_tile = q_tile.reshape(kv_heads, tile_rows * group, head_dim)
 
-        # Blocks that all rows see whole come first: a mask would take a quarter of their time. Of
-        # the others only those pieces are met that a row sees something of.
-        whole = block_stop[lane] <= least
-        if tile_rows <= max(SMALL_TILES):  # few small tiles would pay for compiling another loop
-            whole = jnp.zeros_like(whole)
-        whole = jnp.repeat(whole, pieces)
-        seen = (piece_start[lane] <= last) & ~whole
+        # Blocks that all rows see whole come first: a mask would take a quarter of their time.
+        whole, seen = block_stop[lane] <= least, block_start[lane] <= last
         order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
-        frame = piece_frame[lane, order]
+        frame = block_frame[lane, order]
         moved = flash.moved(frame)
 
-        def step(index: jax.Array, carry: Carry, *, count: int, masked: bool) -> Carry:
-            """Meets the next `count` pieces, which have one frame."""
+        def block(index: jax.Array, carry: Carry, *, masked: bool) -> Carry:
             turned, softmax = carry
-            first = index * count
-            some = jax.lax.dynamic_slice_in_dim(order, first, count)
             keys, values = (
-                flash.read_pages(pool, layer, page[lane, some]).reshape(-1, kv_heads, head_dim)
+                flash.read_block(pool, layer, tables, lane, order[index])
                 for pool in (k_pool, v_pool)
             )
             turned = jax.lax.cond(
-                moved[first],
-                lambda: flash.rotate_back(q_tile, frame[first], theta=theta).astype(keys.dtype),
+                moved[index],
+                lambda: flash.rotate_back(q_tile, frame[index], theta=theta).astype(keys.dtype),
                 lambda: turned,
             )
             mask = None
             if masked:
-                key_position = slot_position[lane, some].reshape(-1)
+                key_position = slot_position[lane, order[index]]
                 # Slots that no row sees may hold anything; a weight of zero would keep a NaN.
                 written = (key_position <= last)[:, None, None]
                 values = jnp.where(written, values, jnp.zeros((), values.dtype))
@@ -104,18 +90,22 @@ def round_attention_xla(
                 for head in range(kv_heads)
             )
 
-        met, count = (jnp.sum(x.astype(jnp.int32)) for x in (whole, whole | seen))
+        whole_blocks, blocks = (jnp.sum(x.astype(jnp.int32)) for x in (whole, seen))
         carry = (
             jnp.zeros(q_tile.shape, storage.value_dtype(k_pool.dtype)),
             tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads))
             if before is None
             else continued(before, row, kv_heads),
         )
-        if tile_rows > max(SMALL_TILES):
-            body = functools.partial(step, count=pieces, masked=False)
-            carry = jax.lax.fori_loop(0, met // pieces, body, carry)
-        body = functools.partial(step, count=1, masked=True)
-        carry = jax.lax.fori_loop(met, count, body, carry)
+        if tile_rows > max(SMALL_TILES):  # few small tiles would pay for compiling another loop
+            carry = jax.lax.fori_loop(
+                0, whole_blocks, functools.partial(block, masked=False), carry
+            )
+        else:
+            whole_blocks = 0
+        carry = jax.lax.fori_loop(
+            whole_blocks, blocks, functools.partial(block, masked=True), carry
+        )
         out = jnp.stack([flash.finish(head) for head in carry[1]])
         out = out.reshape(kv_heads, tile_rows, group, head_dim).transpose(1, 0, 2, 3)
         out = out.reshape(tile_rows, heads, head_dim)

@@ -21,13 +21,11 @@ HEADS = (
 )
 LAYERS, PAGES = 28, 8192
 
-# What is compiled for an H100: all heads in bfloat16, and in float32 pages of other sizes too.
+# What is compiled for an H100: all heads in both precisions, with pages of 16 and of 32 slots.
 ON_H100 = [
     *((heads, page_size, "bfloat16") for heads in HEADS for page_size in (16, 32)),
-    (HEADS[0], 16, "float32"),
-    (HEADS[0], 64, "float32"),
-    (HEADS[3], 8, "float32"),
-    (HEADS[4], 16, "float32"),
+    *((heads, (16, 32)[index % 2], "float32") for index, heads in enumerate(HEADS)),
+    (HEADS[0], 32, "float32"),
 ]
 
 on_platforms = pytest.mark.parametrize(("implementation", "platform"), cases.PLATFORMS)
