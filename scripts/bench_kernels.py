@@ -32,7 +32,7 @@ from tokendance_jax.models.qwen2.config import Qwen2Config
 
 FLAGS = flags.FLAGS
 # The sizes of a round are those of the report, whose counts of bytes and operations serve here.
-for _name in ("model", "agents", "shared", "own", "rows", "page_size", "json"):
+for _name in ("model", "dtype", "agents", "shared", "own", "rows", "page_size", "json"):
     flags.declare_key_flag(_name)
 FLAGS.set_default("model", ["0.5B"])
 FLAGS.set_default("rows", [128])
@@ -44,9 +44,6 @@ _IMPLEMENTATION = flags.DEFINE_multi_enum(
     None,
     [name for name in IMPLEMENTATIONS if name != "interpret"],
     "Implementations to time; repeat the flag; by default XLA code and those for the device.",
-)
-_DTYPE = flags.DEFINE_multi_enum(
-    "dtype", ["bfloat16"], ["float32", "bfloat16"], "Precisions of the pool; repeat the flag."
 )
 _LAYERS = flags.DEFINE_integer("layers", 0, "Layers of the pool; 0: the model's.", lower_bound=0)
 _TURNS = flags.DEFINE_integer("turns", 5, "How often each is timed.", lower_bound=1)
@@ -72,7 +69,7 @@ def _measure(console: Console) -> dict[str, Any]:
         config = Qwen2Config.preset(size)
         layers = min(_LAYERS.value, config.num_hidden_layers) or config.num_hidden_layers
         config = dataclasses.replace(config, num_hidden_layers=layers)
-        for dtype in _DTYPE.value:
+        for dtype in FLAGS.dtype:
             shared, own = (-(-x // KEY_BLOCK) * KEY_BLOCK for x in (FLAGS.shared, FLAGS.own))
             each, page_size = FLAGS.rows[0], int(FLAGS.page_size)
             work = Work(config, dtype, page_size, FLAGS.agents, shared, own, each)
