@@ -15,6 +15,7 @@ from tokendance_jax.demo.town import (
     KINDS,
     Probe,
     ProbeKind,
+    View,
     draw_town,
     probes,
     prompt_of,
@@ -77,7 +78,7 @@ class Batch:
         """
         answer = self.answer[:, 1:]
         missed = set(np.unique(answer[~hit]).tolist())
-        counts = dict.fromkeys(KINDS, (0, 0))
+        counts: dict[ProbeKind, tuple[int, int]] = {kind: (0, 0) for kind in KINDS}
         for number, kind in enumerate(self.kinds):
             right, total = counts[kind]
             counts[kind] = right + (number not in missed), total + 1
@@ -173,12 +174,12 @@ def _conversation(
     yield end, None
 
 
-def _questions(view: Any, rng: random.Random, count: int) -> list[Probe]:
+def _questions(view: View, rng: random.Random, count: int) -> list[Probe]:
     """Draws different questions of all kinds."""
-    left = {kind: probes(view, kind, rng) for kind in KINDS}
+    left: dict[ProbeKind, list[Probe]] = {kind: probes(view, kind, rng) for kind in KINDS}
     drawn = []
     while len(drawn) < count:
-        kinds = [kind for kind in KINDS if left[kind]]
+        kinds: list[ProbeKind] = [kind for kind in KINDS if left[kind]]
         if not kinds:
             break
         (kind,) = rng.choices(kinds, [_SHARES[kind] for kind in kinds])

@@ -12,12 +12,13 @@ import orbax.checkpoint as ocp
 from scripts.demo_data import Batch, draw_batch
 from scripts.demo_training import Params, Recipe, Stage, hits, start, train_step
 from tokendance_jax.demo import demo_chat_template
+from tokendance_jax.demo.town import KINDS, words
 from tokendance_jax.models.loading import Checkpoint, save_huggingface
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.prompt import Tokenizer
 
 _LOG_STEPS = 10
-_HELD_OUT_ROWS = 8
+_HELD_OUT_ROWS = 24
 # Seeds of data: (seed, _TRAIN, step); held-out batches are the same for every run.
 _TRAIN, _HELD_OUT = 0, 1
 
@@ -41,7 +42,9 @@ class Run:
         stage = dataclasses.replace(stage, rows=_HELD_OUT_ROWS)
         return self._draw((_HELD_OUT,), stage, low=stage.agents, split="held_out")
 
-    def _draw(self, seed: tuple[int, ...], stage: Stage, *, low: int, split="train") -> Batch:
+    def _draw(
+        self, seed: tuple[int, ...], stage: Stage, *, low: int, split: words.Split = "train"
+    ) -> Batch:
         return draw_batch(
             self.tokenizer,
             seed,
@@ -58,7 +61,7 @@ class Run:
         step = self._manager.latest_step()
         if step is None:
             return 0, state
-        return step, self._manager.restore(step, args=ocp.args.StandardRestore(state))
+        return step, dict(self._manager.restore(step, args=ocp.args.StandardRestore(state)))
 
     def save(self, step: int, state: dict) -> None:
         """Writes a checkpoint, if this step has none yet."""
@@ -127,3 +130,29 @@ class Run:
             )
             save_huggingface(checkpoint, folder)
         return folder
+
+    def plot(self) -> None:
+        """Draws the loss, and the answers that are right, as `loss.png`; needs matplotlib."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        entries = [json.loads(line) for line in (self.folder / "loss.jsonl").open()]
+        figure, (losses, shares) = pyplot.subplots(1, 2, figsize=(12, 4.5))
+        for name in ("answers", "text"):
+            points = [(entry["step"], entry[name]) for entry in entries]
+            losses.plot(*zip(*points, strict=True), label=name)
+        scored = [entry for entry in entries if entry.get("held_out")]
+        for kind in KINDS:
+            points = [(e["step"], e["held_out"][kind]) for e in scored if kind in e["held_out"]]
+            if points:
+                shares.plot(*zip(*points, strict=True), label=kind)
+        losses.set_ylabel("loss of a token (nats)")
+        shares.set_ylabel("right answers on held-out towns")
+        for axis in (losses, shares):
+            axis.set_xlabel("steps")
+            axis.legend()
+        figure.tight_layout()
+        figure.savefig(self.folder / "loss.png", dpi=120)
+        pyplot.close(figure)

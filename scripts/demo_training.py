@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,11 @@ Params = dict[str, jax.Array]
 
 # Queries that attend at once: what lies behind them is never multiplied.
 _QUERY_BLOCK = 128
-_EMBEDDING_SCALE = 0.02
+_EMBEDDING_SCALE = 0.06
+_INTO_STREAM = 0.1
+# Layers whose heads look back at first; the size of their biases, and the lowest frequency of one.
+_ALIKE, _COPY = 0.5, 0.1
+_LOOKING_BACK, _BIAS, _FREQUENCY = 2, 5.0, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +87,23 @@ class Recipe:
                 schedule,
                 b2=0.95,
                 weight_decay=self.weight_decay,
-                mask=lambda params: {path: array.ndim == 2 for path, array in params.items()},
+                mask=_matrices,
             ),
         )
 
 
+def _matrices(params: optax.Params) -> optax.Params:
+    return jax.tree.map(lambda array: array.ndim == 2, params)
+
+
 def initial_parameters(config: Qwen2Config, seed: int) -> Params:
-    """Draws parameters to train from: normal matrices, those into the residual stream smaller."""
+    """Draws parameters to train from.
+
+    Matrices are normal. What goes into the residual stream is small beside the embedding, so that
+    tokens stay what they are at first. Heads of the first layers look one, two, three and so on
+    tokens back: what text before a token says is the hard half of looking things up, and biases of
+    rotated queries and keys can say it at once.
+    """
     generator = np.random.Generator(np.random.PCG64(seed))
     params = {}
     for path, shape in parameter_shapes(config).items():
@@ -99,10 +113,55 @@ def initial_parameters(config: Qwen2Config, seed: int) -> Params:
             continue
         scale = _EMBEDDING_SCALE if path.startswith("embed") else shape[1] ** -0.5
         if path.endswith(("o_proj.weight", "down_proj.weight")):
-            scale *= (2 * config.num_hidden_layers) ** -0.5
+            scale *= _INTO_STREAM
         drawn = generator.standard_normal(shape, np.float32)
         params[path] = jnp.asarray(drawn * np.float32(scale))
+    for layer in range(config.num_hidden_layers):
+        name = f"layers.{layer}.self_attn"
+        params |= _mimetic(config, params, name)
+    for layer in range(min(_LOOKING_BACK, config.num_hidden_layers)):
+        queries, keys = _looking_back(config)
+        params[f"layers.{layer}.self_attn.q_proj.bias"] = jnp.asarray(queries)
+        params[f"layers.{layer}.self_attn.k_proj.bias"] = jnp.asarray(keys)
     return params
+
+
+def _mimetic(config: Qwen2Config, params: Params, name: str) -> Params:
+    """Queries that look for what is like themselves, and values that come out as they went in."""
+    groups, width = config.num_key_value_heads, config.hidden_size
+    shape = groups, config.head_dim, width
+    heads = config.num_attention_heads // groups
+    keys, values = (
+        jnp.repeat(params[f"{name}.{part}_proj.weight"].reshape(shape), heads, axis=0)
+        for part in "kv"
+    )
+    q, o = params[f"{name}.q_proj.weight"], params[f"{name}.o_proj.weight"]
+    return {
+        f"{name}.q_proj.weight": q * (1 - _ALIKE**2) ** 0.5 + keys.reshape(-1, width) * _ALIKE,
+        f"{name}.o_proj.weight": o + values.reshape(-1, width).T * _COPY,
+    }
+
+
+def _looking_back(
+    config: Qwen2Config,
+) -> tuple[Float[np.ndarray, " queries"], Float[np.ndarray, " keys"]]:
+    """Biases of queries and keys by which head h attends h + 1 tokens back.
+
+    The product of a rotated pair of a query at angle -d and of a key at angle 0 is largest d tokens
+    apart; of several frequencies together, only there.
+    """
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-np.arange(half) / half)
+    size = np.where(frequency > _FREQUENCY, _BIAS, 0.0)
+
+    def pairs(back: int) -> np.ndarray:
+        return np.concatenate([np.cos(back * frequency), -np.sin(back * frequency)]) * np.tile(
+            size, 2
+        )
+
+    queries = np.concatenate([pairs(head + 1) for head in range(config.num_attention_heads)])
+    keys = np.tile(pairs(0), config.num_key_value_heads)
+    return queries.astype(np.float32), keys.astype(np.float32)
 
 
 def start(config: Qwen2Config, recipe: Recipe) -> dict:
@@ -134,7 +193,7 @@ def logits_of(
     # Rotary attention depends on differences alone: conversations need no positions of their own.
     position = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     rows = Rows(token.reshape(-1), position, position, jnp.zeros_like(position))
-    x = model.embed_tokens(rows.token)
+    x = model.embed_tokens(token.reshape(-1))
     for layer, block in enumerate(model.layers):
         q = model.queries(layer, x, rows).reshape(batch, length, -1, config.head_dim)
         k, v = model.keys_values(layer, x, rows)
@@ -168,29 +227,33 @@ def _attend(
     return jnp.concatenate(results, axis=1).reshape(batch, length, heads, head_dim)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """An einsum of two arrays of one precision, with a float32 result; so are its gradients."""
+    return _product(spec, a, b)
+
+
+def _forward(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _product_forward(spec: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
-    return product(spec, a, b), (a, b)
+def _forward_and_saved(spec: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
+    return _forward(spec, a, b), (a, b)
 
 
-def _product_backward(spec: str, saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(spec: str, saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     a, b = saved
     inputs, output = spec.split("->")
     of_a, of_b = inputs.split(",")
     cotangent = cotangent.astype(a.dtype)
-    grads = (
-        product(f"{output},{of_b}->{of_a}", cotangent, b),
-        product(f"{output},{of_a}->{of_b}", cotangent, a),
-    )
-    return grads[0].astype(a.dtype), grads[1].astype(b.dtype)
+    grad_a = _forward(f"{output},{of_b}->{of_a}", cotangent, b)
+    grad_b = _forward(f"{output},{of_a}->{of_b}", cotangent, a)
+    return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+_product: Callable[[str, jax.Array, jax.Array], jax.Array] = jax.custom_vjp(
+    _forward, nondiff_argnums=(0,)
+)
+_product.defvjp(_forward_and_saved, _backward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("state",))

@@ -9,6 +9,7 @@ held-out probes are right. A run that was stopped goes on where its last checkpo
 """
 
 import dataclasses
+import importlib.util
 import json
 import sys
 import time
@@ -151,6 +152,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = open_run(Path(_OUT.value).expanduser(), resume=_RESUME.value)
         params = run.train(save_minutes=_SAVE_MINUTES.value, eval_steps=_EVAL_STEPS.value)
+        if importlib.util.find_spec("matplotlib"):
+            run.plot()
         model = run.export(params)
         found = demo_probes.score(model, rounds=_PROBE_ROUNDS.value)
         common.write_json(str(run.folder / "probes.json"), found)

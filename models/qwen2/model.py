@@ -239,7 +239,6 @@ class Qwen2(nnx.Module):
         return self.lm_head(normed)
 
 
-@jax.custom_vjp
 def matmul(
     x: Float[jax.Array, "rows inputs"], weight: Float[jax.Array, "outputs inputs"]
 ) -> Float[jax.Array, "rows outputs"]:
@@ -248,14 +247,18 @@ def matmul(
     On CPU a bfloat16 product with a bfloat16 result takes twice the time of this one. Gradients are
     such products too; JAX would multiply a float32 cotangent.
     """
+    return _matmul(x, weight)
+
+
+def _forward(x: jax.Array, weight: jax.Array) -> jax.Array:
     return _product(x, weight, 1, 1)
 
 
-def _matmul_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple]:
-    return matmul(x, weight), (x, weight)
+def _forward_and_saved(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple]:
+    return _forward(x, weight), (x, weight)
 
 
-def _matmul_backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     cotangent = cotangent.astype(weight.dtype)
     of_x, of_weight = _product(cotangent, weight, 1, 0), _product(cotangent, x, 0, 0)
@@ -263,7 +266,7 @@ def _matmul_backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Sums over one axis of each; in the lower precision of the two, f32 result."""
+    """Sums over one axis of each; in the lower precision of the two, with a float32 result."""
     dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     return jax.lax.dot_general(
         a.astype(dtype),
@@ -274,7 +277,8 @@ def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     )
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul: Callable[[jax.Array, jax.Array], jax.Array] = jax.custom_vjp(_forward)
+_matmul.defvjp(_forward_and_saved, _backward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def abstract_parameters(

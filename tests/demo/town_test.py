@@ -11,6 +11,7 @@ from tokendance_jax.demo.town import (
     KINDS,
     MAX_NEW_TOKENS,
     Probe,
+    ProbeKind,
     View,
     draw_town,
     probe_round,
@@ -124,6 +125,7 @@ def test_every_probe_has_the_one_answer_that_its_text_gives(seed, agents, split)
 @given(SEEDS, SIZES)
 def test_kinds_rest_on_what_they_say(seed, agents):
     view = a_view(seed, agents, "train")
+    rests_on: dict[ProbeKind, tuple[int, int]]
     rests_on = {"retrieve": (1, 0), "recall": (0, 1), "abstain": (0, 0)}
     for kind, (shared, private) in rests_on.items():
         for probe in probes(view, kind, random.Random(seed)):
