@@ -37,6 +37,8 @@ _SHARES: dict[ProbeKind, float] = {
 # How often the agent's own statement is left out, only some of the others are seen, and none.
 _WITHOUT_OWN, _SUBSET, _SILENT = 0.3, 0.25, 0.03
 _QUESTIONS = (6, 20)
+# Tokens of an echo.
+_ECHO = (8, 48)
 _TEXTS = 500
 # Chat markup as the template writes it: an answer's end, around a further question, at the end.
 _STOP, _BETWEEN, _BEHIND, _END = (
@@ -120,7 +122,8 @@ def draw_batch(
       seed: numbers that together seed the draw.
       rows: number of rows.
       length: tokens that the model is given in a row.
-      agents: fewest and most agents of a town.
+      agents: fewest and most agents of a town. With 0 at most there are echoes: random tokens said
+        again and again, which teach how to look up and copy, whatever the token.
       text_weight: weight of tokens that are no answer; an answer's weigh 1.
       split: which names and places occur.
       questions: fewest and most questions of a conversation.
@@ -133,6 +136,9 @@ def draw_batch(
     answer = np.full(shape, -1, np.int32)
     kinds: list[ProbeKind] = []
     for row in range(rows):
+        if not agents[1]:
+            token[row], weight[row] = _echo(tokenizer, rng, length + 1)
+            continue
         start = number = 0
         while start <= length:
             town_size = rng.randint(*agents)
@@ -148,6 +154,17 @@ def draw_batch(
                 start = stop
             number += 1
     return Batch(token, weight, conversation, answer, tuple(kinds))
+
+
+def _echo(
+    tokenizer: Tokenizer, rng: random.Random, length: int
+) -> tuple[Int32[np.ndarray, " length"], Float32[np.ndarray, " length"]]:
+    """Random tokens, said again and again. The first time has no weight."""
+    plain = sorted(set(range(tokenizer.vocab_size)) - tokenizer.control_ids)
+    said = np.array(rng.choices(plain, k=rng.randint(*_ECHO)), np.int32)
+    weight = np.ones(length, np.float32)
+    weight[: len(said)] = 0.0
+    return np.resize(said, length), weight
 
 
 def _conversation(

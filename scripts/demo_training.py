@@ -34,7 +34,7 @@ class Stage:
       share: of all steps.
       length: tokens in a row.
       rows: rows in a batch.
-      agents: most agents of a town.
+      agents: most agents of a town; 0: echoes.
     """
 
     share: float
