@@ -15,7 +15,7 @@ from absl import app, flags
 
 from scripts import common
 from tokendance_jax.models.loading import CheckpointError, load_checkpoint, save_orbax
-from tokendance_jax.models.loading.orbax_folder import check_target
+from tokendance_jax.models.loading.sidecars import check_target
 
 _SOURCE = flags.DEFINE_string(
     "source",

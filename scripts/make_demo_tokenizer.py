@@ -7,7 +7,7 @@ new weights after a change.
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -25,7 +25,7 @@ _WORDS = (
 )
 
 
-def _texts(trace: Trace) -> Iterator[str]:
+def texts_of(trace: Trace) -> Iterator[str]:
     """The texts of all prompts and answers, as often as they occur."""
     for moment in trace.rounds:
         for prompt in moment.agents:
@@ -34,14 +34,16 @@ def _texts(trace: Trace) -> Iterator[str]:
                 yield prompt.recorded_output
 
 
-def train(trace: Trace) -> str:
-    """Trains a byte-level BPE of 1024 ids, built like Qwen2's, the control tokens last.
+def train(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, min_frequency: int = 0) -> str:
+    """Trains a byte-level BPE, built like Qwen2's, the control tokens last.
 
     Args:
-      trace: the texts to train on.
+      texts: the texts to train on.
+      vocab_size: most ids, the control tokens among them.
+      min_frequency: a pair that is rarer in the texts is not merged.
 
     Returns:
-      The `tokenizer.json` text; the same trace gives the same vocabulary and merges.
+      The `tokenizer.json` text; the same texts give the same vocabulary and merges.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -54,11 +56,12 @@ def train(trace: Trace) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(CONTROL_TOKENS),
+        vocab_size=vocab_size - len(CONTROL_TOKENS),
+        min_frequency=min_frequency,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(trace), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(CONTROL_TOKENS))
     return tokenizer.to_str(pretty=True) + "\n"
 
@@ -66,7 +69,7 @@ def train(trace: Trace) -> str:
 def main() -> None:
     """Writes the tokenizer beside the demo's trace."""
     folder = pathlib.Path(tokendance_jax.demo.__file__).parent
-    text = train(tokendance_jax.demo.demo_trace())
+    text = train(texts_of(tokendance_jax.demo.demo_trace()))
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
 
 

@@ -1,19 +1,26 @@
-"""Loads a Hugging Face folder: `config.json`, safetensors files and tokenizer files."""
+"""Loads and writes Hugging Face folders: `config.json`, safetensors and tokenizer files."""
 
+import os
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.safetensors_file import read_safetensors_header
 from tokendance_jax.models.loading.sidecars import (
     check_ids,
+    new_folder,
+    parse_tokenizer,
     read_chat_template,
     read_config,
     read_json,
     read_stop_ids,
     read_tokenizer,
+    write_config,
+    write_sidecars,
 )
 from tokendance_jax.models.loading.stored import StoredTensor, match_parameters, read_parameters
 from tokendance_jax.models.qwen2.errors import CheckpointError
@@ -55,6 +62,34 @@ def load_huggingface(folder: Path, name: str, *, dtype: np.dtype, progress: bool
         stop_ids=stop_ids,
         name=name,
     )
+
+
+def save_huggingface(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> None:
+    """Writes a checkpoint as `save_pretrained` would, all tensors in bfloat16, whole or not at all.
+
+    Args:
+      checkpoint: What to write.
+      target: A folder that does not exist yet. Missing parents are made.
+
+    Raises:
+      CheckpointError: The target exists.
+    """
+    tokenizer = parse_tokenizer(target, checkpoint.tokenizer_json)
+    tensors = {
+        hf_name(path): np.asarray(array).astype(jnp.bfloat16)
+        for path, array in checkpoint.params.items()
+    }
+    with new_folder(target) as folder:
+        # Other loaders of this architecture look for these fields.
+        ours = {"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"}
+        ours |= {"torch_dtype": "bfloat16", "eos_token_id": list(checkpoint.stop_ids)}
+        write_config(folder, checkpoint.config.to_hf() | ours)
+        last = tokenizer.id_to_token(checkpoint.stop_ids[-1]) if checkpoint.stop_ids else None
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": last}
+        names |= {"chat_template": checkpoint.chat_template}
+        write_config(folder, names, "tokenizer_config.json")
+        write_sidecars(folder, checkpoint)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:

@@ -1,11 +1,8 @@
 """Writes and loads the project's own format: Orbax arrays beside Hugging Face's small files."""
 
-import json
 import math
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,10 +14,13 @@ from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.progress import byte_progress
 from tokendance_jax.models.loading.sidecars import (
     check_ids,
+    new_folder,
     read_chat_template,
     read_config,
     read_stop_ids,
     read_tokenizer,
+    write_config,
+    write_sidecars,
 )
 from tokendance_jax.models.loading.stored import match_parameters
 from tokendance_jax.models.qwen2.config import Qwen2Config
@@ -29,16 +29,6 @@ from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_sh
 
 PARAMS = "params"
 _NOTHING = re.compile(r"(?!)")
-
-
-def check_target(target: str | os.PathLike[str]) -> None:
-    """Checks, before a long load, that `save_orbax` can write to a target.
-
-    Raises:
-      CheckpointError: The target exists.
-    """
-    if Path(target).exists():
-        raise CheckpointError(target, "target", "exists already", "name a new folder")
 
 
 def save_orbax(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> None:
@@ -54,27 +44,11 @@ def save_orbax(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> None:
     Raises:
       CheckpointError: The target exists.
     """
-    target = Path(target).absolute()
-    check_target(target)
-    # A sibling, so that the last step is a rename on one file system.
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(target) as folder:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / PARAMS, checkpoint.params)
-        config = checkpoint.config.to_hf()
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        generation = {"eos_token_id": list(checkpoint.stop_ids)}
-        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        (partial / "tokenizer.json").write_text(checkpoint.tokenizer_json, encoding="utf-8")
-        if checkpoint.chat_template is not None:
-            (partial / "chat_template.jinja").write_text(
-                checkpoint.chat_template, encoding="utf-8", newline=""
-            )
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            checkpointer.save(folder / PARAMS, checkpoint.params)
+        write_config(folder, checkpoint.config.to_hf())
+        write_sidecars(folder, checkpoint)
 
 
 def load_orbax(folder: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:

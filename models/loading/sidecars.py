@@ -1,12 +1,17 @@
 """The small files beside the weights: configuration, tokenizer, chat template and stop ids."""
 
+import contextlib
 import json
 import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.errors import CheckpointError
 
@@ -142,6 +147,54 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(file, file.name, "is no JSON object", "download it again")
     return value
+
+
+def check_target(target: str | os.PathLike[str]) -> None:
+    """Checks, before long work, that a folder can be written to a target.
+
+    Raises:
+      CheckpointError: The target exists.
+    """
+    if Path(target).exists():
+        raise CheckpointError(target, "target", "exists already", "name a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Makes a folder that appears at the target when the block ends well, and else not at all.
+
+    Args:
+      target: A folder that does not exist yet. Missing parents are made.
+
+    Raises:
+      CheckpointError: The target exists.
+    """
+    target = Path(target).absolute()
+    check_target(target)
+    # A sibling, so that the last step is a rename on one file system.
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_config(folder: Path, fields: Mapping[str, object], name: str = "config.json") -> None:
+    """Writes a JSON object as one of a checkpoint's small files."""
+    (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def write_sidecars(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes `generation_config.json`, `tokenizer.json`, and the chat template if there is one."""
+    write_config(folder, {"eos_token_id": list(checkpoint.stop_ids)}, "generation_config.json")
+    (folder / "tokenizer.json").write_text(checkpoint.tokenizer_json, encoding="utf-8")
+    if checkpoint.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(
+            checkpoint.chat_template, encoding="utf-8", newline=""
+        )
 
 
 def _read_text(file: Path, subject: str, remedy: str) -> str:

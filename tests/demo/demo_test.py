@@ -61,7 +61,7 @@ def test_joined_text_encodes_like_the_segments():
 
 
 def test_the_tokenizer_is_trained_on_the_trace():
-    made = json.loads(make_demo_tokenizer.train(TRACE))
+    made = json.loads(make_demo_tokenizer.train(make_demo_tokenizer.texts_of(TRACE)))
     shipped = json.loads(demo_tokenizer_json())
     assert made["model"]["vocab"] == shipped["model"]["vocab"]
     assert made["model"]["merges"] == shipped["model"]["merges"]

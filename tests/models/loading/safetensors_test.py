@@ -17,6 +17,7 @@ from tokendance_jax.models.loading import (
     load,
     load_checkpoint,
     safetensors_file,
+    save_huggingface,
     stored,
 )
 
@@ -323,3 +324,22 @@ def test_hub_that_fails(monkeypatch: pytest.MonkeyPatch):
 def test_hub_without_its_client(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install 'tokendance-jax[hub]'" in load_error("org/name")
+
+
+def test_writes_what_it_reads(tmp_path: Path):
+    tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, [TENSORS])
+    checkpoint = load_checkpoint(tmp_path / "tiny", dtype="bfloat16")
+    save_huggingface(checkpoint, tmp_path / "again")
+    again = load_checkpoint(tmp_path / "again", dtype="bfloat16")
+    rounded = {path: np.asarray(a).astype(ml_dtypes.bfloat16) for path, a in PARAMS.items()}
+    tiny.assert_params(again.params, rounded, "bfloat16")
+    for field in ("config", "tokenizer_json", "chat_template", "stop_ids"):
+        assert getattr(again, field) == getattr(checkpoint, field)
+    with safetensors.safe_open(tmp_path / "again" / "model.safetensors", "numpy") as content:
+        assert {content.get_slice(name).get_dtype() for name in content.keys()} == {"BF16"}  # noqa: SIM118
+    # Other loaders take the template, and the token that ends an answer, from here.
+    fields = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert fields["chat_template"] == tiny.TEMPLATE
+    assert fields["eos_token"] == "<|im_end|>"
+    with pytest.raises(CheckpointError, match="target: exists already"):
+        save_huggingface(checkpoint, tmp_path / "again")

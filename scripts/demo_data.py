@@ -1,0 +1,204 @@
+"""What the demo model learns from: the town's texts for the tokenizer, its conversations as ids."""
+
+import dataclasses
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+
+from scripts import make_demo_tokenizer
+from tokendance_jax.demo import demo_trace
+from tokendance_jax.demo.town import (
+    KINDS,
+    Probe,
+    ProbeKind,
+    View,
+    draw_town,
+    probes,
+    prompt_of,
+    story,
+    view_of,
+    words,
+)
+from tokendance_jax.prompt import Tokenizer, tokenize_prompt
+
+# How often a question is of a kind, where a view allows it.
+_SHARES: dict[ProbeKind, float] = {
+    "retrieve": 0.3,
+    "combine": 0.2,
+    "recall": 0.12,
+    "abstain": 0.16,
+    "repeat": 0.12,
+    "tell": 0.1,
+}
+# How often the agent's own statement is left out, only some of the others are seen, and none.
+_WITHOUT_OWN, _SUBSET, _SILENT = 0.3, 0.25, 0.03
+_QUESTIONS = (6, 20)
+# Tokens of an echo.
+_ECHO = (8, 48)
+_TEXTS = 500
+# Chat markup as the template writes it: an answer's end, around a further question, at the end.
+_STOP, _BETWEEN, _BEHIND, _END = (
+    "<|im_end|>",
+    "\n<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "\n<|endoftext|>",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, each filled with conversations.
+
+    Attributes:
+      token: ids, one more than the model is given.
+      weight: how much the loss of predicting this token counts.
+      conversation: number of the conversation within the row; rows attend within one.
+      answer: number of the answer that the token belongs to, from 0; -1: none. Answers that the end
+        of the row cuts are none.
+      kinds: kind of each answer.
+    """
+
+    token: Int32[np.ndarray, "batch length"]
+    weight: Float32[np.ndarray, "batch length"]
+    conversation: Int32[np.ndarray, "batch length"]
+    answer: Int32[np.ndarray, "batch length"]
+    kinds: tuple[ProbeKind, ...]
+
+    def correct(self, hit: Bool[np.ndarray, "batch shorter"]) -> dict[ProbeKind, tuple[int, int]]:
+        """Counts whole answers.
+
+        Args:
+          hit: whether each token but the first of a row is the most probable one.
+
+        Returns:
+          Kind to answers without a miss and answers in all. As the right answer stands before each
+          of its tokens, these are the answers that greedy decoding gives.
+        """
+        answer = self.answer[:, 1:]
+        missed = set(np.unique(answer[~hit]).tolist())
+        counts: dict[ProbeKind, tuple[int, int]] = {kind: (0, 0) for kind in KINDS}
+        for number, kind in enumerate(self.kinds):
+            right, total = counts[kind]
+            counts[kind] = right + (number not in missed), total + 1
+        return counts
+
+
+def tokenizer_texts() -> Iterator[str]:
+    """Texts of the training split, names cut at their seams: no name becomes one token.
+
+    Behind them the demo's trace, for the words of ordinary English.
+    """
+    starts, ends = "|".join(words.NAME_STARTS), "|".join(words.NAME_ENDS)
+    seam = re.compile(rf"\b({starts})({ends})\b")
+    for seed in range(_TEXTS):
+        trace = story(seed, random.Random(seed).randint(3, 8))
+        for moment in trace.rounds:
+            for prompt in moment.agents:
+                for segment in prompt.segments:
+                    yield seam.sub(r"\1\n\2", segment.text or "")
+                yield seam.sub(r"\1\n\2", prompt.recorded_output or "")
+    yield from make_demo_tokenizer.texts_of(demo_trace())
+
+
+def draw_batch(
+    tokenizer: Tokenizer,
+    seed: tuple[int, ...],
+    *,
+    rows: int,
+    length: int,
+    agents: tuple[int, int],
+    text_weight: float,
+    split: words.Split = "train",
+    questions: tuple[int, int] = _QUESTIONS,
+) -> Batch:
+    """Draws a batch; the same arguments give the same batch.
+
+    Args:
+      tokenizer: the demo's, with its chat template.
+      seed: numbers that together seed the draw.
+      rows: number of rows.
+      length: tokens that the model is given in a row.
+      agents: fewest and most agents of a town. With 0 at most there are echoes: random tokens said
+        again and again, which teach how to look up and copy, whatever the token.
+      text_weight: weight of tokens that are no answer; an answer's weigh 1.
+      split: which names and places occur.
+      questions: fewest and most questions of a conversation.
+    """
+    rng = random.Random(repr(seed))
+    shape = rows, length + 1
+    token = np.zeros(shape, np.int32)
+    weight = np.zeros(shape, np.float32)
+    conversation = np.zeros(shape, np.int32)
+    answer = np.full(shape, -1, np.int32)
+    kinds: list[ProbeKind] = []
+    for row in range(rows):
+        if not agents[1]:
+            token[row], weight[row] = _echo(tokenizer, rng, length + 1)
+            continue
+        start = number = 0
+        while start <= length:
+            town_size = rng.randint(*agents)
+            parts = _conversation(tokenizer, rng, town_size, split, rng.randint(*questions))
+            for ids, kind in parts:
+                stop = min(start + len(ids), length + 1)
+                token[row, start:stop] = ids[: stop - start]
+                weight[row, start:stop] = text_weight if kind is None else 1.0
+                conversation[row, start:stop] = number
+                if kind is not None and stop - start == len(ids):
+                    answer[row, start:stop] = len(kinds)
+                    kinds.append(kind)
+                start = stop
+            number += 1
+    return Batch(token, weight, conversation, answer, tuple(kinds))
+
+
+def _echo(
+    tokenizer: Tokenizer, rng: random.Random, length: int
+) -> tuple[Int32[np.ndarray, " length"], Float32[np.ndarray, " length"]]:
+    """Random tokens, said again and again. The first time has no weight."""
+    plain = sorted(set(range(tokenizer.vocab_size)) - tokenizer.control_ids)
+    said = np.array(rng.choices(plain, k=rng.randint(*_ECHO)), np.int32)
+    weight = np.ones(length, np.float32)
+    weight[: len(said)] = 0.0
+    return np.resize(said, length), weight
+
+
+def _conversation(
+    tokenizer: Tokenizer, rng: random.Random, agents: int, split: words.Split, questions: int
+) -> Iterator[tuple[Any, ProbeKind | None]]:
+    """A prompt and its answer, then more of both: ids, and the kind if they are an answer."""
+    town = draw_town(rng, agents, split)
+    seat = rng.randrange(agents)
+    others = [other for other in range(agents) if other != seat]
+    if rng.random() < _SUBSET:
+        others = rng.sample(others, rng.randint(1, len(others)))
+    seen = others + [seat] * (rng.random() >= _WITHOUT_OWN)
+    if rng.random() < _SILENT:
+        seen = []
+    rng.shuffle(seen)
+    view = view_of(town, seat, seen)
+    asked = _questions(view, rng, questions)
+    stop, between, behind, end = map(tokenizer.encode_markup, (_STOP, _BETWEEN, _BEHIND, _END))
+    yield tokenize_prompt(prompt_of(view, asked[0]), tokenizer, chat=True).token_ids, None
+    for index, probe in enumerate(asked):
+        if index:
+            yield between + tokenizer.encode_text(probe.question) + behind, None
+        yield tokenizer.encode_text(probe.answer) + stop, probe.kind
+    yield end, None
+
+
+def _questions(view: View, rng: random.Random, count: int) -> list[Probe]:
+    """Draws different questions of all kinds."""
+    left: dict[ProbeKind, list[Probe]] = {kind: probes(view, kind, rng) for kind in KINDS}
+    drawn = []
+    while len(drawn) < count:
+        kinds: list[ProbeKind] = [kind for kind in KINDS if left[kind]]
+        if not kinds:
+            break
+        (kind,) = rng.choices(kinds, [_SHARES[kind] for kind in kinds])
+        drawn.append(left[kind].pop())
+    return drawn

@@ -1,0 +1,169 @@
+"""Trains the demo's model from nothing, on a CPU, on conversations of a small town.
+
+  python -m scripts.train_demo_model --out=town-run --minutes=110
+  python -m scripts.train_demo_model --out=town-run --steps=200 --layers=2
+
+The folder keeps the recipe, the tokenizer, checkpoints, the loss, and in the end `model/`, a
+Hugging Face folder in bfloat16, with `probes.json`: how often the engine's greedy answers to
+held-out probes are right. A run that was stopped goes on where its last checkpoint is.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from scripts import common, demo_probes, make_demo_tokenizer
+from scripts.demo_data import tokenizer_texts
+from scripts.demo_run import Run
+from scripts.demo_training import Recipe, Stage, start, train_step
+from tokendance_jax import host
+from tokendance_jax.models.qwen2.config import Qwen2Config
+
+_OUT = flags.DEFINE_string("out", None, "Folder of the run; made if missing.", required=True)
+_RESUME = flags.DEFINE_bool("resume", True, "Whether to go on with a run that the folder holds.")
+_MINUTES = flags.DEFINE_float(
+    "minutes", 110.0, "Time for the steps: how many follows from the time of the first ones."
+)
+_STEPS = flags.DEFINE_integer("steps", 0, "Number of steps; 0: as many as fit in --minutes.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and data.")
+_LAYERS = flags.DEFINE_integer("layers", 6, "Decoder layers.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer("width", 256, "Width; heads are 64 wide, two to a KV head.")
+_INNER = flags.DEFINE_integer("inner", 512, "Width of the MLP.")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak of the learning rate.")
+_WARMUP = flags.DEFINE_integer("warmup", 100, "Steps of warm-up.")
+_WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "Weight decay of matrices.")
+_TEXT_WEIGHT = flags.DEFINE_float("text_weight", 0.1, "Weight of tokens that are no answer.")
+_STAGES = flags.DEFINE_multi_string(
+    "stage",
+    ["0.06:128:16:0", "0.44:512:4:3", "0.3:768:4:8", "0.2:1024:4:16"],
+    "Part of the curriculum, as share of the steps:tokens in a row:rows:most agents (0: echoes); "
+    "repeat the flag.",
+)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of products.")
+_SAVE_MINUTES = flags.DEFINE_float("save_minutes", 5.0, "Minutes between checkpoints.")
+_EVAL_STEPS = flags.DEFINE_integer("eval_steps", 250, "Steps between checks on held-out towns.")
+_PROBE_ROUNDS = flags.DEFINE_integer("probe_rounds", 20, "Rounds of probes for each size.")
+
+_VOCAB_SIZE = 1024
+_CONTEXT = 8192
+_TIMED_STEPS = 3
+
+
+def open_run(folder: Path, *, resume: bool) -> Run:
+    """Opens the run in a folder, or begins one by the flags' values.
+
+    Args:
+      folder: the run's folder.
+      resume: whether a run that the folder holds is taken up.
+
+    Raises:
+      ValueError: the folder holds a run and `resume` is false.
+    """
+    described = folder / "recipe.json"
+    if described.exists():
+        if not resume:
+            raise ValueError(f"out: {folder} holds a run; name a new folder or resume it")
+        fields = json.loads(described.read_text())
+        stages = tuple(Stage(**stage) for stage in fields["recipe"].pop("stages"))
+        recipe = Recipe(**fields["recipe"], stages=stages)
+        config = Qwen2Config(**fields["config"])
+        return Run(folder, config, recipe, (folder / "tokenizer.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer_json = make_demo_tokenizer.train(
+        tokenizer_texts(), vocab_size=_VOCAB_SIZE, min_frequency=2
+    )
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    config, recipe = _config(), _recipe()
+    if not recipe.steps:
+        recipe = _timed(Run(folder, config, recipe, tokenizer_json), _MINUTES.value * 60)
+    # Last, so that a folder without it is begun anew.
+    fields = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
+    common.write_json(str(described), fields)
+    return Run(folder, config, recipe, tokenizer_json)
+
+
+def _config() -> Qwen2Config:
+    heads = _WIDTH.value // 64
+    return Qwen2Config(
+        vocab_size=_VOCAB_SIZE,
+        hidden_size=_WIDTH.value,
+        intermediate_size=_INNER.value,
+        num_hidden_layers=_LAYERS.value,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=64,
+        max_position_embeddings=_CONTEXT,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    )
+
+
+def _recipe() -> Recipe:
+    stages = []
+    for text in _STAGES.value:
+        share, length, rows, agents = text.split(":")
+        stages.append(Stage(float(share), int(length), int(rows), int(agents)))
+    return Recipe(
+        steps=_STEPS.value,
+        learning_rate=_LEARNING_RATE.value,
+        warmup=_WARMUP.value,
+        weight_decay=_WEIGHT_DECAY.value,
+        text_weight=_TEXT_WEIGHT.value,
+        dtype=_DTYPE.value,
+        seed=_SEED.value,
+        stages=tuple(stages),
+    )
+
+
+def _timed(run: Run, seconds: float) -> Recipe:
+    """The recipe with as many steps as fit in a time, by the first steps of each stage."""
+    per_step = 0.0
+    for stage in run.recipe.stages:
+        # A plan of this stage alone; its programs are thrown away.
+        recipe = dataclasses.replace(
+            run.recipe, steps=1000, stages=(dataclasses.replace(stage, share=1.0),)
+        )
+        alone = Run(run.folder, run.config, recipe, run.tokenizer_json)
+        state = start(run.config, recipe)
+        for step in range(_TIMED_STEPS + 1):
+            if step == 1:
+                began = time.monotonic()
+            batch = alone.batch(step)
+            arrays = batch.token, batch.weight, batch.conversation
+            state, losses = train_step(state, arrays, config=run.config, recipe=recipe)
+            jax.block_until_ready(losses)
+        per_step += stage.share * (time.monotonic() - began) / _TIMED_STEPS
+    return dataclasses.replace(run.recipe, steps=max(100, int(seconds / per_step)))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains, exports and scores; returns the exit status: 0, or 1 after an error."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    common.quiet_logs()
+    host.tune_allocator()
+    try:
+        run = open_run(Path(_OUT.value).expanduser(), resume=_RESUME.value)
+        params = run.train(save_minutes=_SAVE_MINUTES.value, eval_steps=_EVAL_STEPS.value)
+        if importlib.util.find_spec("matplotlib"):
+            run.plot()
+        model = run.export(params)
+        found = demo_probes.score(model, rounds=_PROBE_ROUNDS.value)
+        common.write_json(str(run.folder / "probes.json"), found)
+        print(demo_probes.table(found))
+    except (OSError, ValueError) as error:
+        print(f"train_demo_model: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,174 @@
+"""Questions to one agent of the town, each with exactly one right answer.
+
+Answers repeat the words of the text that they rest on, so they can be given by looking up and
+copying. One that depends on two blocks says both, one after the other.
+"""
+
+import dataclasses
+import random
+from typing import Literal, get_args
+
+from tokendance_jax.demo.town import words
+from tokendance_jax.demo.town.town import Memory, Plan, Statement, View
+
+ProbeKind = Literal["retrieve", "combine", "recall", "abstain", "repeat", "tell"]
+KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
+NOBODY = "nobody said where"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Probe:
+    """A question and its answer.
+
+    Attributes:
+      kind: "retrieve": in one shared block; "combine": in two of them; "recall": in the agent's own
+        private text; "abstain": nowhere; "repeat": a block, word for word; "tell": the agent
+        speaks, of private plans or of what it heard, as the stories of the town need it.
+      question: the text of the task.
+      answer: the right answer, without a newline.
+      target: how a right answer ends: the part that is graded.
+    """
+
+    kind: ProbeKind
+    question: str
+    answer: str
+    target: str
+
+    def right(self, text: str) -> bool:
+        """Whether an answer is right: it ends as it must. Space around it does not matter."""
+        return text.strip().endswith(self.target)
+
+
+def probes(view: View, kind: ProbeKind, rng: random.Random) -> list[Probe]:
+    """Lists the probes of one kind that a view allows, in random order.
+
+    Args:
+      view: what the agent sees.
+      kind: the kind.
+      rng: draws the order, and of the many questions without an answer a few.
+    """
+    found = _MAKERS[kind](view, rng)
+    rng.shuffle(found)
+    return found
+
+
+def answer_where(view: View, person: str, time: str) -> str:
+    """What the statements, and an agent's secrets, say of a person at a time, followed to the end.
+
+    Followed plans have a place, so there is no circle.
+    """
+    plan = _known(view).get((person, time))
+    if plan is None:
+        return f"at {time} {person} goes, {NOBODY}"
+    if plan.leader is None:
+        return plan.text
+    return f"{plan.text}, so {answer_where(view, plan.leader, time)}"
+
+
+def tell_plans(view: View, plans: tuple[Plan, ...]) -> Probe:
+    """The agent says one or two of its secrets, and how it feels."""
+    times = " and ".join(plan.time for plan in plans)
+    name = view.person.name
+    parts = [plan.text for plan in plans]
+    return _tell(view, f"What does {name} say about {times}?", ", ".join(parts))
+
+
+def tell_heard(view: View, statement: Statement, plan: Plan) -> Probe:
+    """The agent passes on a plan that somebody else spoke of."""
+    name = view.person.name
+    question = f"What did {statement.speaker} tell {name} about {plan.person} at {plan.time}?"
+    return _tell(view, question, f"{statement.speaker} told {name} that {plan.text}")
+
+
+def tell_follow(view: View, plan: Plan) -> Probe:
+    """The agent says that it follows somebody."""
+    name = view.person.name
+    follow = Plan(name, plan.time, leader=plan.person)
+    return _tell(view, f"Tell that {follow.text}.", follow.text)
+
+
+def _tell(view: View, question: str, clauses: str) -> Probe:
+    name, mood = view.person.name, view.person.mood
+    answer = f"Then {name} says: {clauses}, and {name} feels {mood}."
+    return Probe("tell", f"{question}\n", answer, answer)
+
+
+def _known(view: View) -> dict[tuple[str, str], Plan]:
+    return view.said | {(plan.person, plan.time): plan for plan in view.secrets}
+
+
+def _where(kind: ProbeKind, view: View, person: str, time: str) -> Probe:
+    answer = f"So {answer_where(view, person, time)}."
+    target = f"{NOBODY}." if kind == "abstain" else answer[answer.rindex(" goes ") :]
+    return Probe(kind, f"Where does {person} go at {time}?\n", answer, target)
+
+
+def _retrieve(view: View, rng: random.Random) -> list[Probe]:
+    return [_where("retrieve", view, *key) for key, plan in view.said.items() if plan.place]
+
+
+def _combine(view: View, rng: random.Random) -> list[Probe]:
+    followed = [plan for plan in view.said.values() if (plan.leader, plan.time) in view.said]
+    return [_where("combine", view, plan.person, plan.time) for plan in followed]
+
+
+def _recall(view: View, rng: random.Random) -> list[Probe]:
+    found = [_where("recall", view, plan.person, plan.time) for plan in view.secrets]
+    return found + [_recall_thing(memory) for memory in view.memories]
+
+
+def _recall_thing(memory: Memory) -> Probe:
+    question = f"Where did {memory.person} {words.VERBS[memory.verb]} the {memory.thing}?\n"
+    return Probe("recall", question, f"So {memory.text}.", f" at the {memory.place}.")
+
+
+def _abstain(view: View, rng: random.Random) -> list[Probe]:
+    known = _known(view)
+    blind = [
+        (plan.person, plan.time) for plan in known.values() if plan.leader and _misses(view, plan)
+    ]
+    told = {person for person, _ in known}
+    never = [
+        key for name in view.names for time in words.TIMES if (key := (name, time)) not in known
+    ]
+    # Most people are told about, at other times: a question that only the time gives away.
+    near = [key for key in never if key[0] in told]
+    far = [key for key in never if key[0] not in told]
+    keys = blind + rng.sample(near, min(len(near), 4)) + rng.sample(far, min(len(far), 1))
+    return [_where("abstain", view, *key) for key in keys]
+
+
+def _misses(view: View, plan: Plan) -> bool:
+    return (plan.leader, plan.time) not in _known(view)
+
+
+def _repeat(view: View, rng: random.Random) -> list[Probe]:
+    return [
+        Probe("repeat", f"Repeat what {s.speaker} says.\n", s.text, s.text) for s in view.statements
+    ]
+
+
+def _tells(view: View, rng: random.Random) -> list[Probe]:
+    name = view.person.name
+    found = [tell_plans(view, (plan,)) for plan in view.secrets]
+    if len(view.secrets) == 2:
+        found.append(tell_plans(view, view.secrets))
+    for statement in view.statements:
+        for clause in statement.clauses:
+            plan = clause.plan
+            if name in (statement.speaker, plan.person):
+                continue
+            found.append(tell_heard(view, statement, plan))
+            if plan.place and (name, plan.time) not in _known(view):
+                found.append(tell_follow(view, plan))
+    return found
+
+
+_MAKERS = {
+    "retrieve": _retrieve,
+    "combine": _combine,
+    "recall": _recall,
+    "abstain": _abstain,
+    "repeat": _repeat,
+    "tell": _tells,
+}

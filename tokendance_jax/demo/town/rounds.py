@@ -1,0 +1,158 @@
+"""The town as rounds of the project: prompts in segments, rounds of probes, stories."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+from tokendance_jax.demo.town import words
+from tokendance_jax.demo.town.probes import (
+    KINDS,
+    Probe,
+    ProbeKind,
+    probes,
+    tell_follow,
+    tell_heard,
+    tell_plans,
+)
+from tokendance_jax.demo.town.town import (
+    Clause,
+    Plan,
+    Statement,
+    Town,
+    View,
+    draw_quiet_town,
+    draw_town,
+    view_of,
+)
+from tokendance_jax.prompt import AgentPrompt, Round, Segment, Trace
+
+# The longest answer is a block word for word: two plans that were told, and a mood.
+MAX_NEW_TOKENS = 64
+# Five kinds that are graded; "tell" is what stories are made of.
+GRADED = KINDS[:5]
+
+
+def prompt_of(view: View, probe: Probe) -> AgentPrompt:
+    """An agent's prompt: persona, memories, what everybody said, and the question."""
+    person = view.person
+    name = person.name
+    persona = (
+        "In a small town by the sea, everybody tells the others who goes where, and when.\n"
+        f"You are {name}, a {person.trade}, and you feel {person.mood}.\n"
+    )
+    memories = [f"Today {plan.text}.\n" for plan in view.secrets]
+    memories += [f"Once {memory.text}.\n" for memory in view.memories]
+    segments = [
+        Segment("system", f"persona/{name}", persona),
+        *(Segment("history", f"memory/{name}/{i}", text) for i, text in enumerate(memories)),
+        *(Segment("shared", f"said/{s.speaker}", f"{s.text}\n") for s in view.statements),
+        Segment("task", f"task/{name}", probe.question),
+    ]
+    return AgentPrompt(name, tuple(segments), MAX_NEW_TOKENS, probe.answer)
+
+
+def probe_round(
+    seed: int,
+    agents: int,
+    kinds: Sequence[ProbeKind] = GRADED,
+    *,
+    split: words.Split = "held_out",
+    own: bool = True,
+    keep: float = 1.0,
+    shuffled: bool = False,
+) -> tuple[Round, tuple[Probe, ...]]:
+    """A round in which every agent gets one probe.
+
+    Args:
+      seed: the same seed gives the same round.
+      agents: how many agents, at least 2.
+      kinds: kinds of the probes, taken in turns. An agent whose view allows none of its kind gets
+        the next that it allows.
+      split: which names and places occur.
+      own: whether agents see their own statement.
+      keep: share of the other statements that each sees.
+      shuffled: whether each sees them in an order of its own.
+
+    Returns:
+      The round, and the probes in the order of its agents.
+    """
+    rng = random.Random(seed)
+    town = draw_town(rng, agents, split)
+    turns = []
+    for seat in range(agents):
+        others = [other for other in range(agents) if other != seat]
+        seen = rng.sample(others, max(1, round(keep * len(others)))) + [seat] * own
+        rng.shuffle(seen)
+        view = view_of(town, seat, seen if shuffled else sorted(seen))
+        turns.append((view, _first_of(view, kinds, seat, rng)))
+    prompts = tuple(prompt_of(view, probe) for view, probe in turns)
+    return Round(prompts, max_new_tokens=MAX_NEW_TOKENS), tuple(probe for _, probe in turns)
+
+
+def story(seed: int, agents: int, *, split: words.Split = "train") -> Trace:
+    """Three rounds of one town: plans are told, then passed on and followed, then asked for.
+
+    The recorded outputs are the right answers. Those of a round are the shared blocks of the next.
+    Histories grow by a memory each round.
+
+    Args:
+      seed: the same seed gives the same story.
+      agents: how many agents, at least 3.
+      split: which names and places occur.
+    """
+    rng = random.Random(seed)
+    town = draw_quiet_town(rng, agents, split)
+    told = tuple(
+        Statement(p.name, tuple(Clause(plan) for plan in town.secrets[p.name]), p.mood)
+        for p in town.people
+    )
+    passed_on = tuple(_pass_on(town, seat) for seat in range(agents))
+    rounds = []
+    for index, blocks in enumerate(((), told, passed_on)):
+        turns = []
+        for seat in range(agents):
+            view = view_of(dataclasses.replace(town, statements=blocks), seat, range(len(blocks)))
+            view = dataclasses.replace(view, memories=view.memories[: index + 1])
+            if index == 0:
+                probe = tell_plans(view, view.secrets)
+            elif index == 1:
+                probe = _retell(view, passed_on[seat].clauses[0])
+            else:
+                probe = _first_of(view, GRADED, seat, rng)
+            turns.append((view, probe))
+        prompts = tuple(prompt_of(view, probe) for view, probe in turns)
+        rounds.append(Round(prompts, max_new_tokens=MAX_NEW_TOKENS, index=index))
+    return Trace(f"town-{seed}", tuple(rounds))
+
+
+def _first_of(view: View, kinds: Sequence[ProbeKind], seat: int, rng: random.Random) -> Probe:
+    """A probe of the seat's kind, or of the next kind that the view allows."""
+    start = seat % len(kinds)
+    turns = (*kinds[start:], *kinds[:start])
+    return next(found[0] for kind in turns if (found := probes(view, kind, rng)))
+
+
+def _pass_on(town: Town, seat: int) -> Statement:
+    """What an agent makes of what it heard: of two neighbours one passes on what the other follows.
+
+    Who has plans of its own at that time passes on the other plan.
+    """
+    person = town.people[seat]
+    subject = town.people[(seat - seat % 2 + 2) % len(town.people)].name
+    plan, other = town.secrets[subject]
+    if seat % 2 == 0:
+        clause = Clause(plan, subject)
+    elif plan.time in {own.time for own in town.secrets[person.name]}:
+        clause = Clause(other, subject)
+    else:
+        clause = Clause(Plan(person.name, plan.time, leader=subject))
+    return Statement(person.name, (clause,), person.mood)
+
+
+def _retell(view: View, clause: Clause) -> Probe:
+    """The question to which an agent answers with this clause."""
+    plan = clause.plan
+    if plan.leader:
+        return tell_follow(view, view.said[plan.leader, plan.time])
+    speaker = next(s for s in view.statements if s.speaker == clause.teller)
+    return tell_heard(view, speaker, plan)
