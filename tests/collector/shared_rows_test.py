@@ -12,6 +12,7 @@ from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import blank_plan, pack
 from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.collector.shared_rows import MOST_ROWS, PACKED_ROWS
+from tokendance_jax.collector.tiles import row_tiles
 from tokendance_jax.kernels.lanes import KEY_BLOCK
 
 PAGE_SIZE = 64
@@ -97,7 +98,11 @@ def test_what_does_not_pay_is_not_shared(lanes):
     for plan, shared in plans_of(lanes):
         assert not packed(shared)
         assert not shared.groups.count
-        assert shared.tiles.lane.max() < len(plan.tables.page)
+        lanes = len(plan.tables.page)
+        lane = np.asarray(plan.lane)
+        whole = row_tiles(lane[lane < lanes], rows=len(lane), lanes=lanes)
+        np.testing.assert_array_equal(shared.tiles.count, whole.count)
+        assert shared.tiles.lane.max() < lanes
 
 
 @st.composite

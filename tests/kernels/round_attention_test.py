@@ -221,24 +221,11 @@ def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
 
 
 def test_the_tpu_kernel_gives_log_sum_exps():
-    case, heads = cases.tasks(16), cases.Heads(14, 2, 64)
-    q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, "uint16")
-    inputs = [cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v)]
-    kernel = functools.partial(
-        round_attention_mosaic_tpu, theta=cases.THETA, with_lse=True, interpret=True
-    )
-    out, lse = jax.jit(kernel, static_argnums=3)(
-        q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
-    )
-    expected = cases.reference(case, q, k, v, case.position, case.lane)
-    cases.assert_close(np.asarray(out), expected, "uint16")
-    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=2e-2)
-    assert not np.asarray(out)[~case.used].any()
+    run_on_tpu(cases.tasks(16), cases.Heads(14, 2, 64), "uint16", None)
 
 
 def run_on_tpu(case, heads, dtype, shared, interpret=True):
-    """What the TPU kernel finds with packed rows, and what it should."""
+    """The TPU kernel gives outputs and log-sum-exps, of packed rows too unless `shared` is None."""
     q = cases.queries(cases.ROWS, heads)
     k, v = cases.pools(case, heads, dtype)
     inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
