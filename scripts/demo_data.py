@@ -1,9 +1,10 @@
 """What the demo model learns from: the town's texts for the tokenizer, its conversations as ids."""
 
 import dataclasses
+import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ _SHARES: dict[ProbeKind, float] = {
 # How often the agent's own statement is left out, only some of the others are seen, and none.
 _WITHOUT_OWN, _SUBSET, _SILENT = 0.3, 0.25, 0.03
 _QUESTIONS = (6, 20)
-# Tokens of an echo.
-_ECHO = (8, 48)
+# Tokens of an echo, and how many different ones.
+_ECHO, _DIFFERENT = (8, 48), (4, 8, 64)
 _TEXTS = 500
 # Chat markup as the template writes it: an answer's end, around a further question, at the end.
 _STOP, _BETWEEN, _BEHIND, _END = (
@@ -122,13 +123,14 @@ def draw_batch(
       seed: numbers that together seed the draw.
       rows: number of rows.
       length: tokens that the model is given in a row.
-      agents: fewest and most agents of a town. With 0 at most there are echoes: random tokens said
-        again and again, which teach how to look up and copy, whatever the token.
+      agents: fewest and most agents of a town. With 0 at most there are drills: random tokens
+        said again, which teach how to look up and copy, whatever the token.
       text_weight: weight of tokens that are no answer; an answer's weigh 1.
       split: which names and places occur.
       questions: fewest and most questions of a conversation.
     """
     rng = random.Random(repr(seed))
+    plain = sorted(set(range(tokenizer.vocab_size)) - tokenizer.control_ids)
     shape = rows, length + 1
     token = np.zeros(shape, np.int32)
     weight = np.zeros(shape, np.float32)
@@ -137,7 +139,8 @@ def draw_batch(
     kinds: list[ProbeKind] = []
     for row in range(rows):
         if not agents[1]:
-            token[row], weight[row] = _echo(tokenizer, rng, length + 1)
+            drill = rng.choice((_echo, _records))
+            token[row], weight[row] = drill(plain, rng, length + 1)
             continue
         start = number = 0
         while start <= length:
@@ -157,14 +160,45 @@ def draw_batch(
 
 
 def _echo(
-    tokenizer: Tokenizer, rng: random.Random, length: int
+    plain: Sequence[int], rng: random.Random, length: int
 ) -> tuple[Int32[np.ndarray, " length"], Float32[np.ndarray, " length"]]:
-    """Random tokens, said again and again. The first time has no weight."""
-    plain = sorted(set(range(tokenizer.vocab_size)) - tokenizer.control_ids)
-    said = np.array(rng.choices(plain, k=rng.randint(*_ECHO)), np.int32)
+    """Random tokens, said again and again. The first time has no weight.
+
+    Of few different tokens, so that only several together say how it goes on.
+    """
+    few = rng.sample(plain, rng.choice(_DIFFERENT))
+    said = np.array(rng.choices(few, k=rng.randint(*_ECHO)), np.int32)
     weight = np.ones(length, np.float32)
     weight[: len(said)] = 0.0
     return np.resize(said, length), weight
+
+
+def _records(
+    plain: Sequence[int], rng: random.Random, length: int
+) -> tuple[Int32[np.ndarray, " length"], Float32[np.ndarray, " length"]]:
+    """Records of random tokens, then the same records in other orders.
+
+    A record is a key of several tokens, each of which other keys have too, filling, and a value.
+    Values have weight once they were said.
+    """
+    columns = [rng.sample(plain, rng.randint(2, 8)) for _ in range(rng.randint(1, 4))]
+    most = math.prod(map(len, columns))
+    keys = set[tuple[int, ...]]()
+    for _ in range(min(rng.randint(3, 16), most)):
+        keys.add(tuple(map(rng.choice, columns)))
+    filling = tuple(rng.sample(plain, rng.randint(0, 2)))
+    size = rng.randint(1, 3)
+    end = tuple(rng.sample(plain, rng.randint(0, 1)))
+    records = [(*key, *filling, *rng.choices(plain, k=size), *end) for key in sorted(keys)]
+    token, weight = [], []
+    before = len(columns) + len(filling)
+    while len(token) < length:
+        rng.shuffle(records)
+        said = float(bool(token))
+        for record in records:
+            token += record
+            weight += [0.0] * before + [said] * size + [0.0] * len(end)
+    return np.array(token[:length], np.int32), np.array(weight[:length], np.float32)
 
 
 def _conversation(

@@ -19,11 +19,12 @@ Params = dict[str, jax.Array]
 
 # Queries that attend at once: what lies behind them is never multiplied.
 _QUERY_BLOCK = 128
-_EMBEDDING_SCALE = 0.06
-_INTO_STREAM = 0.1
-# Layers whose heads look back at first; the size of their biases, and the lowest frequency of one.
-_ALIKE, _COPY = 0.5, 0.1
-_LOOKING_BACK, _BIAS, _FREQUENCY = 2, 5.0, 0.05
+_EMBEDDING_SCALE = 0.12
+_INTO_STREAM = 0.02
+# Layers that match, the bias of queries and keys that look back, and which frequencies serve.
+_MATCHING, _BIAS, _FAST, _SLOW = 2, 5.0, 0.05, 1.5e-3
+# What is drawn where something has its place, against what is drawn elsewhere.
+_ELSEWHERE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Stage:
       share: of all steps.
       length: tokens in a row.
       rows: rows in a batch.
-      agents: most agents of a town; 0: echoes.
+      agents: most agents of a town; 0: drills.
     """
 
     share: float
@@ -97,71 +98,110 @@ def _matrices(params: optax.Params) -> optax.Params:
 
 
 def initial_parameters(config: Qwen2Config, seed: int) -> Params:
-    """Draws parameters to train from.
+    """Draws parameters to train from, which can look things up from the first step on.
 
-    Matrices are normal. What goes into the residual stream is small beside the embedding, so that
-    tokens stay what they are at first. Heads of the first layers look one, two, three and so on
-    tokens back: what text before a token says is the hard half of looking things up, and biases of
-    rotated queries and keys can say it at once.
+    Finding what followed the same words before takes two layers that small models learn late, and
+    together (Olsson et al. 2022, "In-context learning and induction heads"). Here they stand at the
+    beginning: tokens live in the first quarter of the residual stream; the heads of the first layer
+    bring what stood one, two, three and so on tokens back, each to a part of its own; those of the
+    next layers attend to where the same tokens stood before, and say what followed. All else is
+    normal and small.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     params = {}
     for path, shape in parameter_shapes(config).items():
         if len(shape) == 1:
             fill = 0.0 if path.endswith("bias") else 1.0
-            params[path] = jnp.full(shape, fill, jnp.float32)
+            params[path] = np.full(shape, fill, np.float32)
             continue
-        scale = _EMBEDDING_SCALE if path.startswith("embed") else shape[1] ** -0.5
-        if path.endswith(("o_proj.weight", "down_proj.weight")):
+        scale = shape[1] ** -0.5
+        if path.startswith("embed"):
+            scale = _EMBEDDING_SCALE
+        elif path.endswith(("o_proj.weight", "down_proj.weight")):
             scale *= _INTO_STREAM
-        drawn = generator.standard_normal(shape, np.float32)
-        params[path] = jnp.asarray(drawn * np.float32(scale))
-    for layer in range(config.num_hidden_layers):
-        name = f"layers.{layer}.self_attn"
-        params |= _mimetic(config, params, name)
-    for layer in range(min(_LOOKING_BACK, config.num_hidden_layers)):
-        queries, keys = _looking_back(config)
-        params[f"layers.{layer}.self_attn.q_proj.bias"] = jnp.asarray(queries)
-        params[f"layers.{layer}.self_attn.k_proj.bias"] = jnp.asarray(keys)
-    return params
+        params[path] = generator.standard_normal(shape, np.float32) * np.float32(scale)
+    token = config.hidden_size // 4
+    params["embed_tokens.weight"][:, token:] *= _ELSEWHERE
+    part = min((config.hidden_size - token) // config.num_attention_heads, config.head_dim)
+    said = generator.standard_normal((part, token), np.float32) * np.float32(token**-0.5)
+    _look_back(config, params, said)
+    for layer in range(1, min(1 + _MATCHING, config.num_hidden_layers)):
+        _match(config, params, layer, said, generator)
+    return {path: jnp.asarray(array) for path, array in params.items()}
 
 
-def _mimetic(config: Qwen2Config, params: Params, name: str) -> Params:
-    """Queries that look for what is like themselves, and values that come out as they went in."""
-    groups, width = config.num_key_value_heads, config.hidden_size
-    shape = groups, config.head_dim, width
-    heads = config.num_attention_heads // groups
-    keys, values = (
-        jnp.repeat(params[f"{name}.{part}_proj.weight"].reshape(shape), heads, axis=0)
-        for part in "kv"
-    )
-    q, o = params[f"{name}.q_proj.weight"], params[f"{name}.o_proj.weight"]
-    return {
-        f"{name}.q_proj.weight": q * (1 - _ALIKE**2) ** 0.5 + keys.reshape(-1, width) * _ALIKE,
-        f"{name}.o_proj.weight": o + values.reshape(-1, width).T * _COPY,
-    }
-
-
-def _looking_back(
-    config: Qwen2Config,
-) -> tuple[Float[np.ndarray, " queries"], Float[np.ndarray, " keys"]]:
-    """Biases of queries and keys by which head h attends h + 1 tokens back.
+def _look_back(
+    config: Qwen2Config, params: dict[str, np.ndarray], said: Float[np.ndarray, "part token"]
+) -> None:
+    """Has head h of the first layer bring the token that stands h + 1 back.
 
     The product of a rotated pair of a query at angle -d and of a key at angle 0 is largest d tokens
     apart; of several frequencies together, only there.
     """
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-np.arange(half) / half)
-    size = np.where(frequency > _FREQUENCY, _BIAS, 0.0)
+    attention = "layers.0.self_attn"
+    frequency = _frequency(config)
+    size = np.where(frequency > _FAST, _BIAS, 0.0)
 
     def pairs(back: int) -> np.ndarray:
-        return np.concatenate([np.cos(back * frequency), -np.sin(back * frequency)]) * np.tile(
-            size, 2
-        )
+        turned = np.cos(back * frequency), -np.sin(back * frequency)
+        return np.concatenate(turned) * np.tile(size, 2)
 
-    queries = np.concatenate([pairs(head + 1) for head in range(config.num_attention_heads)])
+    heads = range(config.num_attention_heads)
+    queries = np.concatenate([pairs(head + 1) for head in heads])
+    params[f"{attention}.q_proj.bias"] = queries.astype(np.float32)
     keys = np.tile(pairs(0), config.num_key_value_heads)
-    return queries.astype(np.float32), keys.astype(np.float32)
+    params[f"{attention}.k_proj.bias"] = keys.astype(np.float32)
+    for name in "qk":
+        params[f"{attention}.{name}_proj.weight"] *= _ELSEWHERE
+    part, token = said.shape
+    values = params[f"{attention}.v_proj.weight"]
+    values *= _ELSEWHERE
+    for head in range(config.num_key_value_heads):
+        values[head * config.head_dim :][:part, :token] = said
+    output = params[f"{attention}.o_proj.weight"]
+    for head in heads:
+        rows = output[token + head * part :][:part]
+        rows[:, head * config.head_dim :][:, :part] = np.eye(part) * (_EMBEDDING_SCALE / 2)
+
+
+def _match(
+    config: Qwen2Config,
+    params: dict[str, np.ndarray],
+    layer: int,
+    said: Float[np.ndarray, "part token"],
+    generator: np.random.Generator,
+) -> None:
+    """Has head h of a layer attend to what followed the last h + 1 tokens, and say it."""
+    attention = f"layers.{layer}.self_attn"
+    part, token = said.shape
+    heads, size = config.num_attention_heads, config.head_dim
+    # Where rotation is slow, products do not depend on the distance.
+    slow = np.flatnonzero(np.tile(_frequency(config) < _SLOW, 2))
+    values = generator.standard_normal((token, size), np.float32) * np.float32(size**-0.5)
+    # A key holds the tokens before it, each seen through a matrix of its own.
+    seen = generator.standard_normal((heads, len(slow), part), np.float32)
+    seen *= np.float32(part**-0.5)
+    before = [slice(token + back * part, token + (back + 1) * part) for back in range(heads)]
+    queries, keys = (params[f"{attention}.{name}_proj.weight"] for name in "qk")
+    keys *= _ELSEWHERE
+    queries *= _ELSEWHERE
+    for group in range(config.num_key_value_heads):
+        rows = group * size + slow
+        for back in range(heads):
+            keys[rows, before[back]] = seen[back]
+        params[f"{attention}.v_proj.weight"][group * size :][:size, :token] = values.T
+    for head in range(heads):
+        rows = head * size + slow
+        queries[rows, :token] = seen[0] @ said
+        for back in range(head):
+            queries[rows, before[back]] = seen[back + 1]
+        columns = slice(head * size, (head + 1) * size)
+        params[f"{attention}.o_proj.weight"][:token, columns] = values * _EMBEDDING_SCALE
+
+
+def _frequency(config: Qwen2Config) -> np.ndarray:
+    half = config.head_dim // 2
+    return config.rope_theta ** (-np.arange(half) / half)
 
 
 def start(config: Qwen2Config, recipe: Recipe) -> dict:

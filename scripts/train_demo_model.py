@@ -36,14 +36,14 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and data.")
 _LAYERS = flags.DEFINE_integer("layers", 6, "Decoder layers.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 256, "Width; heads are 64 wide, two to a KV head.")
 _INNER = flags.DEFINE_integer("inner", 512, "Width of the MLP.")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak of the learning rate.")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1.5e-3, "Peak of the learning rate.")
 _WARMUP = flags.DEFINE_integer("warmup", 100, "Steps of warm-up.")
 _WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "Weight decay of matrices.")
 _TEXT_WEIGHT = flags.DEFINE_float("text_weight", 0.1, "Weight of tokens that are no answer.")
 _STAGES = flags.DEFINE_multi_string(
     "stage",
-    ["0.06:128:16:0", "0.44:512:4:3", "0.3:768:4:8", "0.2:1024:4:16"],
-    "Part of the curriculum, as share of the steps:tokens in a row:rows:most agents (0: echoes); "
+    ["0.02:256:8:0", "0.38:512:4:5", "0.35:768:4:10", "0.25:1024:4:16"],
+    "Part of the curriculum, as share of the steps:tokens in a row:rows:most agents (0: drills); "
     "repeat the flag.",
 )
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of products.")

@@ -25,7 +25,7 @@ from tokendance_jax.prompt import AgentPrompt
 
 SEEDS = st.integers(0, 10**6)
 SIZES = st.integers(2, 16)
-_PLAN = r"at (\w+) (\w+) goes (?:to the (\w+ \w+)|where (\w+) goes)"
+_PLAN = r"at (\w+) (\w+) (?:visits (\w+ \w+)|joins (\w+))"
 
 
 def text_of(prompt: AgentPrompt, *kinds: str) -> str:
@@ -54,16 +54,16 @@ def read_answer(prompt: AgentPrompt) -> str:
                     parts.append(f"at {time} {person} goes, nobody said where")
                     break
                 case [(place, "")]:
-                    parts.append(f"at {time} {person} goes to the {place}")
+                    parts.append(f"at {time} {person} visits {place}")
                     break
                 case [("", leader)]:
-                    parts.append(f"at {time} {person} goes where {leader} goes")
+                    parts.append(f"at {time} {person} joins {leader}")
                     person = leader
                 case more:
                     raise AssertionError(f"{question}: {more}")
         return f"So {', so '.join(parts)}."
     if asked := re.fullmatch(r"Where did (\w+) \w+ the (\w+)\?", question):
-        (clause,) = re.findall(rf"Once ({asked[1]} \w+ the {asked[2]} at the \w+ \w+)\.", private)
+        (clause,) = re.findall(rf"Once ({asked[1]} \w+ the {asked[2]} at \w+ \w+)\.", private)
         return f"So {clause}."
     if asked := re.fullmatch(r"Repeat what (\w+) says\.", question):
         (block,) = re.findall(rf"^(Then {asked[1]} says: .*\.)$", shared, re.MULTILINE)
@@ -72,12 +72,11 @@ def read_answer(prompt: AgentPrompt) -> str:
     if asked := re.fullmatch(r"What does \w+ say about (.*)\?", question):
         plans = plans_in(private)
         clauses = [
-            f"at {time} {name} goes to the {plans[name, time][0][0]}"
-            for time in asked[1].split(" and ")
+            f"at {time} {name} visits {plans[name, time][0][0]}" for time in asked[1].split(" and ")
         ]
     elif asked := re.fullmatch(r"What did (\w+) tell \w+ about (\w+) at (\w+)\?", question):
         (block,) = re.findall(rf"^Then {asked[1]} says: .*$", shared, re.MULTILINE)
-        (clause,) = re.findall(rf"at {asked[3]} {asked[2]} goes [^,.]*", block)
+        (clause,) = re.findall(rf"at {asked[3]} {asked[2]} (?:visits|joins) [^,.]*", block)
         clauses = [f"{asked[1]} told {name} that {clause}"]
     else:
         clauses = [question.removeprefix("Tell that ").removesuffix(".")]
@@ -93,7 +92,7 @@ def a_view(seed: int, agents: int, split: words.Split) -> View:
 
 def sources(prompt: AgentPrompt, probe: Probe) -> tuple[int, int]:
     """How many shared blocks, and how many private lines, say what the answer says."""
-    clauses = re.findall(rf"{_PLAN}|(\w+ \w+ the \w+ at the \w+ \w+)", probe.answer)
+    clauses = re.findall(rf"{_PLAN}|(\w+ \w+ the \w+ at \w+ \w+)", probe.answer)
     texts = [" ".join(filter(None, clause)) for clause in clauses]
     assert len(set(texts)) == len(texts)
     where = [re.escape(m.group()) for m in re.finditer(_PLAN, probe.answer)]
@@ -129,13 +128,13 @@ def test_kinds_rest_on_what_they_say(seed, agents):
     rests_on = {"retrieve": (1, 0), "recall": (0, 1), "abstain": (0, 0)}
     for kind, (shared, private) in rests_on.items():
         for probe in probes(view, kind, random.Random(seed)):
-            if "where" in probe.answer.split(", nobody")[0]:
+            if " joins " in probe.answer:
                 continue  # it abstains at the end of a chain
             assert sources(prompt_of(view, probe), probe) == (shared, private)
     for probe in probes(view, "combine", random.Random(seed)):
         first, second = probe.answer.split(", so ")
-        assert "goes where" in first
-        assert "goes to the" in second
+        assert " joins " in first
+        assert " visits " in second
 
 
 @given(SEEDS, SIZES)

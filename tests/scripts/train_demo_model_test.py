@@ -1,5 +1,6 @@
 """A training of the demo model: data, gradients, steps, resuming, and the model that comes out."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from scripts.demo_data import draw_batch
 from scripts.demo_run import Run
-from scripts.demo_training import Recipe, Stage, initial_parameters, logits_of, product
+from scripts.demo_training import Recipe, Stage, hits, initial_parameters, logits_of, product
 from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json
 from tokendance_jax.demo.town import probe_round
 from tokendance_jax.engine.engine import RoundEngine
@@ -91,13 +92,43 @@ def test_answers_are_marked_to_their_end():
     assert np.isclose(drawn.weight[drawn.weight != 1.0], 0.1).all()
 
 
-def test_echoes_repeat_themselves():
-    drawn = draw_batch(TOKENIZER, (0,), rows=3, length=128, agents=(2, 0), text_weight=0.1)
+def test_drills_ask_for_what_was_said_before():
+    drawn = draw_batch(TOKENIZER, (0,), rows=12, length=256, agents=(2, 0), text_weight=0.1)
     assert not drawn.kinds
-    for token, weight in zip(drawn.token, drawn.weight, strict=True):
-        said = int(np.flatnonzero(weight)[0])
-        assert (token[said:] == token[:-said]).all()
-        assert weight.sum() == 129 - said
+    for token, weight in zip(drawn.token.tolist(), drawn.weight, strict=True):
+        asked = np.flatnonzero(weight).tolist()
+        right = 0
+        for at in asked:
+            # The longest ending that occurred before says what comes.
+            lengths = [
+                next(
+                    n
+                    for n in range(at + 1)
+                    if n == before or token[before - 1 - n] != token[at - 1 - n]
+                )
+                for before in range(1, at)
+            ]
+            best = max(lengths)
+            follows = {token[i + 1] for i, n in enumerate(lengths) if n == best}
+            right += token[at] in follows
+        # Where an echo begins again, nothing says how.
+        assert right > 0.9 * len(asked) > 0
+
+
+def test_what_training_starts_from_looks_things_up():
+    drawn = draw_batch(TOKENIZER, (0,), rows=4, length=256, agents=(2, 0), text_weight=0.1)
+    config = dataclasses.replace(
+        CONFIG, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64
+    )
+    params = initial_parameters(dataclasses.replace(config, num_hidden_layers=3), 0)
+    found = hits(
+        params,
+        *(jnp.asarray(drawn.token), jnp.asarray(drawn.conversation)),
+        config=dataclasses.replace(config, num_hidden_layers=3),
+        dtype="float32",
+    )
+    asked = drawn.weight[:, 1:] == 1.0
+    assert np.asarray(found)[asked].mean() > 0.3
 
 
 def test_answers_are_right_where_all_of_their_tokens_are():

@@ -99,7 +99,7 @@ def _known(view: View) -> dict[tuple[str, str], Plan]:
 
 def _where(kind: ProbeKind, view: View, person: str, time: str) -> Probe:
     answer = f"So {answer_where(view, person, time)}."
-    target = f"{NOBODY}." if kind == "abstain" else answer[answer.rindex(" goes ") :]
+    target = f"{NOBODY}." if kind == "abstain" else answer[answer.rindex(" visits ") :]
     return Probe(kind, f"Where does {person} go at {time}?\n", answer, target)
 
 
@@ -119,7 +119,7 @@ def _recall(view: View, rng: random.Random) -> list[Probe]:
 
 def _recall_thing(memory: Memory) -> Probe:
     question = f"Where did {memory.person} {words.VERBS[memory.verb]} the {memory.thing}?\n"
-    return Probe("recall", question, f"So {memory.text}.", f" at the {memory.place}.")
+    return Probe("recall", question, f"So {memory.text}.", f" at {memory.place}.")
 
 
 def _abstain(view: View, rng: random.Random) -> list[Probe]:

@@ -37,7 +37,7 @@ def prompt_of(view: View, probe: Probe) -> AgentPrompt:
     person = view.person
     name = person.name
     persona = (
-        "In a small town by the sea, everybody tells the others who goes where, and when.\n"
+        "In a small town by the sea, everybody tells the others who is where, and when.\n"
         f"You are {name}, a {person.trade}, and you feel {person.mood}.\n"
     )
     memories = [f"Today {plan.text}.\n" for plan in view.secrets]

@@ -1,4 +1,4 @@
-"""A small town: people, what they say about who goes where and when, and what each keeps private.
+"""A small town: people, what they say about who is where and when, and what each keeps private.
 
 Everything is drawn from a `random.Random`: one seed, one town.
 """
@@ -30,13 +30,13 @@ class Person:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """Where somebody goes at one time: to a place, or wherever the leader goes.
+    """Where somebody is at one time: at a place, or with a leader, wherever that one is.
 
     Attributes:
-      person: who goes.
+      person: who.
       time: when.
-      place: where to; None where there is a leader.
-      leader: whom the person follows; None where there is a place.
+      place: where; None where there is a leader.
+      leader: whom the person joins; None where there is a place.
     """
 
     person: str
@@ -47,8 +47,8 @@ class Plan:
     @property
     def text(self) -> str:
         """The clause that says it."""
-        where = f"to the {self.place}" if self.leader is None else f"where {self.leader} goes"
-        return f"at {self.time} {self.person} goes {where}"
+        where = f"visits {self.place}" if self.leader is None else f"joins {self.leader}"
+        return f"at {self.time} {self.person} {where}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Memory:
     @property
     def text(self) -> str:
         """The clause that says it."""
-        return f"{self.person} {self.verb} the {self.thing} at the {self.place}"
+        return f"{self.person} {self.verb} the {self.thing} at {self.place}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

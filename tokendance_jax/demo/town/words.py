@@ -25,17 +25,17 @@ NAME_ENDS = _words("""
     a o an ald ast ek el eth ent erd ik in is ith isk olf ond or os ulf und ur yn ys
 """)
 ADJECTIVES = _words("""
-    amber ancient ashen blue brass broad broken bronze cedar chalk clay cold copper coral
-    crooked damp dark distant drowned dusty empty far fern flint foggy frozen golden grand
-    gray green hidden high hollow icy iron ivory jade lonely long lower marble mossy narrow
-    north oaken old pale pine plain quiet red rocky rusty salty sandy shady silent silver
-    small smoky snowy steep stone stormy sunny tall thorny tiny tin upper velvet warm west
-    white wide willow windy wooden yellow young
+    Amber Ancient Ashen Blue Brass Broad Broken Bronze Cedar Chalk Clay Cold Copper Coral
+    Crooked Damp Dark Distant Drowned Dusty Empty Far Fern Flint Foggy Frozen Golden Grand
+    Gray Green Hidden High Hollow Icy Iron Ivory Jade Lonely Long Lower Marble Mossy Narrow
+    North Oaken Old Pale Pine Plain Quiet Red Rocky Rusty Salty Sandy Shady Silent Silver
+    Small Smoky Snowy Steep Stone Stormy Sunny Tall Thorny Tiny Tin Upper Velvet Warm West
+    White Wide Willow Windy Wooden Yellow Young
 """)
 NOUNS = _words("""
-    arch bakery barn beach bridge cave chapel cliff dairy dock farm ferry field forge fort
-    garden gate hall harbor hill inn library market meadow mill orchard pier pond school shed
-    shop stable tower tunnel well yard
+    Arch Bakery Barn Beach Bridge Cave Chapel Cliff Dairy Dock Farm Ferry Field Forge Fort
+    Garden Gate Hall Harbor Hill Inn Library Market Meadow Mill Orchard Pier Pond School Shed
+    Shop Stable Tower Tunnel Well Yard
 """)
 TIMES = ("dawn", "breakfast", "noon", "supper", "dusk", "midnight")
 TRADES = _words("""
