@@ -1,60 +1,257 @@
-"""How often a model's greedy answers to probes of the town are right."""
+"""How often answers to probes of the town are right, under policies and in settings of rounds."""
 
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokendance_jax.demo.town import GRADED, probe_round
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from scripts import measure
+from scripts.variants import Variant
+from tokendance_jax.demo.town import (
+    GRADED,
+    GUIDE,
+    Probe,
+    ProbeKind,
+    drifting_rounds,
+    probe_round,
+)
 from tokendance_jax.engine.engine import RoundEngine
-from tokendance_jax.model import load_model
+from tokendance_jax.model import Model, load_model
+from tokendance_jax.prompt import Round
 
-SIZES = (2, 4, 8, 16)
+_PAGES = 2048
+_DRAWS, _BOUNDS = 1000, (0.025, 0.975)
+SHUFFLED = "shuffled bases"
 
 
-def score(model: Path, *, rounds: int, dtype: str = "float32") -> dict[str, Any]:
-    """Serves held-out rounds with the dense policy and grades the answers.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    """A kind of rounds.
+
+    Attributes:
+      agents: how many.
+      own: whether agents see their own block.
+      keep: share of the other blocks that each sees.
+      shuffled: whether each sees them in an order of its own.
+      rounds: how many rounds go on from each other; what one shares is history in the next.
+    """
+
+    agents: int
+    own: bool = True
+    keep: float = 1.0
+    shuffled: bool = False
+    rounds: int = 1
+
+    def draw(
+        self, seed: int, kinds: Sequence[ProbeKind], guide: str
+    ) -> list[tuple[Round, tuple[Probe, ...]]]:
+        """Draws rounds that go on from each other, and their probes, of held-out names."""
+        if self.rounds > 1:
+            return drifting_rounds(seed, self.agents, self.rounds, kinds, guide=guide)
+        return [
+            probe_round(
+                seed,
+                self.agents,
+                kinds,
+                own=self.own,
+                keep=self.keep,
+                shuffled=self.shuffled,
+                guide=guide,
+            )
+        ]
+
+
+SETTINGS = {
+    "5 agents": Setting(5),
+    "10 agents": Setting(10),
+    "16 agents": Setting(16),
+    "own omitted": Setting(10, own=False),
+    "subset": Setting(10, keep=0.5),
+    "shuffled": Setting(10, shuffled=True),
+    "drift": Setting(5, rounds=5),
+}
+
+
+class Graded:
+    """Answers to probes, counted by kind and draw, and the work of their prompts.
+
+    Attributes:
+      token_layers: computed tokens times the share of the layers that each ran through.
+    """
+
+    def __init__(self) -> None:
+        self.token_layers = 0.0
+        self._draws: list[dict[str, list[bool]]] = []
+
+    def add(self, probes: Sequence[Probe], answers: Sequence[str], token_layers: float) -> None:
+        """Grades the answers of a round."""
+        found = defaultdict(list)
+        for probe, answer in zip(probes, answers, strict=True):
+            found[probe.kind].append(probe.right(answer))
+        self._draws.append(found)
+        self.token_layers += token_layers
+
+    def asked(self, kind: ProbeKind) -> int:
+        """The number of probes of a kind."""
+        return sum(len(draw[kind]) for draw in self._draws)
+
+    def accuracy(self, kind: ProbeKind) -> float:
+        """The share of right answers to a kind; NaN where nothing was asked."""
+        asked = self.asked(kind)
+        return sum(sum(draw[kind]) for draw in self._draws) / asked if asked else float("nan")
+
+    def interval(self, kind: ProbeKind) -> tuple[float, float]:
+        """The middle 95 % of the accuracy when rounds are drawn again from these (bootstrap).
+
+        Whole rounds are drawn: probes of one round rest on the same text.
+        """
+        counts = np.array([(sum(draw[kind]), len(draw[kind])) for draw in self._draws])
+        drawn = np.random.default_rng(0).integers(len(counts), size=(_DRAWS, len(counts)))
+        right, asked = np.moveaxis(counts[drawn].sum(axis=1), 1, 0)
+        low, high = np.quantile(right[asked > 0] / asked[asked > 0], _BOUNDS)
+        return float(low), float(high)
+
+
+def ask(
+    engine: RoundEngine,
+    setting: Setting,
+    seeds: Sequence[int],
+    *,
+    kinds: Sequence[ProbeKind] = GRADED,
+    guide: str = "",
+    shuffle: bool = False,
+) -> list[Graded]:
+    """Serves rounds of probes and grades the answers.
+
+    Args:
+      engine: its policy answers.
+      setting: what kind of rounds.
+      seeds: one for each draw of rounds.
+      kinds: kinds of probes.
+      guide: text in front of every prompt.
+      shuffle: whether the bases' pages are in a wrong order when answers are given (an audit).
+
+    Returns:
+      What was graded of every round of the setting, over all draws.
+    """
+    found = [Graded() for _ in range(setting.rounds)]
+    for seed in seeds:
+        for graded, (moment, probes) in zip(found, setting.draw(seed, kinds, guide), strict=True):
+            moment = dataclasses.replace(
+                moment, sampling=dataclasses.replace(moment.sampling, stop=("\n",))
+            )
+            result = engine.serve(moment, chat=True)
+            work = result.ledger.token_layers
+            if shuffle:
+                engine.shuffle_bases(seed)
+                result = engine.serve(moment, chat=True)
+            graded.add(probes, [result.texts[p.agent] for p in moment.agents], work)
+    return found
+
+
+def measure_variants(
+    model: Model,
+    variants: Sequence[Variant],
+    settings: Sequence[str],
+    *,
+    draws: int,
+    guided: bool = False,
+    audit: bool = False,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Grades variants in settings, one engine for each.
+
+    Args:
+      model: the model.
+      variants: what to measure; `dense` is measured first in any case.
+      settings: names of `SETTINGS`.
+      draws: how many draws of rounds.
+      guided: whether prompts explain the town, for a model that was not trained in it.
+      audit: whether the first variant that reads bases answers from shuffled ones too.
+      console: where progress is printed.
+
+    Returns:
+      A row for each variant, setting and round of the setting.
+    """
+    dense = Variant("dense")
+    todo = [(v.name, v) for v in (dense, *variants) if v.policy != "dense" or v is dense]
+    collective = next((v for v in variants if v.policy == "tokendance"), None)
+    if audit and collective is not None:
+        todo.append((SHUFFLED, collective))
+    memory = _PAGES * model.kv_spec(pages=1, page_size=16).page_bytes
+    programs = None
+    rows = []
+    for name, variant in todo:
+        engine = RoundEngine(
+            model,
+            policy=variant.policy,
+            options=variant.options,
+            kv_memory=memory,
+            max_agents=16,
+            programs=programs,
+        )
+        programs = engine.programs
+        for setting in settings:
+            if console:
+                console.print(f"{setting}: {name}")
+            graded = ask(
+                engine,
+                SETTINGS[setting],
+                range(draws),
+                guide=GUIDE if guided else "",
+                shuffle=name == SHUFFLED,
+            )
+            rows += [{**row, **variant.choices, "name": name} for row in _rows(setting, graded)]
+    return rows
+
+
+def _rows(setting: str, graded: Sequence[Graded]) -> Iterator[dict[str, Any]]:
+    for index, found in enumerate(graded):
+        yield {
+            "setting": setting,
+            "round": index,
+            "agents": SETTINGS[setting].agents,
+            "probes": {kind: found.accuracy(kind) for kind in GRADED if found.asked(kind)},
+            "intervals": {kind: found.interval(kind) for kind in GRADED if found.asked(kind)},
+            "asked": {kind: found.asked(kind) for kind in GRADED},
+            "token_layers": found.token_layers,
+        }
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """One table for each setting and round, of accuracies and their intervals."""
+    places = list(dict.fromkeys((row["setting"], row["round"]) for row in rows))
+    drawn = []
+    for place in places:
+        kept = [row for row in rows if (row["setting"], row["round"]) == place]
+        title = place[0] if SETTINGS[place[0]].rounds == 1 else f"{place[0]}, round {place[1]}"
+        columns = [f"{kind}\n{kept[0]['asked'][kind]}" for kind in GRADED]
+        table = measure.table("policy", *columns, "token-layers\nof dense", title=title)
+        for row in kept:
+            cells = [
+                f"{row['probes'][kind]:.3f} {row['intervals'][kind][0]:.2f}-"
+                f"{row['intervals'][kind][1]:.2f}"
+                if kind in row["probes"]
+                else "-"
+                for kind in GRADED
+            ]
+            work = row["token_layers"] / kept[0]["token_layers"]
+            table.add_row(row["name"], *cells, f"{work:.1%}")
+        drawn.append(table)
+    return drawn
+
+
+def score(model: Path, *, draws: int, dtype: str = "float32") -> list[dict[str, Any]]:
+    """Grades the dense answers of a model in all settings.
 
     Args:
       model: a folder that `load_model` takes.
-      rounds: how many rounds of each size.
+      draws: how many draws of rounds of each setting.
       dtype: precision of the engine.
-
-    Returns:
-      `probes`: kind to accuracy, over all sizes; `by_agents`: number of agents to the same;
-      `asked`: kind to the number of probes.
     """
-    engine = RoundEngine(load_model(model, dtype=dtype), policy="dense", kv_memory=256 << 20)
-    right: dict[tuple[int, str], list[bool]] = {}
-    for agents in SIZES:
-        for seed in range(rounds):
-            moment, asked = probe_round(seed, agents, GRADED, shuffled=True)
-            answers = engine.serve(moment).texts
-            for prompt, probe in zip(moment.agents, asked, strict=True):
-                graded = right.setdefault((agents, probe.kind), [])
-                graded.append(probe.right(answers[prompt.agent]))
-    kinds = {
-        kind: [hit for (_, k), hits in right.items() if k == kind for hit in hits]
-        for kind in GRADED
-    }
-    return {
-        "probes": {kind: _share(hits) for kind, hits in kinds.items()},
-        "by_agents": {
-            str(agents): {kind: _share(right.get((agents, kind), [])) for kind in GRADED}
-            for agents in SIZES
-        },
-        "asked": {kind: len(hits) for kind, hits in kinds.items()},
-    }
-
-
-def table(found: dict[str, Any]) -> str:
-    """What `score` found, as lines of text."""
-    lines = ["agents  " + "".join(f"{kind:>10}" for kind in GRADED)]
-    for name, row in [*found["by_agents"].items(), ("all", found["probes"])]:
-        cells = [
-            f"{row[kind]:>10.3f}" if row[kind] is not None else f"{'-':>10}" for kind in GRADED
-        ]
-        lines.append(f"{name:<8}" + "".join(cells))
-    return "\n".join(lines)
-
-
-def _share(hits: list[bool]) -> float | None:
-    return sum(hits) / len(hits) if hits else None
+    return measure_variants(load_model(model, dtype=dtype), [], list(SETTINGS), draws=draws)

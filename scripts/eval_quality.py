@@ -7,6 +7,11 @@ For every round of a trace the dense policy continues each prompt greedily. Alon
 other policy's next-token distributions are compared with the dense policy's (teacher forcing). Two
 checks of the measurement itself stand beside them: the noise floor (dense against itself with its
 rows in other buckets) and the audit (bases whose pages are in a wrong order must score far worse).
+
+  python -m scripts.eval_quality --probes --draws=40 --setting='10 agents' --json=probes.json
+
+With `--probes` agents are asked questions about the demo's town that have one right answer each,
+and answers are graded. A model that was not trained in the town needs `--guide`.
 """
 
 import dataclasses
@@ -22,7 +27,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts import common, measure
+from scripts import common, demo_probes, measure
+from scripts.variants import UNLIMITED, Variant
 from tokendance_jax import host
 from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
@@ -65,26 +71,15 @@ _HEAD_PAGES = flags.DEFINE_multi_integer(
 _BLEND_RATIO = flags.DEFINE_float("blend_ratio", 0.15, "Share of tokens that blend recomputes.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
 _ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
+_PROBES = flags.DEFINE_bool("probes", False, "Whether to grade answers to probes of the town.")
+_SETTING = flags.DEFINE_multi_enum(
+    "setting", list(demo_probes.SETTINGS), list(demo_probes.SETTINGS), "Rounds of probes; repeat."
+)
+_DRAWS = flags.DEFINE_integer("draws", 20, "Draws of rounds of probes.", lower_bound=1)
+_GUIDE = flags.DEFINE_bool("guide", False, "Whether prompts of probes explain the town.")
 _AUDIT = flags.DEFINE_bool("audit", True, "Whether to measure shuffled bases too.")
 _PLOT = flags.DEFINE_string("plot", None, "PNG file for a plot; needs matplotlib.")
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A policy and its choices."""
-
-    policy: str
-    options: PolicyOptions
-
-    @property
-    def name(self) -> str:
-        """For tables: the policy, and what distinguishes this variant of it."""
-        if self.policy != "tokendance":
-            return self.policy
-        pages = "" if self.options.selection in _UNLIMITED else f" {self.options.head_pages}"
-        base = "" if self.options.base == "joint" else f", {self.options.base}"
-        return f"tokendance {self.options.selection}{pages}{base}"
 
 
 @dataclasses.dataclass
@@ -95,13 +90,31 @@ class Measured:
     token_layers: list[float] = dataclasses.field(default_factory=list)
 
 
-_UNLIMITED = ("none", "all")
-_NOISE, _SHUFFLED = "dense, other buckets", "shuffled bases"
+_NOISE, _SHUFFLED = "dense, other buckets", demo_probes.SHUFFLED
+_WIDE = 130
 
 
 def main(argv: Sequence[str]) -> int:
     """Measures and prints; returns the exit status: 0, or 1 after an error."""
+    if _PROBES.value:
+        return measure.run(argv, _grade, json=_JSON.value, width=_WIDE)
     return measure.run(argv, _measure, json=_JSON.value)
+
+
+def _grade(console: Console) -> dict[str, Any]:
+    host.cache_compilations(None)
+    rows = demo_probes.measure_variants(
+        common.model_of(_MODEL.value, _DTYPE.value),
+        _variants(),
+        _SETTING.value,
+        draws=_DRAWS.value,
+        guided=_GUIDE.value,
+        audit=_AUDIT.value,
+        console=console,
+    )
+    for table in demo_probes.tables(rows):
+        console.print(table)
+    return {"policies": rows}
 
 
 def _measure(console: Console) -> dict[str, Any]:
@@ -132,7 +145,7 @@ def _variants() -> list[Variant]:
             variants.append(Variant(policy, PolicyOptions(blend_ratio=_BLEND_RATIO.value)))
             continue
         for base, selection in itertools.product(_BASE.value, _SELECTION.value):
-            for pages in _HEAD_PAGES.value[: 1 if selection in _UNLIMITED else None]:
+            for pages in _HEAD_PAGES.value[: 1 if selection in UNLIMITED else None]:
                 options = PolicyOptions(base=base, selection=selection, head_pages=pages)
                 variants.append(Variant(policy, options))
     return variants
@@ -177,7 +190,7 @@ def compare_variants(
             programs = made.programs
         return made
 
-    dense = Variant("dense", PolicyOptions())
+    dense = Variant("dense")
     reference = engine(dense)
     console.print(f"{trace.name}: dense")
     answers = [_continuations(reference, moment) for moment in rounds]
@@ -252,9 +265,7 @@ def _rows(trace: str, measured: dict[Variant | str, Measured]) -> list[dict[str,
     floor = summarise(list(noise.lanes.values())).kl_mean if noise else 0.0
     rows = []
     for key, result in measured.items():
-        variant = key if isinstance(key, Variant) else Variant(key, PolicyOptions())
-        options = variant.options if variant.policy == "tokendance" else None
-        limited = options is not None and options.selection not in _UNLIMITED
+        variant = key if isinstance(key, Variant) else Variant(key)
         rounds = sorted({index for index, _ in result.lanes})
         agents = sorted({agent for _, agent in result.lanes})
 
@@ -263,17 +274,13 @@ def _rows(trace: str, measured: dict[Variant | str, Measured]) -> list[dict[str,
 
         rows.append(
             {
-                "policy": variant.policy,
-                "base": options and options.base,
-                "selection": options and options.selection,
-                "head_pages": options.head_pages if options is not None and limited else None,
+                **variant.choices,
                 "trace": trace,
                 **dataclasses.asdict(summarise(list(result.lanes.values()))),
                 "token_layers": sum(result.token_layers),
                 "noise_floor": floor,
                 "kl_by_round": {i: mean([at for at in result.lanes if at[0] == i]) for i in rounds},
                 "kl_by_agent": {a: mean([at for at in result.lanes if at[1] == a]) for a in agents},
-                "name": variant.name,
             }
         )
     return rows

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
+from rich.console import Console
 
 from scripts import common, demo_probes, make_demo_tokenizer
 from scripts.demo_data import tokenizer_texts
@@ -49,7 +50,7 @@ _STAGES = flags.DEFINE_multi_string(
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of products.")
 _SAVE_MINUTES = flags.DEFINE_float("save_minutes", 5.0, "Minutes between checkpoints.")
 _EVAL_STEPS = flags.DEFINE_integer("eval_steps", 250, "Steps between checks on held-out towns.")
-_PROBE_ROUNDS = flags.DEFINE_integer("probe_rounds", 20, "Rounds of probes for each size.")
+_DRAWS = flags.DEFINE_integer("draws", 20, "Draws of rounds of probes in each setting.")
 
 _VOCAB_SIZE = 1024
 _CONTEXT = 8192
@@ -156,9 +157,10 @@ def main(argv: Sequence[str]) -> int:
         if importlib.util.find_spec("matplotlib"):
             run.plot()
         model = run.export(params)
-        found = demo_probes.score(model, rounds=_PROBE_ROUNDS.value)
-        common.write_json(str(run.folder / "probes.json"), found)
-        print(demo_probes.table(found))
+        found = demo_probes.score(model, draws=_DRAWS.value)
+        common.write_json(str(run.folder / "probes.json"), {"policies": found})
+        for table in demo_probes.tables(found):
+            Console(highlight=False).print(table)
     except (OSError, ValueError) as error:
         print(f"train_demo_model: {error}", file=sys.stderr)
         return 1

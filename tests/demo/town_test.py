@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokendance_jax.demo.town import (
+    GUIDE,
     KINDS,
     MAX_NEW_TOKENS,
     Probe,
     ProbeKind,
     View,
     draw_town,
+    drifting_rounds,
     probe_round,
     probes,
     prompt_of,
@@ -25,6 +27,7 @@ from tokendance_jax.prompt import AgentPrompt
 
 SEEDS = st.integers(0, 10**6)
 SIZES = st.integers(2, 16)
+KINDS_OF_TEXT = "system", "history", "shared", "task"
 _PLAN = r"at (\w+) (\w+) (?:visits (\w+ \w+)|joins (\w+))"
 
 
@@ -43,7 +46,9 @@ def plans_in(text: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
 def read_answer(prompt: AgentPrompt) -> str:
     """The answer, found in the prompt's text alone."""
     question = text_of(prompt, "task").strip()
-    private, shared = text_of(prompt, "system", "history"), text_of(prompt, "shared")
+    said = [s for s in prompt.segments if s.id.startswith("said/")]
+    shared = "".join(s.text or "" for s in said)  # in this round or in earlier ones
+    private = "".join(s.text or "" for s in prompt.segments[:-1] if s not in said)
     if asked := re.fullmatch(r"Where does (\w+) go at (\w+)\?", question):
         plans, parts = plans_in(private + shared), []
         person, time = asked.groups()
@@ -116,7 +121,9 @@ def test_every_probe_has_the_one_answer_that_its_text_gives(seed, agents, split)
             assert probe.kind == kind
             assert probe.right(probe.answer)
             assert probe.right(f" {probe.answer}\n")
+            assert probe.right(probe.answer.replace("So", "I think").upper())
             assert not probe.right(probe.answer[:-2])
+            assert not probe.right(f"Well.\n{probe.answer}")
             assert probe.question not in asked, "two kinds ask the same"
             asked.add(probe.question)
 
@@ -209,3 +216,25 @@ def test_stories_are_an_all_gather_with_right_answers(agents):
             history = text_of(old, "history")
             assert text_of(new, "history").startswith(history)
             assert len(text_of(new, "history")) > len(history)
+
+
+def test_what_a_round_shares_is_history_in_the_next():
+    rounds = drifting_rounds(3, 5, 4)
+    assert rounds == drifting_rounds(3, 5, 4)
+    for index, (moment, asked) in enumerate(rounds):
+        assert moment.index == index
+        for prompt, probe in zip(moment.agents, asked, strict=True):
+            assert read_answer(prompt) == probe.answer
+            said = [s for s in prompt.segments if s.id.startswith("said/")]
+            assert [s.kind for s in said] == ["history"] * 3 * index + ["shared"] * 3
+        if index:
+            before = text_of(rounds[index - 1][0].agents[0], "history", "shared")
+            assert text_of(moment.agents[0], "history") == before
+
+
+def test_a_guide_stands_in_front_and_changes_nothing_else():
+    plain, asked = probe_round(5, 4)
+    guided, again = probe_round(5, 4, guide=GUIDE)
+    assert asked == again
+    for one, other in zip(plain.agents, guided.agents, strict=True):
+        assert text_of(other, *KINDS_OF_TEXT) == GUIDE + text_of(one, *KINDS_OF_TEXT)

@@ -221,7 +221,7 @@ def test_trains_resumes_to_the_bit_and_serves(tmp_path):
 def test_the_script(tmp_path):
     command = [
         *(sys.executable, "-m", "scripts.train_demo_model", f"--out={tmp_path / 'run'}"),
-        *("--steps=4", "--warmup=1", "--layers=1", "--inner=64", "--probe_rounds=1"),
+        *("--steps=4", "--warmup=1", "--layers=1", "--inner=64", "--draws=1"),
         *("--stage=1.0:128:2:2", "--dtype=float32"),
     ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -232,6 +232,7 @@ def test_the_script(tmp_path):
         assert done.returncode == status, done.stderr
     assert "holds a run" in done.stderr
     found = json.loads((tmp_path / "run" / "probes.json").read_text())
-    assert set(found["probes"]) == {"retrieve", "combine", "recall", "abstain", "repeat"}
+    for row in found["policies"]:
+        assert set(row["probes"]) == {"retrieve", "combine", "recall", "abstain", "repeat"}
     files = {file.name for file in (tmp_path / "run" / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= files

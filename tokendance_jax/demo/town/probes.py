@@ -26,7 +26,7 @@ class Probe:
         speaks, of private plans or of what it heard, as the stories of the town need it.
       question: the text of the task.
       answer: the right answer, without a newline.
-      target: how a right answer ends: the part that is graded.
+      target: what a right answer names: a place, that nobody said it, or the clauses of a block.
     """
 
     kind: ProbeKind
@@ -35,8 +35,9 @@ class Probe:
     target: str
 
     def right(self, text: str) -> bool:
-        """Whether an answer is right: it ends as it must. Space around it does not matter."""
-        return text.strip().endswith(self.target)
+        """Whether the first line of an answer names the target; the words around it are free."""
+        first, *_ = text.strip().split("\n")
+        return self.target.lower() in first.lower()
 
 
 def probes(view: View, kind: ProbeKind, rng: random.Random) -> list[Probe]:
@@ -90,7 +91,7 @@ def tell_follow(view: View, plan: Plan) -> Probe:
 def _tell(view: View, question: str, clauses: str) -> Probe:
     name, mood = view.person.name, view.person.mood
     answer = f"Then {name} says: {clauses}, and {name} feels {mood}."
-    return Probe("tell", f"{question}\n", answer, answer)
+    return Probe("tell", f"{question}\n", answer, answer[:-1])
 
 
 def _known(view: View) -> dict[tuple[str, str], Plan]:
@@ -99,7 +100,7 @@ def _known(view: View) -> dict[tuple[str, str], Plan]:
 
 def _where(kind: ProbeKind, view: View, person: str, time: str) -> Probe:
     answer = f"So {answer_where(view, person, time)}."
-    target = f"{NOBODY}." if kind == "abstain" else answer[answer.rindex(" visits ") :]
+    target = NOBODY if kind == "abstain" else answer[:-1].rpartition(" visits ")[2]
     return Probe(kind, f"Where does {person} go at {time}?\n", answer, target)
 
 
@@ -119,7 +120,7 @@ def _recall(view: View, rng: random.Random) -> list[Probe]:
 
 def _recall_thing(memory: Memory) -> Probe:
     question = f"Where did {memory.person} {words.VERBS[memory.verb]} the {memory.thing}?\n"
-    return Probe("recall", question, f"So {memory.text}.", f" at {memory.place}.")
+    return Probe("recall", question, f"So {memory.text}.", memory.place)
 
 
 def _abstain(view: View, rng: random.Random) -> list[Probe]:
@@ -144,7 +145,8 @@ def _misses(view: View, plan: Plan) -> bool:
 
 def _repeat(view: View, rng: random.Random) -> list[Probe]:
     return [
-        Probe("repeat", f"Repeat what {s.speaker} says.\n", s.text, s.text) for s in view.statements
+        Probe("repeat", f"Repeat what {s.speaker} says.\n", s.text, s.text[:-1].partition(": ")[2])
+        for s in view.statements
     ]
 
 

@@ -30,10 +30,25 @@ from tokendance_jax.prompt import AgentPrompt, Round, Segment, Trace
 MAX_NEW_TOKENS = 64
 # Five kinds that are graded; "tell" is what stories are made of.
 GRADED = KINDS[:5]
+GUIDE = """\
+Answer with one sentence, in the words of what was said. Here are four examples.
+Where does Ann go at noon? So at noon Ann visits Blue Gate.
+Where does Bob go at noon? So at noon Bob joins Ann, so at noon Ann visits Blue Gate.
+Where does Ann go at dusk? So at dusk Ann goes, nobody said where.
+Repeat what Bob says. Then Bob says: at noon Bob joins Ann, and Bob feels sad.
+"""
+_SAID_A_ROUND = 3
 
 
-def prompt_of(view: View, probe: Probe) -> AgentPrompt:
-    """An agent's prompt: persona, memories, what everybody said, and the question."""
+def prompt_of(view: View, probe: Probe, *, guide: str = "", older: int = 0) -> AgentPrompt:
+    """An agent's prompt: persona, memories, what everybody said, and the question.
+
+    Args:
+      view: what the agent sees.
+      probe: the question and its answer.
+      guide: text in front: `GUIDE` explains the town to models that were not trained in it.
+      older: so many statements come first, as history: they were shared in earlier rounds.
+    """
     person = view.person
     name = person.name
     persona = (
@@ -43,9 +58,12 @@ def prompt_of(view: View, probe: Probe) -> AgentPrompt:
     memories = [f"Today {plan.text}.\n" for plan in view.secrets]
     memories += [f"Once {memory.text}.\n" for memory in view.memories]
     segments = [
-        Segment("system", f"persona/{name}", persona),
+        Segment("system", f"persona/{name}", guide + persona),
         *(Segment("history", f"memory/{name}/{i}", text) for i, text in enumerate(memories)),
-        *(Segment("shared", f"said/{s.speaker}", f"{s.text}\n") for s in view.statements),
+        *(
+            Segment("history" if i < older else "shared", f"said/{s.speaker}", f"{s.text}\n")
+            for i, s in enumerate(view.statements)
+        ),
         Segment("task", f"task/{name}", probe.question),
     ]
     return AgentPrompt(name, tuple(segments), MAX_NEW_TOKENS, probe.answer)
@@ -60,6 +78,7 @@ def probe_round(
     own: bool = True,
     keep: float = 1.0,
     shuffled: bool = False,
+    guide: str = "",
 ) -> tuple[Round, tuple[Probe, ...]]:
     """A round in which every agent gets one probe.
 
@@ -72,6 +91,7 @@ def probe_round(
       own: whether agents see their own statement.
       keep: share of the other statements that each sees.
       shuffled: whether each sees them in an order of its own.
+      guide: text in front of every prompt.
 
     Returns:
       The round, and the probes in the order of its agents.
@@ -85,8 +105,43 @@ def probe_round(
         rng.shuffle(seen)
         view = view_of(town, seat, seen if shuffled else sorted(seen))
         turns.append((view, _first_of(view, kinds, seat, rng)))
-    prompts = tuple(prompt_of(view, probe) for view, probe in turns)
+    prompts = tuple(prompt_of(view, probe, guide=guide) for view, probe in turns)
     return Round(prompts, max_new_tokens=MAX_NEW_TOKENS), tuple(probe for _, probe in turns)
+
+
+def drifting_rounds(
+    seed: int,
+    agents: int,
+    rounds: int,
+    kinds: Sequence[ProbeKind] = GRADED,
+    *,
+    guide: str = "",
+) -> list[tuple[Round, tuple[Probe, ...]]]:
+    """Rounds in which histories grow by what was shared before, and probes ask for all of it.
+
+    The statements of a held-out town are said three a round. What a round shares is history in the
+    next.
+
+    Args:
+      seed: the same seed gives the same rounds.
+      agents: how many agents, at most three times the rounds.
+      rounds: how many rounds.
+      kinds: as for `probe_round`.
+      guide: text in front of every prompt.
+    """
+    rng = random.Random(seed)
+    town = draw_town(rng, _SAID_A_ROUND * rounds, "held_out")
+    found = []
+    for index in range(rounds):
+        older = _SAID_A_ROUND * index
+        turns = []
+        for seat in range(agents):
+            view = view_of(town, seat, range(older + _SAID_A_ROUND))
+            turns.append((view, _first_of(view, kinds, seat + index, rng)))
+        prompts = tuple(prompt_of(*turn, guide=guide, older=older) for turn in turns)
+        moment = Round(prompts, max_new_tokens=MAX_NEW_TOKENS, index=index)
+        found.append((moment, tuple(probe for _, probe in turns)))
+    return found
 
 
 def story(seed: int, agents: int, *, split: words.Split = "train") -> Trace:

@@ -1,0 +1,38 @@
+"""What is compared: policies and their choices, with names for tables."""
+
+import dataclasses
+from typing import Any
+
+from tokendance_jax.collector.policies import PolicyOptions
+
+UNLIMITED = ("none", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A policy and its choices."""
+
+    policy: str
+    options: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
+
+    @property
+    def name(self) -> str:
+        """For tables: the policy, and what distinguishes this variant of it."""
+        if self.policy != "tokendance":
+            return self.policy
+        pages = "" if self.options.selection in UNLIMITED else f" {self.options.head_pages}"
+        base = "" if self.options.base == "joint" else f", {self.options.base}"
+        return f"tokendance {self.options.selection}{pages}{base}"
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """For results: the name, the policy, and those of its choices that it has."""
+        own = self.policy == "tokendance"
+        limited = own and self.options.selection not in UNLIMITED
+        return {
+            "name": self.name,
+            "policy": self.policy,
+            "base": self.options.base if own else None,
+            "selection": self.options.selection if own else None,
+            "head_pages": self.options.head_pages if limited else None,
+        }
