@@ -1,0 +1,74 @@
+"""Probes of the town: how answers are graded, and what reuse costs the demo's model."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from scripts.demo_probes import SETTINGS, Graded, Setting, ask
+from tokendance_jax.collector.policies import PolicyOptions
+from tokendance_jax.demo.town import probe_round
+from tokendance_jax.engine.engine import RoundEngine
+
+
+def graded(draws: int, share: float) -> Graded:
+    """Ten probes a draw, each answered rightly with a probability."""
+    rng = random.Random(0)
+    found = Graded()
+    for seed in range(draws):
+        _, probes = probe_round(seed, 10, ["retrieve"])
+        answers = [p.answer if rng.random() < share else "I know nothing." for p in probes]
+        found.add(probes, answers, 5.0)
+    return found
+
+
+def test_right_answers_are_counted_by_kind():
+    found = graded(4, 1.0)
+    assert found.accuracy("retrieve") == 1.0
+    assert found.interval("retrieve") == (1.0, 1.0)
+    assert found.asked("retrieve") == 40
+    assert found.token_layers == 20.0
+    assert found.asked("repeat") == 0
+    assert math.isnan(found.accuracy("repeat"))
+
+
+def test_intervals_hold_the_accuracy_and_narrow_with_more_draws():
+    few, many = graded(8, 0.7), graded(80, 0.7)
+    widths = []
+    for found in (few, many):
+        low, high = found.interval("retrieve")
+        assert low < found.accuracy("retrieve") < high
+        assert low <= 0.7 <= high
+        widths.append(high - low)
+    # Of independent draws the width falls with the root of their number.
+    assert np.isclose(widths[0] / widths[1], 10**0.5, rtol=0.4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_what_they_say(name):
+    setting = SETTINGS[name]
+    drawn = setting.draw(0, ["retrieve"], "")
+    assert len(drawn) == setting.rounds
+    assert drawn == setting.draw(0, ["retrieve"], "")
+    for moment, probes in drawn:
+        assert len(moment.agents) == len(probes) == setting.agents
+        for prompt in moment.agents:
+            seen = {s.id for s in prompt.segments if s.kind == "shared"}
+            own = f"said/{prompt.agent}" in seen
+            if setting.rounds == 1:
+                assert own == setting.own
+                others = setting.agents - 1
+                assert len(seen) - own == max(1, round(setting.keep * others))
+
+
+def answers(model, setting: Setting, *, draws: int, policy="tokendance", shuffle=False, **options):
+    engine = RoundEngine(
+        model,
+        policy=policy,
+        options=PolicyOptions(**options),
+        kv_memory=2048 * model.kv_spec(pages=1, page_size=16).page_bytes,
+        max_agents=16,
+    )
+    (found,) = ask(engine, setting, range(draws), kinds=["retrieve"], shuffle=shuffle)
+    return found
