@@ -132,6 +132,7 @@ def test_serves_a_file_and_live_rounds(serve, tmp_path):
     path = tmp_path / "rounds.jsonl.gz"
     write_trace(path, harbour_trace())
     arguments = (f"--trace={path}", "--policy=prefix", "--rounds=2", "--max_new_tokens=4")
+    arguments = (*arguments, "--page_size=32")
     _, recorded = serve(*arguments, "--rounds=1")
     assert recorded["rounds"][0]["tokens"]["markup"] == 0
     assert recorded["policies"]["prefix"]["right"] is None
