@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from scripts import make_demo_tokenizer
-from tokendance_jax.demo import demo_trace
+from scripts import demo_tokenizer
+from tokendance_jax.demo import harbour_trace
 from tokendance_jax.demo.town import (
     KINDS,
     Probe,
@@ -91,7 +91,7 @@ class Batch:
 def tokenizer_texts() -> Iterator[str]:
     """Texts of the training split, names cut at their seams: no name becomes one token.
 
-    Behind them the demo's trace, for the words of ordinary English.
+    Behind them the harbour's trace, for the words of ordinary English.
     """
     starts, ends = "|".join(words.NAME_STARTS), "|".join(words.NAME_ENDS)
     seam = re.compile(rf"\b({starts})({ends})\b")
@@ -102,7 +102,7 @@ def tokenizer_texts() -> Iterator[str]:
                 for segment in prompt.segments:
                     yield seam.sub(r"\1\n\2", segment.text or "")
                 yield seam.sub(r"\1\n\2", prompt.recorded_output or "")
-    yield from make_demo_tokenizer.texts_of(demo_trace())
+    yield from demo_tokenizer.texts_of(harbour_trace())
 
 
 def draw_batch(

@@ -4,8 +4,9 @@
   python -m scripts.serve_round --model=model.gguf --trace=rounds.jsonl.gz
   python -m scripts.serve_round --policy=dense --policy=prefix --policy=tokendance
 
-Without flags it serves an embedded trace of four agents with a small embedded model of random
-weights: it shows that everything runs, not that the model makes sense.
+Without flags it serves the demo: eight agents of a small town, with a small model that was trained
+to speak its language. The dense policy says what they answer and how much of it is right; what
+tokendance computes, holds and answers stands beside it.
 """
 
 import contextlib
@@ -18,13 +19,13 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from scripts import common
+from scripts.served import Served, comparison_table, rounds_table, work_table
 from tokendance_jax import host
 from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
@@ -33,7 +34,7 @@ from tokendance_jax.model import Model
 from tokendance_jax.models.loading import CheckpointError
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.prompt import PromptError, Round, Sampling, Trace, tokenize_round
-from tokendance_jax.quality import Comparison, compare, summarise
+from tokendance_jax.quality import compare
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -53,10 +54,14 @@ _CHAT = flags.DEFINE_enum(
     "chat",
     "auto",
     ["auto", "yes", "no"],
-    "Whether prompts are set into the model's chat markup; auto: in live runs (--noreplay).",
+    "Whether prompts are set into chat markup; auto: in live runs (--noreplay), and the demo's, if "
+    "the model has a template.",
 )
 _POLICY = flags.DEFINE_multi_enum(
-    "policy", ["prefix"], POLICIES, "Which KV is reused. Repeat the flag to compare policies."
+    "policy",
+    ["dense", "tokendance"],
+    POLICIES,
+    "Which KV is reused. Repeat the flag; policies are compared with the first.",
 )
 _BASE = flags.DEFINE_enum(
     "base", PolicyOptions().base, BASES, "How tokendance conditions the KV of shared text."
@@ -79,7 +84,7 @@ _BLEND_RATIO = flags.DEFINE_float(
 _QUALITY = flags.DEFINE_bool(
     "quality",
     True,
-    "Whether policies are compared by quality too, in replays: 16 tokens of 8 agents a round.",
+    "Whether policies are compared by quality too, in replays: 32 tokens of 8 agents a round.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 0, "Serve this many rounds; 0: all.", lower_bound=0)
 _AGENTS = flags.DEFINE_integer(
@@ -108,23 +113,8 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 )
 _JSON = flags.DEFINE_string("json", None, "File to write configuration and results to.")
 
-_QUALITY_TOKENS, _QUALITY_AGENTS = 16, 8
+_QUALITY_TOKENS, _QUALITY_AGENTS = 32, 8
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
-
-
-@dataclasses.dataclass
-class _Run:
-    """What was served so far, and whether something is left to serve.
-
-    Attributes:
-      results: policy to the results of its rounds.
-      compared: policy to comparisons with the first policy, of all rounds.
-      interrupted: whether something is left.
-    """
-
-    results: dict[str, list[RoundResult]]
-    compared: dict[str, list[Comparison]]
-    interrupted: bool = True
 
 
 def main(argv: Sequence[str]) -> int:
@@ -141,20 +131,20 @@ def main(argv: Sequence[str]) -> int:
         common.check_json_path(_JSON.value)
         trace = _trace()
         model = common.model_of(_MODEL.value, _DTYPE.value)
-        run = _serve(model, trace, console)
+        served = _serve(model, trace, console)
     except (CheckpointError, PromptError, OutOfPages, OSError, ValueError) as error:
         print(f"serve_round: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # while loading, or the second one
         return _INTERRUPTED
-    if any(run.results.values()):
-        console.print(_table(run.results))
-        console.print(_work(run))
-        console.print(_comparison(run))
+    if any(served.results.values()):
+        console.print(rounds_table(served, cold=_COLD.value))
+        console.print(work_table(served))
+        console.print(comparison_table(served))
     if _JSON.value:
-        common.write_json(_JSON.value, _json(run))
+        common.write_json(_JSON.value, _json(served))
         console.print(f"Written: {escape(_JSON.value)}")
-    if run.interrupted:
+    if served.interrupted:
         console.print("Interrupted: what is shown is what was done.")
         return _INTERRUPTED
     return 0
@@ -174,13 +164,19 @@ def _trace() -> Trace:
     return dataclasses.replace(trace, rounds=rounds)
 
 
-def _serve(model: Model, trace: Trace, console: Console) -> _Run:
+def _chat(model: Model) -> bool:
+    """Whether prompts are set into chat markup: recorded ones stand as they were recorded."""
+    if _CHAT.value != "auto":
+        return _CHAT.value == "yes"
+    wanted = not _REPLAY.value or _TRACE.value == common.DEMO
+    return wanted and model.tokenizer.chat_template is not None
+
+
+def _serve(model: Model, trace: Trace, console: Console) -> Served:
     """Serves the trace under every policy."""
-    chat = {"yes": True, "no": False, "auto": None}[_CHAT.value]
+    chat = _chat(model)
     if _KV_MEMORY.value == "auto":
-        kv_memory = common.needed_kv_memory(
-            model, trace, page_size=_PAGE_SIZE.value, chat=bool(chat) or not _REPLAY.value
-        )
+        kv_memory = common.needed_kv_memory(model, trace, page_size=_PAGE_SIZE.value, chat=chat)
     else:
         kv_memory = common.parse_bytes(_KV_MEMORY.value)
     console.print(
@@ -190,7 +186,12 @@ def _serve(model: Model, trace: Trace, console: Console) -> _Run:
         f"KV pool {kv_memory / 2**20:,.0f} MiB"
     )
     policies = list(dict.fromkeys(_POLICY.value))
-    run = _Run({policy: [] for policy in policies}, {policy: [] for policy in policies[1:]})
+    served = Served(
+        results={policy: [] for policy in policies},
+        compared={policy: [] for policy in policies[1:]},
+        asked=trace if _TRACE.value == common.DEMO and _REPLAY.value else None,
+    )
+    first = served.results[served.first]
     options = PolicyOptions(
         base=_BASE.value,
         selection=_SELECTION.value,
@@ -228,39 +229,35 @@ def _serve(model: Model, trace: Trace, console: Console) -> _Run:
                     programs=programs,
                 )
                 programs = engine.programs
-                served = engine.run(
-                    trace,
-                    replay=_REPLAY.value,
-                    chat=chat,
-                    on_token=on_token,
-                )
+                rounds = engine.run(trace, replay=_REPLAY.value, chat=chat, on_token=on_token)
                 for moment in trace.rounds:
                     most = sum(a.max_new_tokens or moment.max_new_tokens for a in moment.agents)
                     progress.reset(bar, total=most, description=f"{policy}, round {moment.index}")
                     check()
-                    result = next(served)
-                    run.results[policy].append(result)
-                    _tell(console, policy, result, run.results[policies[0]])
+                    result = next(rounds)
+                    served.results[policy].append(result)
+                    _tell(console, policy, moment, result, served)
                     if _QUALITY.value and _REPLAY.value and len(policies) > 1:
                         check()
-                        found = _follow(engine, moment, run.results[policies[0]])
-                        if policy == policies[0]:
+                        found = _follow(engine, moment, first[moment.index], chat=chat)
+                        if policy == served.first:
                             streams.append(found)
                         else:
                             pairs = zip(streams[moment.index], found, strict=True)
-                            run.compared[policy] += [
+                            served.compared[policy] += [
                                 compare(engine.logits(a), engine.logits(b)) for a, b in pairs
                             ]
-                del engine, served  # its pool, before the next one is made
-            run.interrupted = False
-    return run
+                del engine, rounds  # its pool, before the next one is made
+            served.interrupted = False
+    return served
 
 
-def _follow(engine: RoundEngine, moment: Round, first: Sequence[RoundResult]) -> list[np.ndarray]:
+def _follow(
+    engine: RoundEngine, moment: Round, first: RoundResult, *, chat: bool
+) -> list[np.ndarray]:
     """The engine's residual streams along the beginnings of the first policy's answers."""
-    answers = {r.index: r for r in first}[moment.index].agents
-    prompts = tokenize_round(moment, engine.model.tokenizer, chat=_CHAT.value == "yes")
-    ids = [np.array(answer.token_ids[:_QUALITY_TOKENS], np.int32) for answer in answers]
+    prompts = tokenize_round(moment, engine.model.tokenizer, chat=chat)
+    ids = [np.array(answer.token_ids[:_QUALITY_TOKENS], np.int32) for answer in first.agents]
     return engine.follow(prompts, ids)[0][:_QUALITY_AGENTS]
 
 
@@ -289,112 +286,34 @@ def _deferred_interrupt(console: Console) -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _tell(console: Console, policy: str, result: RoundResult, first: Sequence[RoundResult]) -> None:
-    """Prints the answers, or how many are those of the first policy."""
+def _tell(
+    console: Console, policy: str, moment: Round, result: RoundResult, served: Served
+) -> None:
+    """Prints questions and answers, or how many answers are those of the first policy."""
     console.print(f"\n[bold]Round {result.index}, {policy}[/]")
-    reference = {r.index: r for r in first}[result.index]
-    if reference is not result:
-        same = sum(a.text == b.text for a, b in zip(result.agents, reference.agents, strict=True))
-        console.print(f"{same} of {len(result.agents)} answers equal those of the first policy.")
-        return
-    for agent in result.agents:
-        console.print(f"[cyan]{escape(agent.agent)}[/]: {escape(agent.text.strip())}")
+    right = served.right(result)
+    counts, of_all = [], f"of {len(result.agents)} answers"
+    if policy == served.first:
+        for index, (prompt, agent) in enumerate(zip(moment.agents, result.agents, strict=True)):
+            question = "".join(s.text or "" for s in prompt.segments if s.kind == "task").strip()
+            lines = [escape(agent.text.strip())]
+            if right and not right[index]:
+                lines.append(f"[red]Right:[/] {escape((prompt.recorded_output or '').strip())}")
+            # Longer tasks are instructions more than questions.
+            asked = question if "\n" not in question else ""
+            console.print(f"[cyan]{escape(agent.agent)}[/]: [dim]{escape(asked)}[/]")
+            console.print(Padding("\n".join(lines), (0, 0, 0, 2), expand=False))
+    else:
+        pairs = zip(result.agents, served.results[served.first][result.index].agents, strict=True)
+        same = sum(one.text == other.text for one, other in pairs)
+        counts.append(f"{same} {of_all} equal those of {served.first}")
+    if right:
+        counts.append(f"{sum(right)} {of_all} are right")
+    if counts:
+        console.print(f"{', '.join(counts)}.")
 
 
-def _table(results: dict[str, list[RoundResult]]) -> Table:
-    title = "Tokens, seconds and KV bytes" + ("" if _COLD.value else " (compilation left out)")
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for column in ("policy", "round"):
-        table.add_column(column, no_wrap=True)
-    # Two lines each, so that the table fits 80 columns.
-    tokens = ("prompt\ntokens", "computed", "reused")
-    times = ("prefill\ns", "decode\ns", "decode\ntok/s")
-    for column in (*tokens, *times, "KV MiB\nheld", "KV MiB\ndense"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for policy, rounds in results.items():
-        for result in rounds:
-            ledger, timings = result.ledger, result.timings
-            later = ledger.decoded_tokens - len(result.agents)  # the first tokens are prefill's
-            table.add_row(
-                policy,
-                str(result.index),
-                f"{ledger.prompt_tokens:,}",
-                f"{ledger.computed_tokens:,}",
-                f"{ledger.reused_tokens / ledger.prompt_tokens:.1%}",
-                f"{timings.prefill_s:.2f}",
-                f"{timings.decode_s:.2f}",
-                f"{later / timings.decode_s:,.0f}" if later else "-",
-                f"{ledger.kv_bytes_held / 2**20:,.1f}",
-                f"{ledger.kv_bytes_dense / 2**20:,.1f}",
-            )
-    return table
-
-
-def _work(run: _Run) -> Table:
-    """What each policy computed over all its rounds, beside what it had to and what it could."""
-    table = Table(title="Work of all rounds", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("policy", no_wrap=True)
-    columns = ("prompt\ntokens", "computed", "unique", "prompt /\ncomputed", "collective\nceiling")
-    for column in (*columns, "token-\nlayers"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for policy, values in _summaries(run).items():
-        prompt = values["prompt_tokens"]
-        table.add_row(
-            policy,
-            f"{prompt:,}",
-            f"{values['computed_tokens']:,}",
-            f"{values['unique_tokens']:,}",
-            f"{prompt / values['computed_tokens']:.2f}",
-            f"{prompt / values['distinct_tokens']:.2f}",
-            f"{values['token_layers']:,.0f}",
-        )
-    return table
-
-
-def _comparison(run: _Run) -> Table:
-    """What that took and held, and how near the answers are to the first policy's."""
-    title = "Time, bytes" + (f", quality against {next(iter(run.results))}" if run.compared else "")
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("policy", no_wrap=True)
-    columns = ("prefill\ns", "KV MiB\nheld", "at\nrest", "dense")
-    for column in (*columns, "mean\nKL", "top-1", "first\ndiverg."):
-        table.add_column(column, justify="right", no_wrap=True)
-    for policy, values in _summaries(run).items():
-        agreed = values["agreement"]
-        quality = ("-", "-", "-")
-        if agreed is not None:
-            kl, top1, first = agreed["kl_mean"], agreed["top1"], agreed["first_divergence"]
-            quality = (f"{kl:.2g}", f"{top1:.3f}", f"{first:.1f}")
-        table.add_row(
-            policy,
-            f"{values['prefill_s']:.2f}",
-            *(f"{values[f'kv_bytes_{what}'] / 2**20:,.0f}" for what in ("held", "rest", "dense")),
-            *quality,
-        )
-    return table
-
-
-def _summaries(run: _Run) -> dict[str, dict[str, Any]]:
-    """Sums over the rounds of each policy, and how it agrees with the first."""
-    fields = ("prompt", "distinct", "unique", "computed")
-    kinds = ("held", "rest", "dense")
-    summaries = {}
-    for policy, results in run.results.items():
-        ledgers = [result.ledger for result in results]
-        names = [*(f"{field}_tokens" for field in fields), *(f"kv_bytes_{kind}" for kind in kinds)]
-        if not ledgers:
-            continue
-        compared = run.compared.get(policy)
-        summaries[policy] = {
-            **{name: sum(getattr(ledger, name) for ledger in ledgers) for name in names},
-            "token_layers": sum(ledger.token_layers for ledger in ledgers),
-            "prefill_s": sum(result.timings.prefill_s for result in results),
-            "agreement": dataclasses.asdict(summarise(compared)) if compared else None,
-        }
-    return summaries
-
-
-def _json(run: _Run) -> dict[str, Any]:
+def _json(served: Served) -> dict[str, Any]:
     own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])
     config = {flag.name: flag.value for flag in own}
     rows = [
@@ -408,10 +327,10 @@ def _json(run: _Run) -> dict[str, Any]:
             "output_ids": {agent.agent: list(agent.token_ids) for agent in result.agents},
             "finish_reasons": {agent.agent: agent.finish_reason for agent in result.agents},
         }
-        for policy, rounds in run.results.items()
+        for policy, rounds in served.results.items()
         for result in rounds
     ]
-    return {"config": config, "rounds": rows, "policies": _summaries(run)}
+    return {"config": config, "rounds": rows, "policies": served.summaries()}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 from rich.console import Console
 
-from scripts import common, demo_probes, make_demo_tokenizer
+from scripts import common, demo_probes, demo_tokenizer
 from scripts.demo_data import tokenizer_texts
 from scripts.demo_run import Run
 from scripts.demo_training import Recipe, Stage, start, train_step
@@ -52,7 +52,6 @@ _SAVE_MINUTES = flags.DEFINE_float("save_minutes", 5.0, "Minutes between checkpo
 _EVAL_STEPS = flags.DEFINE_integer("eval_steps", 250, "Steps between checks on held-out towns.")
 _DRAWS = flags.DEFINE_integer("draws", 20, "Draws of rounds of probes in each setting.")
 
-_VOCAB_SIZE = 1024
 _CONTEXT = 8192
 _TIMED_STEPS = 3
 
@@ -77,9 +76,7 @@ def open_run(folder: Path, *, resume: bool) -> Run:
         config = Qwen2Config(**fields["config"])
         return Run(folder, config, recipe, (folder / "tokenizer.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_json = make_demo_tokenizer.train(
-        tokenizer_texts(), vocab_size=_VOCAB_SIZE, min_frequency=2
-    )
+    tokenizer_json = demo_tokenizer.train(tokenizer_texts())
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     config, recipe = _config(), _recipe()
     if not recipe.steps:
@@ -93,7 +90,7 @@ def open_run(folder: Path, *, resume: bool) -> Run:
 def _config() -> Qwen2Config:
     heads = _WIDTH.value // 64
     return Qwen2Config(
-        vocab_size=_VOCAB_SIZE,
+        vocab_size=demo_tokenizer.VOCAB_SIZE,
         hidden_size=_WIDTH.value,
         intermediate_size=_INNER.value,
         num_hidden_layers=_LAYERS.value,

@@ -25,8 +25,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")
-def demo_model():
-    """The demo's model in float32, one for the whole run."""
-    from tokendance_jax.demo.model import demo_model
+def small_model():
+    """The small random model in float32, one for the whole run."""
+    from tests.small_model import small_model
 
-    return demo_model("float32")
+    return small_model("float32")

@@ -30,9 +30,11 @@ from tokendance_jax.models.qwen2 import model
 
 for module in (tokendance_jax, lanes, model):
     assert Path(module.__file__).is_relative_to(sys.argv[1]), module.__file__
-engine = tokendance_jax.RoundEngine(tokendance_jax.demo_model("float32"), kv_memory=8 << 20)
+engine = tokendance_jax.RoundEngine(tokendance_jax.demo_model("float32"), kv_memory=16 << 20)
 moment = tokendance_jax.demo_trace().rounds[0]
 result = engine.serve(moment)
+right = [result.texts[prompt.agent] == prompt.recorded_output for prompt in moment.agents]
+assert sum(right) >= 6, result.texts
 assert list(result.texts) == [prompt.agent for prompt in moment.agents]
 assert result.ledger.computed_tokens + result.ledger.reused_tokens == result.ledger.prompt_tokens
 print("served", result.ledger.decoded_tokens)
@@ -123,7 +125,9 @@ def test_sdist_holds_files_instead_of_links(dist: Path):
     with tarfile.open(sdist) as archive:
         members = {member.name.split("/", 1)[-1]: member for member in archive}
     assert not [name for name, member in members.items() if member.issym() or member.islnk()]
-    for name in ("LICENSE", "tokendance_jax/kernels/rope.py", "tokendance_jax/demo/trace.jsonl"):
+    demo = "tokendance_jax/demo"
+    data = f"{demo}/harbour.jsonl", f"{demo}/checkpoint/model.safetensors"
+    for name in ("LICENSE", "tokendance_jax/kernels/rope.py", *data):
         assert members[name].isfile()
 
 

@@ -22,7 +22,7 @@ def test_the_example_serves_three_rounds(capsys: pytest.CaptureFixture[str]):
     names = {}
     exec(compile(block, "README.md", "exec"), names)
     assert len(capsys.readouterr().out.splitlines()) == 3
-    assert list(names["result"].texts) == ["Ann", "Bo"]
+    assert list(names["result"].texts) == ["Ludan", "Wesond"]
     # In the last round every agent holds both answers of the round before.
     assert [segment.kind for segment in names["blocks"]] == ["shared", "shared"]
     ledger = names["result"].ledger

@@ -1,4 +1,4 @@
-"""Parameters drawn from a seed: for tests, benchmarks and the demo."""
+"""Parameters drawn from a seed: for tests and benchmarks."""
 
 import jax
 import jax.numpy as jnp

@@ -1,22 +1,64 @@
 """The demo's data are what they claim to be."""
 
 import json
+from pathlib import Path
 
-from scripts import make_demo_tokenizer
-from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json, demo_trace
+import tokendance_jax.demo
+from scripts import demo_tokenizer
+from scripts.demo_data import tokenizer_texts
+from tokendance_jax.demo import (
+    demo_chat_template,
+    demo_tokenizer_json,
+    demo_trace,
+    harbour_trace,
+)
+from tokendance_jax.demo.model import demo_model
+from tokendance_jax.demo.town import words
 from tokendance_jax.prompt import Tokenizer, tokenize_round
 
-TRACE = demo_trace()
+HARBOUR = harbour_trace()
 TOKENIZER = Tokenizer(demo_tokenizer_json(), demo_chat_template())
+CHECKPOINT = Path(tokendance_jax.demo.__file__).parent / "checkpoint"
 
 
-def test_the_trace_is_an_all_gather():
-    assert TRACE.name == "demo"
-    assert len(TRACE.rounds) == 3
-    agents = [prompt.agent for prompt in TRACE.rounds[0].agents]
+def test_the_demo_is_a_story_that_training_never_saw():
+    trace = demo_trace()
+    assert trace == demo_trace()
+    assert [len(moment.agents) for moment in trace.rounds] == [8, 8, 8]
+    names = set(words.names("held_out"))
+    assert names.issuperset(prompt.agent for prompt in trace.rounds[0].agents)
+
+
+def test_the_tokenizer_is_the_one_of_the_training():
+    made, shipped = demo_tokenizer.train(tokenizer_texts()), demo_tokenizer_json()
+    for part in ("model", "added_tokens", "pre_tokenizer", "normalizer", "decoder"):
+        assert json.loads(made)[part] == json.loads(shipped)[part]
+    assert TOKENIZER.vocab_size == demo_tokenizer.VOCAB_SIZE == 1024
+
+
+def test_the_checkpoint_is_whole_and_small():
+    sizes = {file.name: file.stat().st_size for file in CHECKPOINT.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(
+        sizes
+    )
+    assert sum(sizes.values()) < 12_000_000
+    settings = json.loads((CHECKPOINT / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == demo_chat_template()
+    for dtype in ("bfloat16", "float32"):
+        model = demo_model(dtype)
+        assert (model.name, model.dtype.name) == ("demo", dtype)
+        assert model.config.vocab_size == TOKENIZER.vocab_size
+        assert model.tokenizer.chat_template == demo_chat_template()
+        assert model.tokenizer.decode(list(model.tokenizer.stop_ids)) == "<|endoftext|><|im_end|>"
+
+
+def test_the_harbour_is_an_all_gather():
+    assert HARBOUR.name == "harbour"
+    assert len(HARBOUR.rounds) == 3
+    agents = [prompt.agent for prompt in HARBOUR.rounds[0].agents]
     assert len(agents) == 4
     outputs: list[str | None] = []
-    for moment in TRACE.rounds:
+    for moment in HARBOUR.rounds:
         assert [prompt.agent for prompt in moment.agents] == agents
         for prompt in moment.agents:
             shared = [segment.text for segment in prompt.segments if segment.kind == "shared"]
@@ -24,8 +66,8 @@ def test_the_trace_is_an_all_gather():
         outputs = [prompt.recorded_output for prompt in moment.agents]
 
 
-def test_histories_only_grow():
-    for before, after in zip(TRACE.rounds, TRACE.rounds[1:], strict=False):
+def test_histories_of_the_harbour_only_grow():
+    for before, after in zip(HARBOUR.rounds, HARBOUR.rounds[1:], strict=False):
         for old, new in zip(before.agents, after.agents, strict=True):
             histories = [
                 [segment for segment in prompt.segments if segment.kind in ("system", "history")]
@@ -35,8 +77,8 @@ def test_histories_only_grow():
             assert len(histories[1]) == len(histories[0]) + 1
 
 
-def test_every_text_ends_with_one_newline_and_prompts_are_short():
-    for moment in TRACE.rounds:
+def test_texts_of_the_harbour_end_with_one_newline_and_prompts_are_short():
+    for moment in HARBOUR.rounds:
         for prompt in moment.agents:
             texts = [segment.text or "" for segment in prompt.segments]
             for text in [*texts, prompt.recorded_output or ""]:
@@ -44,15 +86,8 @@ def test_every_text_ends_with_one_newline_and_prompts_are_short():
             assert 150 <= len("".join(texts).split()) <= 400
 
 
-def test_every_recorded_answer_fits():
-    for moment in TRACE.rounds:
-        for prompt in moment.agents:
-            assert prompt.max_new_tokens == 32
-            assert len(TOKENIZER.encode_text(prompt.recorded_output or "")) <= 32
-
-
 def test_joined_text_encodes_like_the_segments():
-    for moment in TRACE.rounds:
+    for moment in (*HARBOUR.rounds, *demo_trace().rounds):
         for prompt, tokenized in zip(
             moment.agents, tokenize_round(moment, TOKENIZER, chat=False), strict=True
         ):
@@ -60,10 +95,8 @@ def test_joined_text_encodes_like_the_segments():
             assert TOKENIZER.encode_text(joined) == tokenized.token_ids.tolist()
 
 
-def test_the_tokenizer_is_trained_on_the_trace():
-    made = json.loads(make_demo_tokenizer.train(make_demo_tokenizer.texts_of(TRACE)))
-    shipped = json.loads(demo_tokenizer_json())
-    assert made["model"]["vocab"] == shipped["model"]["vocab"]
-    assert made["model"]["merges"] == shipped["model"]["merges"]
-    assert made["added_tokens"] == shipped["added_tokens"]
-    assert TOKENIZER.vocab_size == make_demo_tokenizer.VOCAB_SIZE == 1024
+def test_every_right_answer_fits():
+    for moment in demo_trace().rounds:
+        for prompt in moment.agents:
+            answer = TOKENIZER.encode_text(prompt.recorded_output or "")
+            assert len(answer) < (prompt.max_new_tokens or 0), prompt.recorded_output

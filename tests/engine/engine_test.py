@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.engine.rounds import agent, three
-from tokendance_jax.demo import demo_trace
+from tokendance_jax.demo import harbour_trace
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.prompt import AgentPrompt, PromptError, Round, Segment
@@ -15,22 +15,22 @@ KV = 8 << 20
 
 
 @pytest.fixture(scope="module")
-def programs(demo_model):
+def programs(small_model):
     """The programs of all engines of this module that have the usual sizes."""
-    return RoundEngine(demo_model, kv_memory=KV).programs
+    return RoundEngine(small_model, kv_memory=KV).programs
 
 
 @pytest.fixture
-def engine(demo_model, programs):
-    engine = RoundEngine(demo_model, policy="prefix", kv_memory=KV, programs=programs)
+def engine(small_model, programs):
+    engine = RoundEngine(small_model, policy="prefix", kv_memory=KV, programs=programs)
     yield engine
     assert engine.pool.live == 0
     engine.pool.check()
 
 
 @pytest.fixture
-def dense(demo_model, programs):
-    return RoundEngine(demo_model, policy="dense", kv_memory=KV, programs=programs)
+def dense(small_model, programs):
+    return RoundEngine(small_model, policy="dense", kv_memory=KV, programs=programs)
 
 
 def ids(result):
@@ -45,7 +45,7 @@ def poison(engine):
 def test_policies_give_the_same_tokens_over_rounds(engine, dense):
     poison(engine)
     poison(dense)
-    for prefix, full in zip(engine.run(demo_trace()), dense.run(demo_trace()), strict=True):
+    for prefix, full in zip(engine.run(harbour_trace()), dense.run(harbour_trace()), strict=True):
         assert ids(prefix) == ids(full)
         assert full.ledger.reused_tokens == 0
         lengths = [agent.ledger.prompt_tokens for agent in full.agents]
@@ -79,16 +79,16 @@ def test_seed_and_round_change_the_draws(engine):
     assert ids(engine.serve(dataclasses.replace(moment, index=1))) != first
 
 
-def test_chunks_of_a_round_give_the_tokens_of_one_call(demo_model, dense):
-    small = RoundEngine(demo_model, policy="prefix", kv_memory=KV, row_budget=64)
+def test_chunks_of_a_round_give_the_tokens_of_one_call(small_model, dense):
+    small = RoundEngine(small_model, policy="prefix", kv_memory=KV, row_budget=64)
     moment = three()
     result = small.serve(moment)
     assert result.ledger.computed_tokens > 2 * 64
     assert ids(result) == ids(dense.serve(moment))
 
 
-def test_page_size_does_not_change_tokens(demo_model, dense):
-    wide = RoundEngine(demo_model, policy="prefix", kv_memory=KV, page_size=32)
+def test_page_size_does_not_change_tokens(small_model, dense):
+    wide = RoundEngine(small_model, policy="prefix", kv_memory=KV, page_size=32)
     assert ids(wide.serve(three())) == ids(dense.serve(three()))
 
 
@@ -140,8 +140,8 @@ def test_full_pages_of_answers_are_reused(engine):
     assert result.ledger.reused_tokens == (len(said) + 39) // 16 * 16
 
 
-def test_steady_state_traces_nothing(demo_model):
-    engine = RoundEngine(demo_model, kv_memory=KV, row_budget=256, max_agents=4)
+def test_steady_state_traces_nothing(small_model):
+    engine = RoundEngine(small_model, kv_memory=KV, row_budget=256, max_agents=4)
     assert engine.warm_up(agents=4, tokens=200) > 0
     names = ("Edda", "Tomas", "Ines", "Oskar")
 
@@ -160,8 +160,8 @@ def test_steady_state_traces_nothing(demo_model):
 
 
 @pytest.mark.parametrize("bounds", [{"agents": 9, "tokens": 100}, {"agents": 1, "tokens": 10**6}])
-def test_warm_up_beyond_the_engines_sizes_is_refused(demo_model, bounds):
-    engine = RoundEngine(demo_model, kv_memory=KV, max_agents=4)
+def test_warm_up_beyond_the_engines_sizes_is_refused(small_model, bounds):
+    engine = RoundEngine(small_model, kv_memory=KV, max_agents=4)
     with pytest.raises(ValueError, match="budget"):
         engine.warm_up(**bounds)
 
@@ -204,7 +204,7 @@ def test_limits_of_agents(engine):
 
 
 def test_live_rounds_quote_the_agents_own_answers(engine):
-    trace = demo_trace()
+    trace = harbour_trace()
     replayed = list(engine.run(trace, replay=True))
     live = list(engine.run(trace, replay=False, chat=False))
     assert ids(live[0]) == ids(replayed[0])
@@ -213,7 +213,7 @@ def test_live_rounds_quote_the_agents_own_answers(engine):
 
 
 def test_chat_markup_is_the_default_of_live_rounds(engine):
-    trace = dataclasses.replace(demo_trace(), rounds=demo_trace().rounds[:1])
+    trace = dataclasses.replace(harbour_trace(), rounds=harbour_trace().rounds[:1])
     (live,) = engine.run(trace, replay=False)
     (replayed,) = engine.run(trace)
     assert live.ledger.tokens["markup"] > 0
@@ -275,8 +275,8 @@ def test_the_engine_survives_a_call_that_kept_the_pool(engine, monkeypatch):
     assert result.ledger.reused_tokens == 0
 
 
-def test_a_round_that_does_not_fit_the_pool_is_refused_whole(demo_model, programs):
-    engine = RoundEngine(demo_model, kv_memory=40 * programs.shapes.page_size * 2048)
+def test_a_round_that_does_not_fit_the_pool_is_refused_whole(small_model, programs):
+    engine = RoundEngine(small_model, kv_memory=40 * programs.shapes.page_size * 2048)
     free = engine.pool.free
     with pytest.raises(OutOfPages, match="kv_memory"):
         engine.serve(dataclasses.replace(three(), max_new_tokens=500))
@@ -297,8 +297,8 @@ def test_a_token_outside_of_the_vocabulary_is_refused(engine):
         engine.serve(Round((prompt,)))
 
 
-def test_more_agents_than_lanes_are_refused(demo_model):
-    engine = RoundEngine(demo_model, kv_memory=KV, max_agents=2)
+def test_more_agents_than_lanes_are_refused(small_model):
+    engine = RoundEngine(small_model, kv_memory=KV, max_agents=2)
     with pytest.raises(PromptError, match="max_agents"):
         engine.serve(three())
 
@@ -315,14 +315,14 @@ def test_more_agents_than_lanes_are_refused(demo_model):
         ("policy", "magic"),
     ],
 )
-def test_bad_arguments_are_named(demo_model, argument, value):
+def test_bad_arguments_are_named(small_model, argument, value):
     with pytest.raises(ValueError, match=argument):
-        RoundEngine(demo_model, **{"kv_memory": KV, argument: value})
+        RoundEngine(small_model, **{"kv_memory": KV, argument: value})
 
 
-def test_a_context_that_ends_ends_the_answer(demo_model):
-    config = dataclasses.replace(demo_model.config, max_position_embeddings=64)
-    engine = RoundEngine(dataclasses.replace(demo_model, config=config), kv_memory=KV)
+def test_a_context_that_ends_ends_the_answer(small_model):
+    config = dataclasses.replace(small_model.config, max_position_embeddings=64)
+    engine = RoundEngine(dataclasses.replace(small_model, config=config), kv_memory=KV)
     prompt = AgentPrompt("Edda", (Segment("task", "t", token_ids=tuple(range(2, 62))),))
     result = engine.serve(Round((prompt,), max_new_tokens=100), chat=False)
     assert len(result.agents[0].token_ids) == 4
@@ -330,9 +330,9 @@ def test_a_context_that_ends_ends_the_answer(demo_model):
     assert np.isfinite(result.timings.decode_s)
 
 
-def test_compilation_is_in_the_timings_only_when_asked_for(demo_model):
+def test_compilation_is_in_the_timings_only_when_asked_for(small_model):
     def timings(cold):
-        engine = RoundEngine(demo_model, kv_memory=KV, row_budget=128, max_agents=3, cold=cold)
+        engine = RoundEngine(small_model, kv_memory=KV, row_budget=128, max_agents=3, cold=cold)
         return engine.serve(three()).timings
 
     warm, cold = timings(False), timings(True)

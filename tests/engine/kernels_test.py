@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import tokendance_jax as td
+from tests.small_model import SMALL_CONFIG
 from tokendance_jax.collector import shared_rows
 from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.demo import demo_tokenizer_json
-from tokendance_jax.demo.model import DEMO_CONFIG
 from tokendance_jax.engine import engine as engine_module
 from tokendance_jax.kernels import storage
 from tokendance_jax.model import Model
@@ -22,7 +22,7 @@ TALK = "the boats leave at dawn and the nets are dry, but the mill is closed unt
 @functools.cache
 def model_of(dtype):
     """Heads as the kernels take them."""
-    config = dataclasses.replace(DEMO_CONFIG, num_hidden_layers=2, head_dim=64)
+    config = dataclasses.replace(SMALL_CONFIG, num_hidden_layers=2, head_dim=64)
     return Model.from_checkpoint(
         Checkpoint(
             config=config,
@@ -83,7 +83,7 @@ def crowd(index):
     return td.Round(tuple(prompts), max_new_tokens=4, index=index)
 
 
-def test_packed_rows_give_the_tokens_of_single_lanes(demo_model, monkeypatch):
+def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
     """As on a GPU, where plans pack the ends of lanes; here XLA code takes them."""
     packed, answers = [], []
     of_rows = shared_rows.Sharing.of_rows
@@ -98,7 +98,7 @@ def test_packed_rows_give_the_tokens_of_single_lanes(demo_model, monkeypatch):
         kernels = types.SimpleNamespace(platform_of=lambda _, platform=platform: platform)
         monkeypatch.setattr(engine_module, "dispatch", kernels)
         served = td.RoundEngine(
-            demo_model, policy="tokendance", kv_memory=8 << 20, max_agents=8, decode_steps=4
+            small_model, policy="tokendance", kv_memory=8 << 20, max_agents=8, decode_steps=4
         )
         results = [served.serve(crowd(index)) for index in range(2)]
         answers.append([agent.token_ids for r in results for agent in r.agents])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json, demo_trace
+from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json, harbour_trace
 from tokendance_jax.prompt import (
     AgentPrompt,
     PromptError,
@@ -87,7 +87,7 @@ def test_token_ids_outside_the_vocabulary_are_refused():
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_round_gives_what_its_prompts_give_one_by_one(chat):
-    moment = demo_trace().rounds[2]
+    moment = harbour_trace().rounds[2]
     together = tokenize_round(moment, TOKENIZER, chat=chat)
     for prompt, tokenized in zip(moment.agents, together, strict=True):
         alone = tokenize_prompt(prompt, TOKENIZER, chat=chat)

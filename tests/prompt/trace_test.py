@@ -7,7 +7,7 @@ import pathlib
 import jaxtyping
 import pytest
 
-from tokendance_jax.demo import demo_trace
+from tokendance_jax.demo import harbour_trace
 from tokendance_jax.prompt import (
     AgentPrompt,
     PromptError,
@@ -43,17 +43,17 @@ def _file(folder: pathlib.Path, *lines: str) -> pathlib.Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["demo.jsonl", "demo.jsonl.gz"])
+@pytest.mark.parametrize("name", ["harbour.jsonl", "harbour.jsonl.gz"])
 def test_a_written_trace_reads_back(tmp_path, name):
     for _ in range(2):  # The second time it replaces the file.
-        write_trace(tmp_path / name, demo_trace())
-    assert read_trace(str(tmp_path / name)) == demo_trace()
+        write_trace(tmp_path / name, harbour_trace())
+    assert read_trace(str(tmp_path / name)) == harbour_trace()
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_equal_traces_make_equal_files(tmp_path):
-    write_trace(tmp_path / "a.gz", demo_trace())
-    write_trace(tmp_path / "b.gz", demo_trace())
+    write_trace(tmp_path / "a.gz", harbour_trace())
+    write_trace(tmp_path / "b.gz", harbour_trace())
     assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
 
 
@@ -165,7 +165,7 @@ def test_a_shared_id_with_two_texts_is_named_with_its_round(tmp_path):
 
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "t.jsonl.gz"
-    write_trace(path, demo_trace())
+    write_trace(path, harbour_trace())
     whole = path.read_bytes()
     path.write_bytes(whole[:-200])
     with pytest.raises(PromptError, match=r"t\.jsonl\.gz:\d+: damaged gzip data"):
@@ -202,7 +202,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_trace(path, demo_trace())
+        write_trace(path, harbour_trace())
     assert [item.read_text() for item in tmp_path.iterdir()] == ["old"]
 
 
@@ -222,8 +222,8 @@ def test_gather_makes_the_next_rounds_blocks():
     )
 
 
-def test_relive_replaces_every_block_of_the_demo():
-    first, second, _ = demo_trace().rounds
+def test_relive_replaces_every_block_of_a_recording():
+    first, second, _ = harbour_trace().rounds
     recorded = {prompt.agent: prompt.recorded_output or "" for prompt in first.agents}
     live = {agent: f"{agent} says something else" for agent in recorded}
     new = relive(second, live, recorded)

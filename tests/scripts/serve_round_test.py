@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from scripts import common, serve_round
-from tokendance_jax.demo import demo_trace
+from tokendance_jax.demo import demo_trace, harbour_trace
 from tokendance_jax.prompt import write_trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,30 @@ def serve(tmp_path, monkeypatch):
     return run
 
 
+def test_the_demo_tells_what_is_right_and_what_reuse_saves(serve, capsys):
+    status, written = serve()
+    assert status == 0
+    dense, collective = written["policies"]["dense"], written["policies"]["tokendance"]
+    assert dense["answers"] == collective["answers"] == 24
+    for values in (dense, collective):
+        assert values["right"] >= 18
+    assert collective["computed_tokens"] < 0.5 * dense["computed_tokens"]
+    assert collective["kv_bytes_held"] < 0.75 * dense["kv_bytes_held"]
+    assert collective["agreement"]["top1"] > 0.97
+    right = {"dense": 0, "tokendance": 0}
+    for row in written["rounds"]:
+        assert row["tokens"]["markup"] > 0
+        prompts = demo_trace().rounds[row["round"]].agents
+        right[row["policy"]] += sum(
+            row["outputs"][prompt.agent] == prompt.recorded_output for prompt in prompts
+        )
+    assert right == {"dense": dense["right"], "tokendance": collective["right"]}
+    shown = capsys.readouterr().out
+    for prompt in demo_trace().rounds[2].agents:
+        assert f"{prompt.agent}: {prompt.segments[-1].text}" in shown
+    assert f"{dense['right']} of 24" in shown
+
+
 def test_compares_policies_and_writes_every_field(serve, capsys):
     status, written = serve("--policy=dense", "--policy=prefix", "--max_new_tokens=6")
     assert status == 0
@@ -64,7 +88,7 @@ def test_compares_policies_and_writes_every_field(serve, capsys):
     for row in rows:
         assert {field: type(row[field]) for field in FIELDS} == FIELDS
         assert list(row["outputs"]) == list(row["output_ids"])
-        assert len(row["outputs"]) == 4
+        assert len(row["outputs"]) == 8
     for dense, prefix in zip(rows[:3], rows[3:], strict=True):
         assert dense["output_ids"] == prefix["output_ids"]
         assert dense["distinct_tokens"] == prefix["distinct_tokens"]
@@ -74,8 +98,8 @@ def test_compares_policies_and_writes_every_field(serve, capsys):
     assert agreed["kl_mean"] < 1e-9
     assert written["policies"]["dense"]["agreement"] is None
     shown = capsys.readouterr().out
-    assert "4 of 4 answers equal" in shown
-    assert "Oskar" in shown
+    assert "8 of 8 answers equal those of dense" in shown
+    assert "0 of 8 answers are right" in shown
 
 
 def test_the_collective_round_computes_what_is_unique(serve, capsys):
@@ -96,7 +120,8 @@ def test_the_collective_round_computes_what_is_unique(serve, capsys):
 
 
 def test_cuts_the_trace(serve):
-    status, written = serve("--rounds=1", "--agents=2", "--max_new_tokens=3", "--dtype=float32")
+    arguments = ("--rounds=1", "--agents=2", "--max_new_tokens=3", "--dtype=float32")
+    status, written = serve("--policy=prefix", *arguments)
     assert status == 0
     (row,) = written["rounds"]
     assert row["agents"] == 2
@@ -105,8 +130,12 @@ def test_cuts_the_trace(serve):
 
 def test_serves_a_file_and_live_rounds(serve, tmp_path):
     path = tmp_path / "rounds.jsonl.gz"
-    write_trace(path, demo_trace())
-    arguments = (f"--trace={path}", "--rounds=2", "--max_new_tokens=4", "--page_size=32")
+    write_trace(path, harbour_trace())
+    arguments = (f"--trace={path}", "--policy=prefix", "--rounds=2", "--max_new_tokens=4")
+    arguments = (*arguments, "--page_size=32")
+    _, recorded = serve(*arguments, "--rounds=1")
+    assert recorded["rounds"][0]["tokens"]["markup"] == 0
+    assert recorded["policies"]["prefix"]["right"] is None
     _, replayed = serve(*arguments, "--chat=yes")
     _, live = serve(*arguments, "--noreplay")
     assert live["rounds"][0]["output_ids"] == replayed["rounds"][0]["output_ids"]
@@ -134,7 +163,7 @@ def test_names_what_is_wrong(serve, capsys, arguments, message):
 
 def test_unknown_trace_field_is_named_with_its_line(serve, capsys, tmp_path):
     path = tmp_path / "rounds.jsonl"
-    write_trace(path, demo_trace())
+    write_trace(path, harbour_trace())
     first, rest = path.read_text().split("\n", 1)
     path.write_text(json.dumps({**json.loads(first), "temprature": 1}) + "\n" + rest)
     status, _ = serve(f"--trace={path}")

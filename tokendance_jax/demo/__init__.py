@@ -1,13 +1,27 @@
-"""The demo that ships in the package: four people of a harbour town, three rounds, All-Gather."""
+"""The demo that ships in the package: a small town, and a small model that speaks its language.
+
+`checkpoint/` is a Hugging Face folder, as `scripts.train_demo_model` exports it.
+"""
 
 import importlib.resources
 
+from tokendance_jax.demo.town import story
 from tokendance_jax.prompt import Trace, read_trace
+
+CHECKPOINT = "checkpoint"
 
 
 def demo_trace() -> Trace:
-    """Reads the demo's trace: 4 agents, 3 rounds, answers of at most 32 tokens."""
-    with importlib.resources.as_file(importlib.resources.files(__name__) / "trace.jsonl") as path:
+    """Makes the demo's trace: 8 agents, 3 rounds, names and places that training never saw.
+
+    The recorded outputs are the right answers. The demo's model reads prompts in chat markup.
+    """
+    return story(0, 8, split="held_out")
+
+
+def harbour_trace() -> Trace:
+    """Reads a trace of ordinary English: 4 agents, 3 rounds, All-Gather."""
+    with importlib.resources.as_file(importlib.resources.files(__name__) / "harbour.jsonl") as path:
         return read_trace(path)
 
 
@@ -22,4 +36,5 @@ def demo_chat_template() -> str:
 
 
 def _read(name: str) -> str:
-    return (importlib.resources.files(__name__) / name).read_text(encoding="utf-8")
+    file = importlib.resources.files(__name__) / CHECKPOINT / name
+    return file.read_text(encoding="utf-8")

@@ -1,49 +1,20 @@
-"""The demo's model: a small Qwen2.5 with random weights. It runs everywhere and says nothing."""
+"""The demo's model: a small Qwen2.5 that was trained to speak in the town."""
 
-import jax.numpy as jnp
+import dataclasses
+import importlib.resources
+
 from jax.typing import DTypeLike
 
-from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json
-from tokendance_jax.model import Model
-from tokendance_jax.models.loading import Checkpoint
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.random import random_parameters
-from tokendance_jax.prompt import Tokenizer
-
-DEMO_CONFIG = Qwen2Config(
-    vocab_size=1024,
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=8192,
-    rope_theta=1e6,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-)
+from tokendance_jax import demo
+from tokendance_jax.model import Model, load_model
 
 
 def demo_model(dtype: DTypeLike) -> Model:
-    """Makes the demo's model; the same on every machine.
+    """Loads the demo's model.
 
     Args:
       dtype: float32 or bfloat16.
     """
-    tokenizer = Tokenizer(demo_tokenizer_json())
-    stop_ids = tuple(sorted(tokenizer.encode_markup("<|endoftext|><|im_end|>")))
-    params = random_parameters(DEMO_CONFIG, dtype)
-    # A token that is part of a character shows as a question mark: keep to whole ones.
-    broken = [i for i in range(DEMO_CONFIG.vocab_size) if "\ufffd" in tokenizer.decode([i])]
-    head = params["lm_head.weight"]
-    params["lm_head.weight"] = head.at[jnp.asarray(broken)].set(jnp.zeros((), head.dtype))
-    checkpoint = Checkpoint(
-        config=DEMO_CONFIG,
-        params=params,
-        tokenizer_json=demo_tokenizer_json(),
-        chat_template=demo_chat_template(),
-        stop_ids=stop_ids,
-        name="demo",
-    )
-    return Model.from_checkpoint(checkpoint, dtype)
+    folder = importlib.resources.files(demo) / demo.CHECKPOINT
+    with importlib.resources.as_file(folder) as path:
+        return dataclasses.replace(load_model(path, dtype=dtype), name="demo")

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from tests.small_model import SMALL_CONFIG
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import pack
 from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.demo import demo_tokenizer_json
-from tokendance_jax.demo.model import DEMO_CONFIG
 from tokendance_jax.engine.programs import Programs
 from tokendance_jax.model import Model
 from tokendance_jax.models.loading import Checkpoint
@@ -22,7 +22,7 @@ from tokendance_jax.paged.kv import PagedKV
 def tiny_model(dtype: DTypeLike = "float32", *, tied: bool = False) -> Model:
     """Two layers of 4 query and 2 KV heads of 16."""
     config = dataclasses.replace(
-        DEMO_CONFIG,
+        SMALL_CONFIG,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -41,7 +41,7 @@ def tiny_shapes(row_budget: int) -> Shapes:
 
 def tokens(count: int, seed: int = 0) -> np.ndarray:
     """Random token ids."""
-    return np.random.default_rng(seed).integers(0, DEMO_CONFIG.vocab_size, count).astype(np.int32)
+    return np.random.default_rng(seed).integers(0, SMALL_CONFIG.vocab_size, count).astype(np.int32)
 
 
 def prefill(

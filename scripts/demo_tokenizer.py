@@ -1,22 +1,16 @@
-"""Trains the demo's tokenizer on the demo's trace.
+"""The demo's tokenizer: how it is trained. The demo's weights are trained for exactly its ids."""
 
-    python -m scripts.make_demo_tokenizer
-
-Writes tokendance_jax/demo/tokenizer.json. The demo weights are trained for exactly these ids: make
-new weights after a change.
-"""
-
-import pathlib
 from collections.abc import Iterable, Iterator
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import tokendance_jax.demo
 from tokendance_jax.prompt import Trace
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 1024
+# A pair that is rarer in the texts is not merged.
+_MIN_FREQUENCY = 2
 
 # How Qwen2 cuts text into words: numbers digit by digit, a space belongs to the word after it.
 _WORDS = (
@@ -34,13 +28,11 @@ def texts_of(trace: Trace) -> Iterator[str]:
                 yield prompt.recorded_output
 
 
-def train(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, min_frequency: int = 0) -> str:
+def train(texts: Iterable[str]) -> str:
     """Trains a byte-level BPE, built like Qwen2's, the control tokens last.
 
     Args:
       texts: the texts to train on.
-      vocab_size: most ids, the control tokens among them.
-      min_frequency: a pair that is rarer in the texts is not merged.
 
     Returns:
       The `tokenizer.json` text; the same texts give the same vocabulary and merges.
@@ -56,22 +48,11 @@ def train(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, min_frequency: 
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(CONTROL_TOKENS),
-        min_frequency=min_frequency,
+        vocab_size=VOCAB_SIZE - len(CONTROL_TOKENS),
+        min_frequency=_MIN_FREQUENCY,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(CONTROL_TOKENS))
     return tokenizer.to_str(pretty=True) + "\n"
-
-
-def main() -> None:
-    """Writes the tokenizer beside the demo's trace."""
-    folder = pathlib.Path(tokendance_jax.demo.__file__).parent
-    text = train(texts_of(tokendance_jax.demo.demo_trace()))
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,148 @@
+"""What serve_round served: sums over the rounds of each policy, and tables of them."""
+
+import dataclasses
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from tokendance_jax.engine.result import RoundResult
+from tokendance_jax.prompt import Trace
+from tokendance_jax.quality import Comparison, summarise
+
+
+@dataclasses.dataclass
+class Served:
+    """What was served so far, and whether something is left to serve.
+
+    Attributes:
+      results: policy to the results of its rounds.
+      compared: policy to comparisons with the first policy, of all rounds.
+      asked: the trace, if its recorded answers are the right ones.
+      interrupted: whether something is left.
+    """
+
+    results: dict[str, list[RoundResult]]
+    compared: dict[str, list[Comparison]]
+    asked: Trace | None = None
+    interrupted: bool = True
+
+    @property
+    def first(self) -> str:
+        """The policy that the others are compared with."""
+        return next(iter(self.results))
+
+    def right(self, result: RoundResult) -> list[bool] | None:
+        """Which answers of a round are right, word for word; None where that is not known."""
+        if self.asked is None:
+            return None
+        prompts = self.asked.rounds[result.index].agents
+        return [
+            answer.text.strip() == (prompt.recorded_output or "").strip()
+            for answer, prompt in zip(result.agents, prompts, strict=True)
+        ]
+
+    def summaries(self) -> dict[str, dict[str, Any]]:
+        """Sums over the rounds of each policy, and how it agrees with the first."""
+        fields = ("prompt", "distinct", "unique", "computed")
+        kinds = ("held", "rest", "dense")
+        names = [*(f"{field}_tokens" for field in fields), *(f"kv_bytes_{kind}" for kind in kinds)]
+        summaries = {}
+        for policy, results in self.results.items():
+            ledgers = [result.ledger for result in results]
+            if not ledgers:
+                continue
+            compared = self.compared.get(policy)
+            right = [found for result in results if (found := self.right(result)) is not None]
+            summaries[policy] = {
+                **{name: sum(getattr(ledger, name) for ledger in ledgers) for name in names},
+                "token_layers": sum(ledger.token_layers for ledger in ledgers),
+                "prefill_s": sum(result.timings.prefill_s for result in results),
+                "answers": sum(len(result.agents) for result in results),
+                "right": sum(map(sum, right)) if right else None,
+                "agreement": dataclasses.asdict(summarise(compared)) if compared else None,
+            }
+        return summaries
+
+
+def rounds_table(served: Served, *, cold: bool) -> Table:
+    """Tokens, times and bytes of every round; `cold`: whether times count compilation."""
+    title = "Tokens, seconds and KV bytes" + ("" if cold else " (compilation left out)")
+    table = _table(title, "policy", "round")
+    # Two lines each, so that the table fits 80 columns.
+    tokens = ("prompt\ntokens", "computed", "reused")
+    times = ("prefill\ns", "decode\ns", "decode\ntok/s")
+    _figures(table, *tokens, *times, "KV MiB\nheld", "KV MiB\ndense")
+    for policy, rounds in served.results.items():
+        for result in rounds:
+            ledger, timings = result.ledger, result.timings
+            later = ledger.decoded_tokens - len(result.agents)  # the first tokens are prefill's
+            table.add_row(
+                policy,
+                str(result.index),
+                f"{ledger.prompt_tokens:,}",
+                f"{ledger.computed_tokens:,}",
+                f"{ledger.reused_tokens / ledger.prompt_tokens:.1%}",
+                f"{timings.prefill_s:.2f}",
+                f"{timings.decode_s:.2f}",
+                f"{later / timings.decode_s:,.0f}" if later else "-",
+                f"{ledger.kv_bytes_held / 2**20:,.1f}",
+                f"{ledger.kv_bytes_dense / 2**20:,.1f}",
+            )
+    return table
+
+
+def work_table(served: Served) -> Table:
+    """What each policy computed over all its rounds, beside what it had to and what it could."""
+    table = _table("Work of all rounds", "policy")
+    columns = ("prompt\ntokens", "computed", "unique", "prompt /\ncomputed", "collective\nceiling")
+    _figures(table, *columns, "token-\nlayers")
+    for policy, values in served.summaries().items():
+        prompt = values["prompt_tokens"]
+        table.add_row(
+            policy,
+            f"{prompt:,}",
+            f"{values['computed_tokens']:,}",
+            f"{values['unique_tokens']:,}",
+            f"{prompt / values['computed_tokens']:.2f}",
+            f"{prompt / values['distinct_tokens']:.2f}",
+            f"{values['token_layers']:,.0f}",
+        )
+    return table
+
+
+def comparison_table(served: Served) -> Table:
+    """What that took and held, and how near the answers are to the first policy's."""
+    title = "Time, bytes" + (f", quality against {served.first}" if served.compared else "")
+    table = _table(title, "policy")
+    columns = ("prefill\ns", "KV MiB\nheld", "at\nrest", "dense")
+    _figures(table, *columns, "mean\nKL", "top-1", "first\ndiverg.")
+    if served.asked is not None:
+        _figures(table, "right\nanswers")
+    for policy, values in served.summaries().items():
+        agreed = values["agreement"]
+        quality = ["-", "-", "-"]
+        if agreed is not None:
+            kl, top1, first = agreed["kl_mean"], agreed["top1"], agreed["first_divergence"]
+            quality = [f"{kl:.2g}", f"{top1:.3f}", f"{first:.1f}"]
+        if values["right"] is not None:
+            quality.append(f"{values['right']} of {values['answers']}")
+        table.add_row(
+            policy,
+            f"{values['prefill_s']:.2f}",
+            *(f"{values[f'kv_bytes_{what}'] / 2**20:,.0f}" for what in ("held", "rest", "dense")),
+            *quality,
+        )
+    return table
+
+
+def _table(title: str, *names: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _figures(table: Table, *columns: str) -> None:
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
