@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
+from scripts import measure
 from tokendance_jax.engine.result import RoundResult
 from tokendance_jax.prompt import Trace
 from tokendance_jax.quality import Comparison, summarise
@@ -68,11 +68,11 @@ class Served:
 def rounds_table(served: Served, *, cold: bool) -> Table:
     """Tokens, times and bytes of every round; `cold`: whether times count compilation."""
     title = "Tokens, seconds and KV bytes" + ("" if cold else " (compilation left out)")
-    table = _table(title, "policy", "round")
     # Two lines each, so that the table fits 80 columns.
     tokens = ("prompt\ntokens", "computed", "reused")
     times = ("prefill\ns", "decode\ns", "decode\ntok/s")
-    _figures(table, *tokens, *times, "KV MiB\nheld", "KV MiB\ndense")
+    columns = ("round", *tokens, *times, "KV MiB\nheld", "KV MiB\ndense")
+    table = measure.table("policy", *columns, title=title)
     for policy, rounds in served.results.items():
         for result in rounds:
             ledger, timings = result.ledger, result.timings
@@ -94,9 +94,8 @@ def rounds_table(served: Served, *, cold: bool) -> Table:
 
 def work_table(served: Served) -> Table:
     """What each policy computed over all its rounds, beside what it had to and what it could."""
-    table = _table("Work of all rounds", "policy")
     columns = ("prompt\ntokens", "computed", "unique", "prompt /\ncomputed", "collective\nceiling")
-    _figures(table, *columns, "token-\nlayers")
+    table = measure.table("policy", *columns, "token-\nlayers", title="Work of all rounds")
     for policy, values in served.summaries().items():
         prompt = values["prompt_tokens"]
         table.add_row(
@@ -114,11 +113,10 @@ def work_table(served: Served) -> Table:
 def comparison_table(served: Served) -> Table:
     """What that took and held, and how near the answers are to the first policy's."""
     title = "Time, bytes" + (f", quality against {served.first}" if served.compared else "")
-    table = _table(title, "policy")
-    columns = ("prefill\ns", "KV MiB\nheld", "at\nrest", "dense")
-    _figures(table, *columns, "mean\nKL", "top-1", "first\ndiverg.")
-    if served.asked is not None:
-        _figures(table, "right\nanswers")
+    columns = ["prefill\ns", "KV MiB\nheld", "at\nrest", "dense"]
+    columns += ["mean\nKL", "top-1", "first\ndiverg."]
+    columns += ["right\nanswers"] * (served.asked is not None)
+    table = measure.table("policy", *columns, title=title)
     for policy, values in served.summaries().items():
         agreed = values["agreement"]
         quality = ["-", "-", "-"]
@@ -134,15 +132,3 @@ def comparison_table(served: Served) -> Table:
             *quality,
         )
     return table
-
-
-def _table(title: str, *names: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    return table
-
-
-def _figures(table: Table, *columns: str) -> None:
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
