@@ -8,7 +8,8 @@ import pytest
 
 from scripts.demo_probes import SETTINGS, Graded, Setting, ask
 from tokendance_jax.collector.policies import PolicyOptions
-from tokendance_jax.demo.town import probe_round
+from tokendance_jax.demo.model import demo_model
+from tokendance_jax.demo.town import GRADED, probe_round
 from tokendance_jax.engine.engine import RoundEngine
 
 
@@ -72,3 +73,28 @@ def answers(model, setting: Setting, *, draws: int, policy="tokendance", shuffle
     )
     (found,) = ask(engine, setting, range(draws), kinds=["retrieve"], shuffle=shuffle)
     return found
+
+
+@pytest.mark.slow
+def test_reuse_costs_no_retrieval_and_wrong_pages_cost_it_all():
+    model, setting = demo_model("float32"), Setting(16)
+    dense = answers(model, setting, draws=13, policy="dense")
+    assert dense.asked("retrieve") == 208
+    assert dense.accuracy("retrieve") >= 0.95
+    collective = answers(model, setting, draws=13)
+    assert collective.accuracy("retrieve") >= dense.accuracy("retrieve") - 0.02
+    assert collective.token_layers < 0.5 * dense.token_layers
+    # About one in twenty places that a prompt names is the right one.
+    shuffled = answers(model, setting, draws=4, shuffle=True, selection="none")
+    assert shuffled.accuracy("retrieve") < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agents", [5, 16])
+def test_the_demo_model_answers_all_kinds(agents):
+    engine = RoundEngine(
+        demo_model("float32"), policy="dense", kv_memory=256 << 20, max_agents=agents
+    )
+    (found,) = ask(engine, Setting(agents, shuffled=True), range(160 // agents))
+    for kind in GRADED:
+        assert found.accuracy(kind) >= (0.95 if kind == "retrieve" else 0.9), kind

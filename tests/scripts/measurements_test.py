@@ -61,6 +61,32 @@ def test_quality_beside_work(tmp_path):
     assert "shuffled bases" in done.stdout
 
 
+def test_answers_to_probes_beside_work(tmp_path):
+    done, written = run(
+        "eval_quality",
+        tmp_path / "result.json",
+        *("--probes", "--draws=2", "--setting=5 agents", "--setting=drift"),
+        *("--policy=epic", "--policy=tokendance", "--selection=none"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = written["policies"]
+    kinds = [(row["name"], row["setting"], row["round"]) for row in rows]
+    assert kinds == [
+        (name, *where)
+        for name in ("dense", "epic", "tokendance none", "shuffled bases")
+        for where in (("5 agents", 0), *(("drift", index) for index in range(5)))
+    ]
+    for row in rows:
+        assert sum(row["asked"].values()) == 10
+        assert row["probes"].keys() == row["intervals"].keys()
+        for kind, (low, high) in row["intervals"].items():
+            assert 0 <= low <= row["probes"][kind] <= high <= 1
+    dense, none, shuffled = rows[0], rows[12], rows[18]
+    assert none["token_layers"] < dense["token_layers"]
+    assert sum(shuffled["probes"].values()) < sum(none["probes"].values())
+    assert "tokendance none" in done.stdout
+
+
 def test_time_beside_work(tmp_path):
     done, written = run("bench_round", tmp_path / "result.json", "--agents=2", "--agents=3")
     assert done.returncode == 0, done.stderr
