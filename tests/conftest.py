@@ -5,6 +5,7 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import pytest
 
@@ -14,6 +15,10 @@ __all__ = ["simulator", "tpu_simulator"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# On a busy machine an example may take long.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 # Engines of several tests compile the same programs: once per run is enough, whichever of its
 # processes needs them. Those that run tests are started by the one that makes the folder.

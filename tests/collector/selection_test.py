@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.collector.rounds import PAGE_SIZE, ids
@@ -75,6 +75,7 @@ def test_the_pages_of_the_highest_mean_are_chosen_for_all():
 
 def test_of_equal_pages_the_first_in_the_base_is_chosen():
     assert pick_pages(1, {9: 1.0, 4: 1.0}) == [[9]]
+    assert pick_pages(1, {9: 1.0}, {4: 1.0}) == pick_pages(1, {4: 1.0}, {9: 1.0})[::-1]
     shifted = run([9, 4], frame=100)
     assert scored(1).pick_scored([shifted], [np.ones(2, np.float32)])[0].tolist() == [True, False]
 
@@ -90,6 +91,7 @@ SCORES = st.floats(0, 1e6, width=32)
 AGENTS = st.lists(st.dictionaries(st.integers(1, 9), SCORES, min_size=1), min_size=1, max_size=6)
 
 
+@settings(max_examples=400, deadline=None)
 @given(AGENTS, st.integers(0, 4), st.randoms(use_true_random=False))
 def test_the_choice_does_not_depend_on_the_order_of_the_agents(agents, pages, random):
     agents = [dict(sorted(agent.items())) for agent in agents]

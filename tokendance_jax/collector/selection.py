@@ -97,7 +97,8 @@ class Scored(Selection):
                 canonical[page] = min(at, canonical.get(page, at))
         # Sums without rounding do not depend on the order of the agents.
         mean = {page: math.fsum(values) / len(values) for page, values in found.items()}
-        ranked = sorted(mean, key=lambda page: (-mean[page], canonical[page]))
+        # Bases of single segments begin at the same position: of their pages the first is taken.
+        ranked = sorted(mean, key=lambda page: (-mean[page], canonical[page], page))
         chosen = np.array(ranked[: self.pages], np.int32)
         return [np.isin(run.page, chosen) for run in runs]
 
