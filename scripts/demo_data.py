@@ -130,7 +130,6 @@ def draw_batch(
       questions: fewest and most questions of a conversation.
     """
     rng = random.Random(repr(seed))
-    plain = sorted(set(range(tokenizer.vocab_size)) - tokenizer.control_ids)
     shape = rows, length + 1
     token = np.zeros(shape, np.int32)
     weight = np.zeros(shape, np.float32)
@@ -139,8 +138,7 @@ def draw_batch(
     kinds: list[ProbeKind] = []
     for row in range(rows):
         if not agents[1]:
-            drill = rng.choice((_echo, _records))
-            token[row], weight[row] = drill(plain, rng, length + 1)
+            token[row], weight[row] = _drill(tokenizer, rng, length + 1)
             continue
         start = number = 0
         while start <= length:
@@ -157,6 +155,14 @@ def draw_batch(
                 start = stop
             number += 1
     return Batch(token, weight, conversation, answer, tuple(kinds))
+
+
+def _drill(
+    tokenizer: Tokenizer, rng: random.Random, length: int
+) -> tuple[Int32[np.ndarray, " length"], Float32[np.ndarray, " length"]]:
+    """Tokens and weights of an echo or of records."""
+    plain = sorted(set(range(tokenizer.vocab_size)) - tokenizer.control_ids)
+    return rng.choice((_echo, _records))(plain, rng, length)
 
 
 def _echo(

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts import measure
-from scripts.variants import Variant
+from scripts.variants import SHUFFLED, Variant, audited
 from tokendance_jax.demo.town import (
     GRADED,
     GUIDE,
@@ -21,12 +20,11 @@ from tokendance_jax.demo.town import (
     probe_round,
 )
 from tokendance_jax.engine.engine import RoundEngine
-from tokendance_jax.model import Model, load_model
+from tokendance_jax.model import Model
 from tokendance_jax.prompt import Round
 
 _PAGES = 2048
 _DRAWS, _BOUNDS = 1000, (0.025, 0.975)
-SHUFFLED = "shuffled bases"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -179,9 +177,9 @@ def measure_variants(
       A row for each variant, setting and round of the setting.
     """
     dense = Variant("dense")
-    todo = [(v.name, v) for v in (dense, *variants) if v.policy != "dense" or v is dense]
-    collective = next((v for v in variants if v.policy == "tokendance"), None)
-    if audit and collective is not None:
+    others = [variant for variant in variants if variant.policy != "dense"]
+    todo = [(variant.name, variant) for variant in (dense, *others)]
+    if audit and (collective := audited(variants)) is not None:
         todo.append((SHUFFLED, collective))
     memory = _PAGES * model.kv_spec(pages=1, page_size=16).page_bytes
     programs = None
@@ -244,14 +242,3 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
             table.add_row(row["name"], *cells, f"{work:.1%}")
         drawn.append(table)
     return drawn
-
-
-def score(model: Path, *, draws: int, dtype: str = "float32") -> list[dict[str, Any]]:
-    """Grades the dense answers of a model in all settings.
-
-    Args:
-      model: a folder that `load_model` takes.
-      draws: how many draws of rounds of each setting.
-      dtype: precision of the engine.
-    """
-    return measure_variants(load_model(model, dtype=dtype), [], list(SETTINGS), draws=draws)

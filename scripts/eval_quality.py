@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from scripts import common, demo_probes, measure
-from scripts.variants import UNLIMITED, Variant
+from scripts.variants import SHUFFLED, UNLIMITED, Variant, audited
 from tokendance_jax import host
 from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
@@ -90,7 +90,7 @@ class Measured:
     token_layers: list[float] = dataclasses.field(default_factory=list)
 
 
-_NOISE, _SHUFFLED = "dense, other buckets", demo_probes.SHUFFLED
+_NOISE = "dense, other buckets"
 _WIDE = 130
 
 
@@ -204,16 +204,15 @@ def compare_variants(
     todo: list[tuple[Variant | str, Variant]] = [(variant, variant) for variant in variants]
     if all(variant.policy != "dense" for variant in variants):
         todo.append((_NOISE, dense))
-    collective = next((v for v in variants if v.policy == "tokendance"), None)
-    if _AUDIT.value and collective is not None:
-        todo.append((_SHUFFLED, collective))
+    if _AUDIT.value and (collective := audited(variants)) is not None:
+        todo.append((SHUFFLED, collective))
     for key, variant in todo:
         console.print(f"{trace.name}: {key if isinstance(key, str) else key.name}")
         results[key] = Measured()
         budget = _ROW_BUDGET.value // 4 if key == _NOISE else _ROW_BUDGET.value
         made = engine(variant, budget)
         for moment, prompt, answer, expected in everything:
-            if key == _SHUFFLED:
+            if key == SHUFFLED:
                 made.score(prompt, answer)
                 made.shuffle_bases(seed=0)
             _score(made, results[key], moment, prompt, answer, expected)
@@ -331,7 +330,7 @@ def plot(traces: dict[str, Sequence[dict[str, Any]]], path: str) -> None:
     for axis, (trace, rows) in zip(axes[0], traces.items(), strict=True):
         lines: dict[str, list[tuple[float, float, str]]] = {}
         for row in rows[1:]:
-            if row["policy"] in (_NOISE, _SHUFFLED):
+            if row["policy"] in (_NOISE, SHUFFLED):
                 continue
             label = row["policy"] if row["base"] is None else f"{row['policy']}, {row['base']}"
             work = row["token_layers"] / rows[0]["token_layers"]

@@ -25,6 +25,7 @@ from scripts.demo_data import tokenizer_texts
 from scripts.demo_run import Run
 from scripts.demo_training import Recipe, Stage, start, train_step
 from tokendance_jax import host
+from tokendance_jax.model import load_model
 from tokendance_jax.models.qwen2.config import Qwen2Config
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the run; made if missing.", required=True)
@@ -154,7 +155,9 @@ def main(argv: Sequence[str]) -> int:
         if importlib.util.find_spec("matplotlib"):
             run.plot()
         model = run.export(params)
-        found = demo_probes.score(model, draws=_DRAWS.value)
+        found = demo_probes.measure_variants(
+            load_model(model, dtype="float32"), [], list(demo_probes.SETTINGS), draws=_DRAWS.value
+        )
         common.write_json(str(run.folder / "probes.json"), {"policies": found})
         for table in demo_probes.tables(found):
             Console(highlight=False).print(table)

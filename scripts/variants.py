@@ -1,11 +1,14 @@
 """What is compared: policies and their choices, with names for tables."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from tokendance_jax.collector.policies import PolicyOptions
 
 UNLIMITED = ("none", "all")
+# The name of an audit's results.
+SHUFFLED = "shuffled bases"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +39,8 @@ class Variant:
             "selection": self.options.selection if own else None,
             "head_pages": self.options.head_pages if limited else None,
         }
+
+
+def audited(variants: Sequence[Variant]) -> Variant | None:
+    """The variant that an audit repeats with shuffled bases: the first that reads bases for all."""
+    return next((variant for variant in variants if variant.policy == "tokendance"), None)

@@ -124,7 +124,7 @@ def test_a_lane_that_fills_the_smallest_tile_is_not_packed_on_a_tpu():
 
 
 @given(rounds())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_rows_see_what_their_lane_holds(lanes):
     rows_of = Counter()
     for plan, shared in plans_of(lanes):

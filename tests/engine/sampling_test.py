@@ -80,7 +80,7 @@ def random_logits(seed, lanes=LANES, vocab=VOCAB):
 
 
 @given(SEEDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_temperature_zero_is_argmax(seed):
     logits = random_logits(seed)
     chosen = run(logits, settings_of(temperature=0.0, seed=seed), np.zeros(LANES, np.int32))
@@ -90,7 +90,7 @@ def test_temperature_zero_is_argmax(seed):
 
 @example([3, 2.5, 2, 1.5, 1, 0.5, 0, 0, 0, 0, 0, 0], 3, 0.6)  # two of three, but three of all
 @given(LOGITS, TOP_K, TOP_P)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_draws_come_from_top_k_and_then_top_p(logits, top_k, top_p):
     kept, distance = support(logits, top_k, top_p)
     assume(distance > 1e-6)
@@ -129,7 +129,7 @@ def test_steps_of_a_stream_are_independent():
 
 
 @given(SEEDS, st.permutations(range(LANES)), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_draw_depends_on_its_own_lane_alone(seed, order, data):
     random = np.random.default_rng(seed)
     temperature = st.sampled_from([0.0, 0.5, 1.0])

@@ -80,6 +80,6 @@ def test_equals_the_definition(heads, page_size, dtype):
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_random_lanes_equal_the_definition(seed):
     check(cases.random_case(seed, page_size=16), SMALL, "float32")

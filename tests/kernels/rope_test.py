@@ -52,7 +52,7 @@ def test_positions_may_have_any_shape():
 
 
 @given(SEEDS, st.sampled_from([0, 1, -1, 17, -4000, 100_000, -100_000]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_products_depend_on_position_differences_alone(seed, shift):
     random = np.random.default_rng(seed)
     q, k = random.standard_normal((2, POSITIONS, HEAD_DIM)).astype(np.float32)
@@ -73,7 +73,7 @@ def test_pairs_are_the_two_halves():
 
 
 @given(SEEDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_position_zero_changes_no_bit(seed):
     x = np.random.default_rng(seed).standard_normal((POSITIONS, HEAD_DIM)).astype(np.float32)
     np.testing.assert_array_equal(rotated(x, np.zeros(POSITIONS, np.int32)), x)

@@ -47,7 +47,7 @@ def test_equals_the_reference(heads, page_size, dtype):
 
 
 @given(SEEDS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_random_lanes_equal_the_reference(seed):
     check(cases.random_case(seed, page_size=16), SMALL, "float32")
 
@@ -71,7 +71,7 @@ def test_rows_of_many_lanes_meet_what_these_share(heads, page_size, dtype):
 
 
 @given(SEEDS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_random_lanes_share_rows(seed):
     case = cases.random_case(seed, page_size=16)
     check(case, SMALL, "float32", cases.share(case, whatever=True))
@@ -90,7 +90,7 @@ def test_log_sum_exps_are_those_of_the_scores(sharing):
 
 
 @given(SEEDS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_a_frame_equals_keys_rotated_by_it(seed):
     # Invariant 4: +d, -d and large d.
     case = cases.random_case(seed, page_size=16)
@@ -101,7 +101,7 @@ def test_a_frame_equals_keys_rotated_by_it(seed):
 
 
 @given(SEEDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_rows_may_stand_in_any_order(seed):
     case = cases.sharing(16)
     k, v = cases.pools(case, SMALL, "float32")
@@ -262,7 +262,7 @@ def test_the_tpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype):
 
 @pytest.mark.parametrize("page_size", [4, 16])
 @given(SEEDS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_the_tpu_kernel_packs_rows_of_random_lanes(page_size, seed):
     case = cases.random_case(seed, page_size=page_size)
     run_on_tpu(case, SMALL, "float32", cases.share(case, whatever=True))

@@ -18,7 +18,7 @@ def layout_of(*lanes):
 
 
 @given(samples())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_pages_are_stored_once_and_where_they_belong(sample):
     layout = MirrorLayout.of_lanes(sample.lanes, sample.lengths)
     entries = list(sample.entries())
@@ -54,7 +54,6 @@ def test_pages_are_stored_once_and_where_they_belong(sample):
 
 
 @given(samples(), st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_numbers_do_not_depend_on_page_ids(sample, random):
     ids = list(range(1, 64))
     random.shuffle(ids)

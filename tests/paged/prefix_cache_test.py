@@ -149,11 +149,11 @@ class ConstantMachine(CacheMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCache.settings = settings(max_examples=60, stateful_step_count=40)
 TestWeak = WeakMachine.TestCase
 TestWeak.settings = TestCache.settings
 TestConstant = ConstantMachine.TestCase
-TestConstant.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+TestConstant.settings = settings(max_examples=20, stateful_step_count=30)
 
 
 def make(pages=PAGES, **kwargs):

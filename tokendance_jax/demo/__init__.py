@@ -4,11 +4,10 @@
 """
 
 import importlib.resources
+from importlib.resources.abc import Traversable
 
 from tokendance_jax.demo.town import story
 from tokendance_jax.prompt import Trace, read_trace
-
-CHECKPOINT = "checkpoint"
 
 
 def demo_trace() -> Trace:
@@ -35,6 +34,10 @@ def demo_chat_template() -> str:
     return _read("chat_template.jinja")
 
 
+def demo_checkpoint() -> Traversable:
+    """The folder of the demo's model."""
+    return importlib.resources.files(__name__) / "checkpoint"
+
+
 def _read(name: str) -> str:
-    file = importlib.resources.files(__name__) / CHECKPOINT / name
-    return file.read_text(encoding="utf-8")
+    return (demo_checkpoint() / name).read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ import importlib.resources
 
 from jax.typing import DTypeLike
 
-from tokendance_jax import demo
+from tokendance_jax.demo import demo_checkpoint
 from tokendance_jax.model import Model, load_model
 
 
@@ -15,6 +15,5 @@ def demo_model(dtype: DTypeLike) -> Model:
     Args:
       dtype: float32 or bfloat16.
     """
-    folder = importlib.resources.files(demo) / demo.CHECKPOINT
-    with importlib.resources.as_file(folder) as path:
+    with importlib.resources.as_file(demo_checkpoint()) as path:
         return dataclasses.replace(load_model(path, dtype=dtype), name="demo")

@@ -105,8 +105,7 @@ def probe_round(
         rng.shuffle(seen)
         view = view_of(town, seat, seen if shuffled else sorted(seen))
         turns.append((view, _first_of(view, kinds, seat, rng)))
-    prompts = tuple(prompt_of(view, probe, guide=guide) for view, probe in turns)
-    return Round(prompts, max_new_tokens=MAX_NEW_TOKENS), tuple(probe for _, probe in turns)
+    return _round_of(turns, guide=guide)
 
 
 def drifting_rounds(
@@ -138,9 +137,7 @@ def drifting_rounds(
         for seat in range(agents):
             view = view_of(town, seat, range(older + _SAID_A_ROUND))
             turns.append((view, _first_of(view, kinds, seat + index, rng)))
-        prompts = tuple(prompt_of(*turn, guide=guide, older=older) for turn in turns)
-        moment = Round(prompts, max_new_tokens=MAX_NEW_TOKENS, index=index)
-        found.append((moment, tuple(probe for _, probe in turns)))
+        found.append(_round_of(turns, index=index, guide=guide, older=older))
     return found
 
 
@@ -175,9 +172,17 @@ def story(seed: int, agents: int, *, split: words.Split = "train") -> Trace:
             else:
                 probe = _first_of(view, GRADED, seat, rng)
             turns.append((view, probe))
-        prompts = tuple(prompt_of(view, probe) for view, probe in turns)
-        rounds.append(Round(prompts, max_new_tokens=MAX_NEW_TOKENS, index=index))
+        rounds.append(_round_of(turns, index=index)[0])
     return Trace(f"town-{seed}", tuple(rounds))
+
+
+def _round_of(
+    turns: Sequence[tuple[View, Probe]], *, index: int = 0, guide: str = "", older: int = 0
+) -> tuple[Round, tuple[Probe, ...]]:
+    """The round of agents who see something and are asked something, and what they are asked."""
+    prompts = tuple(prompt_of(*turn, guide=guide, older=older) for turn in turns)
+    moment = Round(prompts, max_new_tokens=MAX_NEW_TOKENS, index=index)
+    return moment, tuple(probe for _, probe in turns)
 
 
 def _first_of(view: View, kinds: Sequence[ProbeKind], seat: int, rng: random.Random) -> Probe:
