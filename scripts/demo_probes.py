@@ -24,6 +24,7 @@ from tokendance_jax.model import Model
 from tokendance_jax.prompt import Round
 
 _PAGES = 2048
+_CHUNK_WORDS = 12
 _DRAWS, _BOUNDS = 1000, (0.025, 0.975)
 
 
@@ -36,6 +37,7 @@ class Setting:
       own: whether agents see their own block.
       keep: share of the other blocks that each sees.
       shuffled: whether each sees them in an order of its own.
+      chunk_words: if positive, blocks are so many words, in the middle of sentences.
       rounds: how many rounds go on from each other; what one shares is history in the next.
     """
 
@@ -43,6 +45,7 @@ class Setting:
     own: bool = True
     keep: float = 1.0
     shuffled: bool = False
+    chunk_words: int = 0
     rounds: int = 1
 
     def draw(
@@ -60,6 +63,7 @@ class Setting:
                 keep=self.keep,
                 shuffled=self.shuffled,
                 guide=guide,
+                chunk_words=self.chunk_words,
             )
         ]
 
@@ -71,6 +75,7 @@ SETTINGS = {
     "own omitted": Setting(10, own=False),
     "subset": Setting(10, keep=0.5),
     "shuffled": Setting(10, shuffled=True),
+    "chunks": Setting(10, chunk_words=_CHUNK_WORDS),
     "drift": Setting(5, rounds=5),
 }
 

@@ -199,6 +199,19 @@ def test_rounds_follow_their_arguments():
         assert f"said/{prompt.agent}" not in seen
 
 
+@given(SEEDS, st.integers(2, 8), st.integers(1, 40))
+def test_chunks_hold_the_same_text_and_questions(seed, agents, size):
+    whole, asked = probe_round(seed, agents)
+    cut, again = probe_round(seed, agents, chunk_words=size)
+    assert asked == again
+    for one, other in zip(whole.agents, cut.agents, strict=True):
+        assert text_of(one, "shared") == text_of(other, "shared")
+        chunks = [s.text or "" for s in other.segments if s.kind == "shared"]
+        assert all(len(chunk.split()) == size for chunk in chunks[:-1])
+        assert 0 < len(chunks[-1].split()) <= size
+        assert chunks == [s.text for s in cut.agents[0].segments if s.kind == "shared"]
+
+
 @pytest.mark.parametrize("agents", [3, 4, 8, 13])
 def test_stories_are_an_all_gather_with_right_answers(agents):
     trace = story(agents, agents)

@@ -11,6 +11,7 @@ from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.demo.town import GRADED, probe_round
 from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.prompt import tokenize_round
 
 
 def graded(draws: int, share: float) -> Graded:
@@ -56,6 +57,9 @@ def test_settings_are_what_they_say(name):
         assert len(moment.agents) == len(probes) == setting.agents
         for prompt in moment.agents:
             seen = {s.id for s in prompt.segments if s.kind == "shared"}
+            if setting.chunk_words:
+                assert seen == {f"chunk/{index}" for index in range(len(seen))}
+                continue
             own = f"said/{prompt.agent}" in seen
             if setting.rounds == 1:
                 assert own == setting.own
@@ -87,6 +91,26 @@ def test_reuse_costs_no_retrieval_and_wrong_pages_cost_it_all():
     # About one in twenty places that a prompt names is the right one.
     shuffled = answers(model, setting, draws=4, shuffle=True, selection="none")
     assert shuffled.accuracy("retrieve") < 0.2
+
+
+@pytest.mark.slow
+def test_probes_see_where_a_block_was_computed():
+    # Sentences go on from one chunk to the next: what a chunk says of a person may stand before it.
+    model, setting = demo_model("float32"), SETTINGS["chunks"]
+    dense = answers(model, setting, draws=12, policy="dense").accuracy("retrieve")
+    assert dense >= 0.95
+    assert answers(model, setting, draws=12).accuracy("retrieve") >= dense - 0.02
+    isolated = answers(model, setting, draws=12, base="isolated", selection="none")
+    assert isolated.accuracy("retrieve") < dense - 0.15
+
+
+def test_chunks_are_the_tokens_of_the_whole_text():
+    tokenizer = demo_model("float32").tokenizer
+    rounds = [probe_round(4, 6, chunk_words=words)[0] for words in (0, 12)]
+    whole, cut = (tokenize_round(moment, tokenizer, chat=True) for moment in rounds)
+    for one, other in zip(whole, cut, strict=True):
+        assert np.array_equal(one.token_ids, other.token_ids)
+        assert len(other.spans) > len(one.spans)
 
 
 @pytest.mark.slow

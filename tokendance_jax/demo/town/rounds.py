@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 from collections.abc import Sequence
 
 from tokendance_jax.demo.town import words
@@ -40,7 +41,9 @@ Repeat what Bob says. Then Bob says: at noon Bob joins Ann, and Bob feels sad.
 _SAID_A_ROUND = 3
 
 
-def prompt_of(view: View, probe: Probe, *, guide: str = "", older: int = 0) -> AgentPrompt:
+def prompt_of(
+    view: View, probe: Probe, *, guide: str = "", older: int = 0, chunk_words: int = 0
+) -> AgentPrompt:
     """An agent's prompt: persona, memories, what everybody said, and the question.
 
     Args:
@@ -48,6 +51,9 @@ def prompt_of(view: View, probe: Probe, *, guide: str = "", older: int = 0) -> A
       probe: the question and its answer.
       guide: text in front: `GUIDE` explains the town to models that were not trained in it.
       older: so many statements come first, as history: they were shared in earlier rounds.
+      chunk_words: if positive, what is shared is cut into blocks of so many words, in the middle of
+        sentences, as documents are cut for retrieval; 0: a block is a statement. The text is the
+        same.
     """
     person = view.person
     name = person.name
@@ -57,16 +63,25 @@ def prompt_of(view: View, probe: Probe, *, guide: str = "", older: int = 0) -> A
     )
     memories = [f"Today {plan.text}.\n" for plan in view.secrets]
     memories += [f"Once {memory.text}.\n" for memory in view.memories]
+    said = [(f"said/{s.speaker}", f"{s.text}\n") for s in view.statements]
+    shared = said[older:]
+    if chunk_words:
+        shared = _chunks("".join(text for _, text in shared), chunk_words)
     segments = [
         Segment("system", f"persona/{name}", guide + persona),
         *(Segment("history", f"memory/{name}/{i}", text) for i, text in enumerate(memories)),
-        *(
-            Segment("history" if i < older else "shared", f"said/{s.speaker}", f"{s.text}\n")
-            for i, s in enumerate(view.statements)
-        ),
+        *(Segment("history", at, text) for at, text in said[:older]),
+        *(Segment("shared", at, text) for at, text in shared),
         Segment("task", f"task/{name}", probe.question),
     ]
     return AgentPrompt(name, tuple(segments), MAX_NEW_TOKENS, probe.answer)
+
+
+def _chunks(text: str, size: int) -> list[tuple[str, str]]:
+    """Blocks of so many words, cut in front of spaces: their tokens are those of the whole text."""
+    words_in = re.findall(r"\s*\S+|\s+$", text)
+    cut = range(0, len(words_in), size)
+    return [(f"chunk/{at // size}", "".join(words_in[at : at + size])) for at in cut]
 
 
 def probe_round(
@@ -79,6 +94,7 @@ def probe_round(
     keep: float = 1.0,
     shuffled: bool = False,
     guide: str = "",
+    chunk_words: int = 0,
 ) -> tuple[Round, tuple[Probe, ...]]:
     """A round in which every agent gets one probe.
 
@@ -92,6 +108,7 @@ def probe_round(
       keep: share of the other statements that each sees.
       shuffled: whether each sees them in an order of its own.
       guide: text in front of every prompt.
+      chunk_words: as for `prompt_of`.
 
     Returns:
       The round, and the probes in the order of its agents.
@@ -105,7 +122,7 @@ def probe_round(
         rng.shuffle(seen)
         view = view_of(town, seat, seen if shuffled else sorted(seen))
         turns.append((view, _first_of(view, kinds, seat, rng)))
-    return _round_of(turns, guide=guide)
+    return _round_of(turns, guide=guide, chunk_words=chunk_words)
 
 
 def drifting_rounds(
@@ -177,10 +194,17 @@ def story(seed: int, agents: int, *, split: words.Split = "train") -> Trace:
 
 
 def _round_of(
-    turns: Sequence[tuple[View, Probe]], *, index: int = 0, guide: str = "", older: int = 0
+    turns: Sequence[tuple[View, Probe]],
+    *,
+    index: int = 0,
+    guide: str = "",
+    older: int = 0,
+    chunk_words: int = 0,
 ) -> tuple[Round, tuple[Probe, ...]]:
     """The round of agents who see something and are asked something, and what they are asked."""
-    prompts = tuple(prompt_of(*turn, guide=guide, older=older) for turn in turns)
+    prompts = tuple(
+        prompt_of(*turn, guide=guide, older=older, chunk_words=chunk_words) for turn in turns
+    )
     moment = Round(prompts, max_new_tokens=MAX_NEW_TOKENS, index=index)
     return moment, tuple(probe for _, probe in turns)
 
