@@ -19,7 +19,7 @@ def store(pool, kind="joint", salt=b"", namespace="model"):
 
 def make(bases, context, *segments, failed=False):
     """Opens and closes a base; gives the lane and the segments' places."""
-    lane, placed = bases.open([ids(context)], [ids(segment) for segment in segments])
+    lane, placed = bases.open(ids(context), [ids(segment) for segment in segments])
     bases.close(lane, failed=failed)
     return lane, placed
 
@@ -48,7 +48,7 @@ def test_places_hold_what_was_written_there(openings, size):
     segments = [segment for _, _, some, _ in openings for segment in some]
     for which, context, some, end in openings:
         try:
-            lane, placed = stores[which].open([ids(context)], [ids(segment) for segment in some])
+            lane, placed = stores[which].open(ids(context), [ids(segment) for segment in some])
         except OutOfPages:
             assert device.pool.live == 0
             device.pool.check()
@@ -224,7 +224,7 @@ def test_a_refused_base_leaves_everything_as_it_was():
     bases = store(pool)
     make(bases, [], A)
     with pytest.raises(OutOfPages):
-        bases.open([], [ids(A), ids(B * 3)])
+        bases.open(ids([]), [ids(A), ids(B * 3)])
     assert (pool.live, pool.evictable) == (0, 3)
     assert bases.find(ids(A)) is not None
 

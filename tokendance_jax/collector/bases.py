@@ -69,17 +69,14 @@ class BaseStore:
         self._placed: dict[bytes, tuple[Placed, list[bytes | None]]] = {}
 
     def open(
-        self,
-        contexts: Sequence[Int32[np.ndarray, " _"]],
-        segments: Sequence[Int32[np.ndarray, " _"]],
+        self, context: Int32[np.ndarray, " context"], segments: Sequence[Int32[np.ndarray, " _"]]
     ) -> tuple[LanePlan, list[Placed]]:
         """Takes pages for segments that are computed together, one after the other.
 
-        The first segment begins a page, so that no segment shares a page with a context.
+        The first segment begins a page, so that no segment shares a page with the context.
 
         Args:
-          contexts: tokens before the segments, at positions from 0. Each begins a page, so that what
-            was a bundle may be a context of the next one in the same pages.
+          context: tokens before the segments, at positions from 0.
           segments: the segments in order; none is empty.
 
         Returns:
@@ -90,8 +87,7 @@ class BaseStore:
           OutOfPages: if the pool cannot give the pages; nothing is held then.
         """
         size, whole = self._page_size, np.concatenate(segments)
-        parts = (*contexts, whole)
-        runs = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
+        runs = [part[i : i + size] for part in (context, whole) for i in range(0, len(part), size)]
         blocks = [run.tobytes() for run in runs]
         slots = np.array([len(run) for run in runs], np.int32)
         hit = self._cache.match_blocks(blocks)
@@ -99,18 +95,17 @@ class BaseStore:
         self._cache.insert_blocks(blocks, page)
 
         zeros = np.zeros_like(page)
-        token_ids = np.concatenate(parts)
+        token_ids = np.concatenate([context, whole])
         computed = np.arange(slots[: len(hit)].sum(), len(token_ids), dtype=np.int32)
         lane = LanePlan(token_ids, computed, page, zeros, zeros, slots, base=zeros)
-        skip = sum(-(-len(context) // size) for context in contexts)
-        before = len(token_ids) - len(whole)
+        skip = -(-len(context) // size)
         placed, start = [], 0
         for segment in segments:
             stop = start + len(segment)
             entry = np.arange(start // size, -(-stop // size))
             first = np.maximum(start - entry * size, 0).astype(np.int32)
             last = np.minimum(stop - entry * size, size).astype(np.int32)
-            place = Placed(segment, page[skip + entry], first, last - first, before + start)
+            place = Placed(segment, page[skip + entry], first, last - first, len(context) + start)
             placed.append(place)
             keys = [self._cache.held(int(p)) for p in place.page]
             self._placed[content_key(segment)] = (place, keys)

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from tokendance_jax.collector.bases import Placed, content_key
-from tokendance_jax.collector.chain import Chain
 from tokendance_jax.collector.exact import pages_for
 from tokendance_jax.collector.lane import LanePlan, with_rows
 from tokendance_jax.collector.order import canonical_order
@@ -35,13 +34,11 @@ from tokendance_jax.collector.table import agent_table
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.prompt.tokenized import TokenizedPrompt, TokenSpan
 
-Base = Literal["joint", "chained", "joint-agent", "alone", "isolated"]
+Base = Literal["joint", "joint-agent", "alone", "isolated"]
 BASES: tuple[str, ...] = get_args(Base)
 
 # Fewer tokens in common than this are no preamble: they name the first agent or quote a template.
 _LEAST_PREAMBLE = 16
-# More tokens than this are no chain: every row of a base attends to all that stands before it.
-_MOST_CHAINED = 8192
 _NO_TOKENS = _NO_PAGES = np.zeros(0, np.int32)
 
 
@@ -68,10 +65,9 @@ class _Lane:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _OpenCollective(OpenRound):
-    """An open round, the collective ones among its lanes, its chain, and a Master's pages."""
+    """An open round, the collective ones among its lanes, and pages reserved for a Master."""
 
     collective: list[_Lane] = dataclasses.field(default_factory=list)
-    chain: Chain | None = None
     reserved: Int32[np.ndarray, " reserved"] = dataclasses.field(default_factory=lambda: _NO_PAGES)
 
 
@@ -90,7 +86,6 @@ class Collective(BaseReuse):
         base: str,
         selection: Selection,
         preamble: Int32[np.ndarray, " preamble"],
-        max_tokens: int = sys.maxsize,
         salt: bytes = b"",
     ):
         """Makes the policy with empty caches.
@@ -100,13 +95,11 @@ class Collective(BaseReuse):
           page_size: token slots in a page.
           namespace: what K and V depend on beside the tokens.
           base: how bases are conditioned: "joint" (the bundle as one text behind the preamble),
-            "chained" (the same, with the bundles of the rounds before between the two), "alone"
-            (each segment behind the preamble), "isolated" (each segment at position 0),
+            "alone" (each segment behind the preamble), "isolated" (each segment at position 0),
             "joint-agent" (the bundle behind the private text of the agent whose own K and V deviate
             least from the joint base: the paper's request Master).
           selection: which pages agents compute themselves.
           preamble: tokens in front of the bases where agents have no leading text in common.
-          max_tokens: the model's longest context.
           salt: secret of a tenant.
 
         Raises:
@@ -118,16 +111,14 @@ class Collective(BaseReuse):
             raise ValueError(
                 "selection: base 'joint-agent' has a look of its own; choose head, none, own or all"
             )
-        kind = base if base in ("alone", "isolated") else "joint"
+        kind = "joint" if base == "joint-agent" else base
         super().__init__(pool, page_size, namespace, kind=kind, salt=salt)
         self._base = base
         self._selection = selection
         self._preamble = preamble
         look = "deviation" if base == "joint-agent" else selection.look
         self.programs = ("prefill",) if look is None else ("prefill", look)
-        self._together = kind == "joint"
-        self.bases = 1 if self._together else sys.maxsize
-        self._chain, self._most_chained = Chain(), min(_MOST_CHAINED, max_tokens)
+        self.bases = 1 if base.startswith("joint") else sys.maxsize
 
     def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
         """Takes the bases' pages, then every agent's; see `Policy.open`."""
@@ -153,8 +144,6 @@ class Collective(BaseReuse):
     def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
         """Keeps bases and exact pages findable, and gives every reference back."""
         assert isinstance(opened, _OpenCollective)
-        if opened.chain is not None and written is not None:
-            self._chain = opened.chain
         for lane in opened.collective:
             self._pool.release(lane.spare)
         self._pool.release(opened.reserved)
@@ -180,14 +169,10 @@ class Collective(BaseReuse):
             return {}
         preamble = _NO_TOKENS if self._base == "isolated" else self._preamble_of(prompts)
         opened.preamble_tokens = len(preamble)
-        contexts = (preamble,)
-        if self._base == "chained":
-            bundle = np.concatenate([segments[key] for key in order])
-            opened.chain = self._chain.then(preamble, bundle, most=self._most_chained)
-            contexts = opened.chain.contexts
+        together = self._base.startswith("joint")
         placed: dict[bytes, Placed] = {}
-        for group in [order] if self._together else [[key] for key in order]:
-            lane, places = self._store.open(contexts, [segments[key] for key in group])
+        for group in [order] if together else [[key] for key in order]:
+            lane, places = self._store.open(preamble, [segments[key] for key in group])
             opened.bases.append(lane)
             placed.update(zip(group, places, strict=True))
         if self._base == "joint-agent":

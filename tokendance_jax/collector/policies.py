@@ -1,7 +1,6 @@
 """The policies by their names."""
 
 import dataclasses
-import sys
 
 import numpy as np
 from jaxtyping import Int32
@@ -46,7 +45,6 @@ def make_policy(
     *,
     options: PolicyOptions | None = None,
     preamble: Int32[np.ndarray, " preamble"] | None = None,
-    max_tokens: int = sys.maxsize,
     salt: bytes = b"",
 ) -> Policy:
     """Builds a policy by its name.
@@ -58,7 +56,6 @@ def make_policy(
       namespace: what K and V depend on beside the tokens (model, precision, rotary embedding).
       options: choices within the policies.
       preamble: tokens in front of bases where agents have no leading text in common.
-      max_tokens: the model's longest context.
       salt: secret of a tenant, whose pages no other tenant finds.
 
     Raises:
@@ -81,7 +78,6 @@ def make_policy(
             base=options.base,
             selection=make_selection(options.selection, options.head_pages),
             preamble=np.zeros(0, np.int32) if preamble is None else preamble,
-            max_tokens=max_tokens,
             salt=salt,
         )
     raise ValueError(f"policy: {name!r} is unknown; choose one of {', '.join(POLICIES)}")

@@ -71,7 +71,7 @@ class PerRequest(BaseReuse):
             for prompt in prompts:
                 for key, ids in _shared(prompt):
                     if key not in placed:
-                        lane, (placed[key],) = self._store.open([], [ids])
+                        lane, (placed[key],) = self._store.open(_NO_TOKENS, [ids])
                         opened.bases.append(lane)
             # Exact agents first, as they are computed first: lanes find pages of those before them.
             seats = sorted(range(len(prompts)), key=lambda seat: any(_shared(prompts[seat])))

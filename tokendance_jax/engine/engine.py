@@ -398,7 +398,6 @@ class RoundEngine:
             namespace,
             options=self._options,
             preamble=self._preamble,
-            max_tokens=self.model.config.max_position_embeddings,
             salt=self._salt,
         )
 
