@@ -15,6 +15,7 @@ from absl import flags, logging
 from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.demo import demo_tokenizer_json, demo_trace
 from tokendance_jax.demo.model import demo_model
+from tokendance_jax.engine.engine import DEFAULT_PREAMBLE
 from tokendance_jax.model import Model, load_model
 from tokendance_jax.models.loading import Checkpoint
 from tokendance_jax.models.qwen2.config import Qwen2Config
@@ -30,6 +31,7 @@ from tokendance_jax.prompt import (
 
 DEMO = "demo"
 # What `head` computes unless told otherwise.
+PREAMBLE_HELP = "File with the text in front of bases where prompts have no beginning in common."
 HEAD_PAGES = PolicyOptions().head_pages
 
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -96,6 +98,20 @@ def recorded_answers(moment: Round, tokenizer: Tokenizer, *, most: int) -> list[
     """Token ids of the recorded answers of a round, the first so many of each."""
     texts = [agent.recorded_output or "" for agent in moment.agents]
     return [np.array(tokenizer.encode_text(text)[:most], np.int32) for text in texts]
+
+
+def preamble_of(path: str | None) -> str:
+    """The text of a file, or the default preamble.
+
+    Raises:
+      PromptError: if the file cannot be read as text.
+    """
+    if path is None:
+        return DEFAULT_PREAMBLE
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"preamble: {path} is no readable text file ({error})") from error
 
 
 def parse_bytes(text: str) -> int:

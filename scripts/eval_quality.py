@@ -68,6 +68,7 @@ _SELECTION = flags.DEFINE_multi_enum(
 _HEAD_PAGES = flags.DEFINE_multi_integer(
     "head_pages", [common.HEAD_PAGES], "Pages that limited selections compute; repeat the flag."
 )
+_PREAMBLE = flags.DEFINE_string("preamble", None, common.PREAMBLE_HELP)
 _BLEND_RATIO = flags.DEFINE_float("blend_ratio", 0.15, "Share of tokens that blend recomputes.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
 _ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
@@ -174,6 +175,7 @@ def compare_variants(
     most = max(len(p.token_ids) + _TOKENS.value for round_ in prompts for p in round_)
     memory = common.needed_kv_memory(model, trace, page_size=16, chat=False)
     memory += max(map(len, prompts)) * -(-(_TOKENS.value + most) // 16) * _page_bytes(model)
+    preamble = common.preamble_of(_PREAMBLE.value)
     programs: Programs | None = None
 
     def engine(variant: Variant, row_budget: int = _ROW_BUDGET.value) -> RoundEngine:
@@ -182,6 +184,7 @@ def compare_variants(
             model,
             policy=variant.policy,
             options=variant.options,
+            preamble=preamble,
             kv_memory=memory,
             row_budget=row_budget,
             programs=programs if row_budget == _ROW_BUDGET.value else None,

@@ -78,6 +78,7 @@ _HEAD_PAGES = flags.DEFINE_integer(
     "How many pages these are, but for none and all.",
     lower_bound=0,
 )
+_PREAMBLE = flags.DEFINE_string("preamble", None, common.PREAMBLE_HELP)
 _BLEND_RATIO = flags.DEFINE_float(
     "blend_ratio", PolicyOptions().blend_ratio, "Share of shared tokens that blend recomputes."
 )
@@ -198,6 +199,7 @@ def _serve(model: Model, trace: Trace, console: Console) -> Served:
         head_pages=_HEAD_PAGES.value,
         blend_ratio=_BLEND_RATIO.value,
     )
+    preamble = common.preamble_of(_PREAMBLE.value)
     programs = None
     streams: list[list[np.ndarray]] = []  # what the first policy computed along its own answers
     with Progress(
@@ -221,6 +223,7 @@ def _serve(model: Model, trace: Trace, console: Console) -> Served:
                     model,
                     policy=policy,
                     options=options,
+                    preamble=preamble,
                     page_size=_PAGE_SIZE.value,
                     kv_memory=kv_memory,
                     row_budget=_ROW_BUDGET.value,

@@ -131,6 +131,22 @@ def test_a_round_again_reads_the_same(pair):
             assert one.page.tolist() == other.page.tolist()
 
 
+@pytest.mark.parametrize("base", ["joint", "alone"])
+def test_a_preamble_is_held_only_while_bases_are_computed(base):
+    device = Device(1000)
+    policy = collective(device.pool, (base, "none"))
+    opened = policy.open(common_round(), [0] * 4)
+    preamble = opened.bases[0].page[:2]  # five tokens in pages of four
+    count = len(opened.bases)
+    assert [device.pool.refcount(page) for page in preamble.tolist()] == [count] * 2
+    device.run(opened, drawn(np.random.default_rng(0)))
+    assert opened.left == 2
+    assert [device.pool.refcount(page) for page in preamble.tolist()] == [0, 0]
+    assert not np.isin(preamble, opened.base_pages).any()
+    policy.close(opened, None)  # a failure later on leaves nothing behind either
+    assert (device.pool.live, device.pool.evictable) == (0, 0)
+
+
 @pytest.mark.parametrize("pair", [p for p in PAIRS if SELECTIONS[p[1]].look is None], ids="-".join)
 def test_what_one_agent_does_to_its_own_prompt_is_its_own_matter(pair):
     prompts = common_round()

@@ -131,8 +131,9 @@ class Device:
     def check_counts(self, opened):
         """References are the entries of all tables, and the pages kept for choices to come."""
         held = Counter()
-        for lane in (*opened.lanes, *opened.bases):
+        for lane in opened.lanes:
             held.update(lane.page.tolist())
+        held.update(opened.base_pages.tolist())
         for lane in getattr(opened, "collective", ()):
             held.update(lane.spare.tolist())
         if hasattr(opened, "reserved"):

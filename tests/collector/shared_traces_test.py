@@ -127,7 +127,10 @@ def collective(name):
         written = [prompt.token_ids for prompt in prompts]
         lengths = [len(ids) for ids in written]
         opened = policy.open(prompts, [0] * len(prompts))
+        for _ in opened.steps:  # afterwards the preamble is given back
+            pass
         lanes = [*opened.lanes, *opened.bases]
+        held = np.concatenate([opened.base_pages, *(lane.page for lane in opened.lanes)])
         layout = MirrorLayout.of_lanes(opened.lanes, lengths)
         counted.append(
             Counted(
@@ -137,7 +140,7 @@ def collective(name):
                 unique=opened.preamble_tokens + distinct_tokens(prompts, opened.exact_hits),
                 shares=any(span.kind == "shared" for prompt in prompts for span in prompt.spans),
                 rest=layout.compression(page_size=PAGE_SIZE, page_bytes=PAGE_BYTES),
-                live_bytes=len(np.unique(np.concatenate([x.page for x in lanes]))) * PAGE_BYTES,
+                live_bytes=len(np.unique(held)) * PAGE_BYTES,
             )
         )
         policy.close(opened, written)

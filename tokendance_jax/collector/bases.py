@@ -119,17 +119,18 @@ class BaseStore:
             return None
         return place if np.array_equal(place.token_ids, token_ids) else None
 
-    def close(self, lane: LanePlan, *, failed: bool) -> None:
+    def close(self, lane: LanePlan, *, failed: bool, left: int = 0) -> None:
         """Gives a base lane's references back; its pages stay findable until they are evicted.
 
         Args:
           lane: a lane of `open`.
           failed: whether its computed pages may hold anything, so that none may be found again.
+          left: leading entries whose pages were given back before.
         """
         if failed:
             computed, _ = lane.locate(lane.computed, self._page_size)
             self._cache.forget(np.unique(computed // self._page_size))
-        self._pool.release(lane.page)
+        self._pool.release(lane.page[left:])
         alive = {key: held for key, held in self._placed.items() if self._alive(*held)}
         self._placed = alive
 

@@ -135,7 +135,7 @@ class Collective(BaseReuse):
                         self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
                     )
                     opened.exact_hits.append(int(opened.lanes[-1].computed[0]))
-            opened.steps = self._steps(opened)
+            opened.steps = self._plan(opened)
             return opened
         except BaseException:
             self.close(opened, None)
@@ -279,6 +279,14 @@ class Collective(BaseReuse):
         self._pool.retain(own_entries[1:][own_entries[1:] == own_entries[:-1]])
         computed = np.flatnonzero(computed).astype(np.int32)
         return LanePlan(ids, computed, page, frame, first, slots, base=base)
+
+    def _plan(self, opened: _OpenCollective) -> Steps:
+        """All steps; then the preamble is given back, which only the bases' own rows read."""
+        yield from self._steps(opened)
+        if self._base != "joint-agent":
+            opened.left = pages_for(opened.preamble_tokens, self._page_size)
+            for lane in opened.bases:
+                self._pool.release(lane.page[: opened.left])
 
     def _steps(self, opened: _OpenCollective) -> Steps:
         lanes, collective = opened.lanes, opened.collective

@@ -86,6 +86,9 @@ Scores = list[Float32[np.ndarray, "..."]]
 Steps = Generator[Step, Scores | None, None]
 
 
+_NO_PAGES = np.zeros(0, np.int32)
+
+
 def no_steps() -> Steps:
     """Nothing to do."""
     yield from ()
@@ -102,6 +105,8 @@ class OpenRound:
       exact_hits: leading tokens of each prompt that are read from exact pages.
       preamble_tokens: tokens of the neutral preamble in front of the bases.
       steps: what the device has to do, in order. The generator is sent the scores of each `Look`.
+      left: leading entries of the bases' tables whose pages were given back when all steps were
+        done: a preamble's. They stay findable, but nobody reads them in this round any more.
     """
 
     lanes: list[LanePlan]
@@ -109,6 +114,12 @@ class OpenRound:
     exact_hits: list[int]
     preamble_tokens: int
     steps: Steps
+    left: int = 0
+
+    @property
+    def base_pages(self) -> Int32[np.ndarray, " references"]:
+        """Pages that the bases hold, each as often as they hold it."""
+        return np.concatenate([_NO_PAGES, *(lane.page[self.left :] for lane in self.bases)])
 
 
 class Policy(abc.ABC):

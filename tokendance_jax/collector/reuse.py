@@ -46,7 +46,7 @@ class BaseReuse(Policy):
                 self._cache.forget(np.unique(slot // self._page_size))
             self._pool.release(lane.page)
         for lane in opened.bases:
-            self._store.close(lane, failed=written is None)
+            self._store.close(lane, failed=written is None, left=opened.left)
 
     def base_pages(self) -> Int32[np.ndarray, " pages"]:
         """Pages of the bases that later rounds may read; see `Policy.base_pages`."""

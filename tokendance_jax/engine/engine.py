@@ -41,8 +41,22 @@ from tokendance_jax.prompt.tokenized import TokenizedPrompt, tokenize_round
 from tokendance_jax.prompt.trace import Trace
 
 DEFAULT_KV_MEMORY = 1 << 30
-# Says what follows and nothing else. Of six texts it gave the lowest divergence on recorded rounds.
-DEFAULT_PREAMBLE = "Here is what everybody said and did in the last round, one after the other:\n"
+# Reads like the private text of an agent whom nobody is: a base behind it is nearer to what agents
+# compute behind their own. Texts that say less, or only what follows, are further from dense.
+DEFAULT_PREAMBLE = """\
+You are one of several people who live in the same town.
+Name: Alex Reed
+Age: 41
+Traits: calm, curious, careful
+Alex Reed is a teacher who likes to read, to walk, and to talk with neighbours.
+Here is what Alex Reed remembers:
+- 08:00 Alex Reed is having breakfast
+- 09:10 Alex Reed is talking with a friend about plans for the week
+- 10:20 Alex Reed is writing a letter
+- 11:00 Alex Reed is thinking about what others said, and wants to know more
+Alex Reed said: "I will see what everybody is doing, and then decide what to do next."
+Here is what everybody said and did in the last round, one after the other:
+"""
 
 
 class RoundEngine:
@@ -480,7 +494,7 @@ class RoundEngine:
             for lane, length in zip(opened.lanes, lengths, strict=True)
         ]
         holders = Counter(page for pages in filled for page in pages.tolist())
-        bases = {page for lane in opened.bases for page in lane.page.tolist()}
+        bases = set(opened.base_pages.tolist())
         rest = MirrorLayout.of_lanes(opened.lanes, lengths)
         page_size, page_bytes = self.shapes.page_size, self.page_bytes
         at_rest = rest.mirror_compression(page_size=page_size, page_bytes=page_bytes, form=form)
