@@ -79,7 +79,7 @@ def prompt_of(
 
 def _chunks(text: str, size: int) -> list[tuple[str, str]]:
     """Blocks of so many words, cut in front of spaces: their tokens are those of the whole text."""
-    words_in = re.findall(r"\s*\S+|\s+$", text)
+    words_in = re.findall(r"\s*\S+(?:\s+\Z)?", text)
     cut = range(0, len(words_in), size)
     return [(f"chunk/{at // size}", "".join(words_in[at : at + size])) for at in cut]
 
