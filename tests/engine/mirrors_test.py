@@ -58,7 +58,7 @@ def test_int8_mirrors_of_every_policy_are_near_the_exact_ones(policy):
 def test_restored_pages_are_the_mirrors_and_are_given_back(form):
     moment = gathering()
     _, _, mirrors = served(moment, mirrors=form)
-    engine = small_engine("tokendance", PolicyOptions())
+    engine = small_engine("tokendance", PolicyOptions(head_pages=1))
     lanes = engine.restore(mirrors)
     layers, _, size, *head = engine._kv.k.shape
     for lane, dense in zip(lanes, dense_of(mirrors), strict=True):
