@@ -1,6 +1,7 @@
 """How often answers to probes of the town are right, under policies and in settings of rounds."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -189,7 +190,10 @@ def measure_variants(
     memory = _PAGES * model.kv_spec(pages=1, page_size=16).page_bytes
     programs = None
     rows = []
-    for name, variant in todo:
+    for (name, variant), setting in itertools.product(todo, settings):
+        if console:
+            console.print(f"{setting}: {name}")
+        # Settings ask in the same towns: an engine of its own finds nothing of another's.
         engine = RoundEngine(
             model,
             policy=variant.policy,
@@ -199,17 +203,14 @@ def measure_variants(
             programs=programs,
         )
         programs = engine.programs
-        for setting in settings:
-            if console:
-                console.print(f"{setting}: {name}")
-            graded = ask(
-                engine,
-                SETTINGS[setting],
-                range(draws),
-                guide=GUIDE if guided else "",
-                shuffle=name == SHUFFLED,
-            )
-            rows += [{**row, **variant.choices, "name": name} for row in _rows(setting, graded)]
+        graded = ask(
+            engine,
+            SETTINGS[setting],
+            range(draws),
+            guide=GUIDE if guided else "",
+            shuffle=name == SHUFFLED,
+        )
+        rows += [{**row, **variant.choices, "name": name} for row in _rows(setting, graded)]
     return rows
 
 
