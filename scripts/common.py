@@ -30,8 +30,8 @@ from tokendance_jax.prompt import (
 )
 
 DEMO = "demo"
-# What `head` computes unless told otherwise.
 PREAMBLE_HELP = "File with the text in front of bases where prompts have no beginning in common."
+# What `head` computes unless told otherwise.
 HEAD_PAGES = PolicyOptions().head_pages
 
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}

@@ -283,7 +283,7 @@ class Collective(BaseReuse):
     def _plan(self, opened: _OpenCollective) -> Steps:
         """All steps; then the preamble is given back, which only the bases' own rows read."""
         yield from self._steps(opened)
-        if self._base != "joint-agent":
+        if self._base != "joint-agent":  # a Master's base stands behind private text instead
             opened.left = pages_for(opened.preamble_tokens, self._page_size)
             for lane in opened.bases:
                 self._pool.release(lane.page[: opened.left])

@@ -86,9 +86,6 @@ Scores = list[Float32[np.ndarray, "..."]]
 Steps = Generator[Step, Scores | None, None]
 
 
-_NO_PAGES = np.zeros(0, np.int32)
-
-
 def no_steps() -> Steps:
     """Nothing to do."""
     yield from ()
@@ -119,7 +116,8 @@ class OpenRound:
     @property
     def base_pages(self) -> Int32[np.ndarray, " references"]:
         """Pages that the bases hold, each as often as they hold it."""
-        return np.concatenate([_NO_PAGES, *(lane.page[self.left :] for lane in self.bases)])
+        pages = [lane.page[self.left :] for lane in self.bases]
+        return np.concatenate(pages) if pages else np.zeros(0, np.int32)
 
 
 class Policy(abc.ABC):
