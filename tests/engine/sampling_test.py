@@ -88,6 +88,24 @@ def test_temperature_zero_is_argmax(seed):
     np.testing.assert_array_equal(chosen, logits.argmax(axis=1))
 
 
+@pytest.mark.parametrize("vocab", [1, 127, 128, 129, 700, 1024])
+@pytest.mark.parametrize("values", [2, 1000])  # few values: the largest is met many times
+def test_greedy_takes_the_first_of_the_largest_of_any_number_of_logits(vocab, values):
+    draw = np.random.default_rng(vocab)
+    logits = draw.integers(-values, 0, (LANES, vocab)).astype(np.float32)
+    logits[0] = -np.inf
+    chosen = run(logits, settings_of(temperature=0.0), np.zeros(LANES, np.int32))
+    np.testing.assert_array_equal(chosen, logits.argmax(axis=1))
+
+
+def test_greedy_gives_a_token_of_the_vocabulary_even_if_logits_are_no_numbers():
+    logits = random_logits(0, vocab=130)
+    logits[1] = np.nan
+    chosen = run(logits, settings_of(temperature=0.0), np.zeros(LANES, np.int32))
+    assert 0 <= chosen[1] < 130
+    np.testing.assert_array_equal(np.delete(chosen, 1), np.delete(logits, 1, 0).argmax(axis=1))
+
+
 @example([3, 2.5, 2, 1.5, 1, 0.5, 0, 0, 0, 0, 0, 0], 3, 0.6)  # two of three, but three of all
 @given(LOGITS, TOP_K, TOP_P)
 @settings(max_examples=60)

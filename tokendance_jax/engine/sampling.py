@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Float32, Int32, UInt32
 from tokendance_jax.kernels.lanes import Array
 
 MAX_STOP_IDS = 16
+# Logits of which the largest is found before its place in them is looked for.
+_BLOCK = 128
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
@@ -132,10 +134,22 @@ def is_stop(
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """The first index of each row's maximum, by two plain reductions.
+    """The first index of each row's maximum: of the first block that holds it, the first place.
 
-    On CPU a third of the time of `jnp.argmax`, whose reduction of pairs is not vectorised.
+    On CPU a fifth of the time of `jnp.argmax`, whose reduction of pairs is not vectorised, and
+    without a second look at all logits: a tenth of a decode step of 25 lanes in bfloat16.
     """
+    rows, width = x.shape
+    room = ((0, 0), (0, -width % _BLOCK))
+    blocks = jnp.pad(x, room, constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
+    block = _first_largest(jnp.max(blocks, axis=2))
+    place = _first_largest(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0])
+    # Where a row holds a NaN nothing equals its maximum; the index is a token all the same.
+    return jnp.minimum(block * _BLOCK + place, width - 1)
+
+
+def _first_largest(x: jax.Array) -> jax.Array:
+    """`_argmax` of few columns, by two plain reductions."""
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     largest = jnp.max(x, axis=-1, keepdims=True)
     return jnp.min(jnp.where(x == largest, index, x.shape[-1] - 1), axis=-1)
