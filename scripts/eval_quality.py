@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scripts import common, demo_probes, measure
-from scripts.variants import SHUFFLED, UNLIMITED, Variant, audited
+from scripts import common, demo_probes, measure, pareto
+from scripts.variants import NOISE, SHUFFLED, UNLIMITED, Variant, audited
 from tokendance_jax import host
 from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
@@ -91,7 +91,6 @@ class Measured:
     token_layers: list[float] = dataclasses.field(default_factory=list)
 
 
-_NOISE = "dense, other buckets"
 _WIDE = 130
 
 
@@ -134,7 +133,7 @@ def _measure(console: Console) -> dict[str, Any]:
     console.print(_table(rows))
     console.print(_detail(rows))
     if _PLOT.value:
-        plot({trace.name: rows}, _PLOT.value)
+        pareto.plot([rows], _PLOT.value)
         console.print(f"Written: {escape(_PLOT.value)}")
     return {"policies": rows}
 
@@ -206,13 +205,13 @@ def compare_variants(
 
     todo: list[tuple[Variant | str, Variant]] = [(variant, variant) for variant in variants]
     if all(variant.policy != "dense" for variant in variants):
-        todo.append((_NOISE, dense))
+        todo.append((NOISE, dense))
     if _AUDIT.value and (collective := audited(variants)) is not None:
         todo.append((SHUFFLED, collective))
     for key, variant in todo:
         console.print(f"{trace.name}: {key if isinstance(key, str) else key.name}")
         results[key] = Measured()
-        budget = _ROW_BUDGET.value // 4 if key == _NOISE else _ROW_BUDGET.value
+        budget = _ROW_BUDGET.value // 4 if key == NOISE else _ROW_BUDGET.value
         made = engine(variant, budget)
         for moment, prompt, answer, expected in everything:
             if key == SHUFFLED:
@@ -263,7 +262,7 @@ def _score(
 
 
 def _rows(trace: str, measured: dict[Variant | str, Measured]) -> list[dict[str, Any]]:
-    noise = measured.get(_NOISE)
+    noise = measured.get(NOISE)
     floor = summarise(list(noise.lanes.values())).kl_mean if noise else 0.0
     rows = []
     for key, result in measured.items():
@@ -315,43 +314,6 @@ def _detail(rows: Sequence[dict[str, Any]]) -> Table:
         values = [*row["kl_by_round"].values(), *row["kl_by_agent"].values()]
         table.add_row(row["name"], *(f"{value:.2g}" for value in values))
     return table
-
-
-def plot(traces: dict[str, Sequence[dict[str, Any]]], path: str) -> None:
-    """Draws quality against work: mean KL over token-layers, one line per policy and base.
-
-    Args:
-      traces: the rows of each trace, the dense policy's first.
-      path: the PNG file.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(traces), figsize=(6 * len(traces), 4.5), squeeze=False)
-    for axis, (trace, rows) in zip(axes[0], traces.items(), strict=True):
-        lines: dict[str, list[tuple[float, float, str]]] = {}
-        for row in rows[1:]:
-            if row["policy"] in (_NOISE, SHUFFLED):
-                continue
-            label = row["policy"] if row["base"] is None else f"{row['policy']}, {row['base']}"
-            work = row["token_layers"] / rows[0]["token_layers"]
-            note = row["name"].removeprefix("tokendance ").split(",")[0]
-            lines.setdefault(label, []).append((100 * work, row["kl_mean"], note))
-        for label, points in lines.items():
-            points.sort()
-            axis.plot(*zip(*[(x, y) for x, y, _ in points], strict=True), "o-", label=label)
-            for x, y, note in points:
-                axis.annotate(note, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-        axis.set_yscale("log")
-        axis.set_title(trace)
-        axis.set_xlabel("token-layers, % of dense")
-        axis.set_ylabel("mean KL against dense (nats)")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

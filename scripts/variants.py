@@ -7,8 +7,8 @@ from typing import Any
 from tokendance_jax.collector.policies import PolicyOptions
 
 UNLIMITED = ("none", "all")
-# The name of an audit's results.
-SHUFFLED = "shuffled bases"
+# Names of what checks a measurement: an audit, and the noise floor.
+SHUFFLED, NOISE = "shuffled bases", "dense, other buckets"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""Draws quality against work from what eval_quality wrote, one column for each file.
+
+python -m scripts.eval_quality --trace=rounds.jsonl.gz --json=rounds.json
+python -m scripts.plot_quality --out=quality.png --kl=0.02 --top1=0.97 rounds.json others.json
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from scripts.pareto import Rows, plot
+
+_OUT = flags.DEFINE_string("out", "quality.png", "The PNG file.")
+_KL = flags.DEFINE_float("kl", None, "A mean KL to draw as a line, such as one that is aimed at.")
+_TOP1 = flags.DEFINE_float("top1", None, "The same for the top-1 agreement.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draws the files that are named; returns the exit status: 0, or 1 after an error."""
+    if len(argv) < 2:
+        raise app.UsageError("name at least one file that eval_quality --json wrote")
+    try:
+        plot([read(Path(name)) for name in argv[1:]], _OUT.value, kl=_KL.value, top1=_TOP1.value)
+    except (OSError, ValueError) as error:
+        print(f"{Path(argv[0]).stem}: {error}", file=sys.stderr)
+        return 1
+    print(f"Written: {_OUT.value}")
+    return 0
+
+
+def read(path: Path) -> Rows:
+    """The rows of a file, those of the dense policy first.
+
+    Raises:
+      OSError: it can't be read.
+      ValueError: it holds no comparison with dense along a trace.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["policies"]
+        if rows[0]["policy"] == "dense" and all("kl_mean" in row for row in rows):
+            return rows
+    except (ValueError, KeyError, IndexError, TypeError):
+        pass
+    raise ValueError(f"{path}: not what eval_quality --json writes of a trace")
+
+
+if __name__ == "__main__":
+    app.run(main)
