@@ -42,5 +42,9 @@ class Variant:
 
 
 def audited(variants: Sequence[Variant]) -> Variant | None:
-    """The variant that an audit repeats with shuffled bases: the first that reads bases for all."""
-    return next((variant for variant in variants if variant.policy == "tokendance"), None)
+    """The variant that an audit repeats with shuffled bases: the first that keeps bases.
+
+    Those of `joint-agent` are pages of a request, and gone with it.
+    """
+    kept = (v for v in variants if v.policy == "tokendance" and v.options.base != "joint-agent")
+    return next(kept, None)

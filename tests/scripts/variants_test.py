@@ -1,0 +1,13 @@
+"""What is compared, and what of it an audit repeats."""
+
+from scripts.variants import Variant, audited
+from tokendance_jax.collector.policies import PolicyOptions
+
+
+def test_an_audit_repeats_the_first_variant_that_keeps_bases():
+    blend = Variant("blend")
+    bases = "joint-agent", "alone", "joint"
+    agent, alone, joint = (Variant("tokendance", PolicyOptions(base=base)) for base in bases)
+    assert audited([blend, agent, alone, joint]) == alone
+    assert audited([joint, alone]) == joint
+    assert audited([blend, agent]) is None
