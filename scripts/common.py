@@ -15,7 +15,6 @@ from absl import flags, logging
 from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.demo import demo_tokenizer_json, demo_trace
 from tokendance_jax.demo.model import demo_model
-from tokendance_jax.engine.engine import DEFAULT_PREAMBLE
 from tokendance_jax.model import Model, load_model
 from tokendance_jax.models.loading import Checkpoint
 from tokendance_jax.models.qwen2.config import Qwen2Config
@@ -28,6 +27,7 @@ from tokendance_jax.prompt import (
     read_trace,
     tokenize_round,
 )
+from tokendance_jax.prompt.preamble import DEFAULT_PREAMBLE
 
 DEMO = "demo"
 PREAMBLE_HELP = "File with the text in front of bases where prompts have no beginning in common."

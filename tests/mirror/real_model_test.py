@@ -11,7 +11,7 @@ from tests import shared_data
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import Compute
-from tokendance_jax.engine.engine import DEFAULT_PREAMBLE, RoundEngine
+from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.prefill import Prefill
 from tokendance_jax.engine.result import distinct_tokens
 from tokendance_jax.kernels import storage
@@ -28,6 +28,7 @@ from tokendance_jax.mirror.layout import cut
 from tokendance_jax.model import Model, load_model
 from tokendance_jax.paged import KVSpec, PagedKV, PagePool
 from tokendance_jax.prompt import read_trace, tokenize_round
+from tokendance_jax.prompt.preamble import DEFAULT_PREAMBLE
 from tokendance_jax.quality import agreement
 
 pytestmark = pytest.mark.real_model

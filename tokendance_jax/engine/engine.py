@@ -36,27 +36,12 @@ from tokendance_jax.model import Model
 from tokendance_jax.paged.kv import PagedKV, pool_format
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.prompt.live import relive
+from tokendance_jax.prompt.preamble import DEFAULT_PREAMBLE
 from tokendance_jax.prompt.round import AgentPrompt, PromptError, Round
 from tokendance_jax.prompt.tokenized import TokenizedPrompt, tokenize_round
 from tokendance_jax.prompt.trace import Trace
 
 DEFAULT_KV_MEMORY = 1 << 30
-# Reads like the private text of an agent whom nobody is: a base behind it is nearer to what agents
-# compute behind their own. Texts that say less, or only what follows, are further from dense.
-DEFAULT_PREAMBLE = """\
-You are one of several people who live in the same town.
-Name: Alex Reed
-Age: 41
-Traits: calm, curious, careful
-Alex Reed is a teacher who likes to read, to walk, and to talk with neighbours.
-Here is what Alex Reed remembers:
-- 08:00 Alex Reed is having breakfast
-- 09:10 Alex Reed is talking with a friend about plans for the week
-- 10:20 Alex Reed is writing a letter
-- 11:00 Alex Reed is thinking about what others said, and wants to know more
-Alex Reed said: "I will see what everybody is doing, and then decide what to do next."
-Here is what everybody said and did in the last round, one after the other:
-"""
 
 
 class RoundEngine:
