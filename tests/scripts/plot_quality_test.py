@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from scripts import pareto
+from scripts.variants import NOISE
 
 ROOT = Path(__file__).resolve().parents[2]
-pytest.importorskip("matplotlib")
 
 
 def row(name, token_layers, kl=0.1, *, base=None):
     return {
         "name": name,
-        "policy": name.split(" ")[0] if name != "dense, other buckets" else name,
+        "policy": name if name == NOISE else name.split(" ")[0],
         "base": base,
         "trace": "town",
         "positions": 9,
@@ -32,7 +32,7 @@ ROWS = [
     row("tokendance none", 100, 0.04, base="joint"),
     row("tokendance none, alone", 100, 0.4, base="alone"),
     row("blend", 140, 0.3),
-    row("dense, other buckets", 200, 0.0),
+    row(NOISE, 200, 0.0),
 ]
 
 
@@ -56,6 +56,7 @@ def test_a_line_for_each_policy_and_base_by_work_without_the_checks():
 
 
 def test_files_are_drawn_side_by_side(tmp_path):
+    pytest.importorskip("matplotlib")
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file in files:
         file.write_text(json.dumps({"policies": ROWS}))
