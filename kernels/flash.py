@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.lanes import KEY_BLOCK, LaneTables
 
 MASKED = np.float32(-1e30)
@@ -56,32 +56,23 @@ def block_frames(tables: LaneTables, page_size: int) -> jax.Array:
     return jnp.asarray(tables.frame).reshape(lanes, -1, block_pages(page_size))[:, :, 0]
 
 
-def moved(frame: jax.Array) -> jax.Array:
-    """Where a block has another frame than the block before, or none is before it.
+def moved(frame: jax.Array, *, start: int | None = None) -> jax.Array:
+    """Where a block has another frame than the block before.
 
-    Most blocks have the frame of the block before, and to rotate queries costs most of a block's
+    Most blocks have the frame of the block before, and to rotate queries costs much of a block's
     product.
 
     Args:
       frame: i32 [..., blocks].
+      start: frame of the queries before the first block; None: none, so that block has moved.
 
     Returns:
       bool [..., blocks].
     """
-    first = jnp.ones((*frame.shape[:-1], 1), jnp.bool_)
+    first = (
+        jnp.ones((*frame.shape[:-1], 1), jnp.bool_) if start is None else frame[..., :1] != start
+    )
     return jnp.concatenate([first, frame[..., 1:] != frame[..., :-1]], axis=-1)
-
-
-def rotate_back(q: jax.Array, frame: jax.Array, *, theta: float) -> jax.Array:
-    """Rotates queries f32 [..., H] from logical into canonical positions: by `-frame`."""
-
-    def turn(q: jax.Array) -> jax.Array:
-        cos, sin = rope.rotation(-frame, theta=theta, head_dim=q.shape[-1])
-        shape = (1,) * (q.ndim - 1) + cos.shape
-        return rope.rotate(q, cos.reshape(shape), sin.reshape(shape))
-
-    # Most blocks lie in frame 0, where the rotation is the identity.
-    return jax.lax.cond(frame == 0, lambda q: q, turn, q)
 
 
 def attend_block(

@@ -27,7 +27,7 @@ from tokendance_jax.collector.plan import pack
 from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.model import Model
-from tokendance_jax.models.qwen2.model import matmul
+from tokendance_jax.models.product import matmul
 from tokendance_jax.paged import PagePool
 
 _MODEL = flags.DEFINE_string(

@@ -193,9 +193,10 @@ def _shared_blocks(
     order = jnp.argsort(~plain)
     moved = jnp.any(flash.moved(frame[order].T), axis=0)
 
+    by_head = q.reshape(lanes, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+
     def turn(block: jax.Array) -> jax.Array:
-        turned = rope.rotate(q, cos[block][:, None, :], sin[block][:, None, :])
-        turned = turned.reshape(lanes, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+        turned = rope.rotate(by_head, cos[block][None, :, None, :], sin[block][None, :, None, :])
         return turned.reshape(kv_heads, lanes * group, head_dim)
 
     def attend(
@@ -228,7 +229,12 @@ def _shared_blocks(
 
     wide = min(PLAIN_BLOCKS, blocks)
     plain_steps = jnp.sum(plain.astype(jnp.int32)) // wide
-    first_turned = turn(jnp.int32(0))
+    # In a branch, or XLA works out the angles again for every query.
+    first_turned = jax.lax.cond(
+        groups.count > 0,
+        lambda: turn(jnp.int32(0)),
+        lambda: by_head.reshape(kv_heads, lanes * group, head_dim),
+    )
     softmax = tuple(flash.start(lanes * group, head_dim) for _ in range(kv_heads))
     softmax = jax.lax.fori_loop(0, plain_steps, plain_step, softmax)
     carry = first_turned, softmax

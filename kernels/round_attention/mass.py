@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels import flash, storage
+from tokendance_jax.kernels import flash, rope, storage
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles
 
 
@@ -41,7 +41,11 @@ def attention_mass(
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
     first_position = jnp.min(slot_position, axis=2)  # [lanes, blocks]
     frame = flash.block_frames(tables, page_size)
-    moved = flash.moved(frame)
+    moved = flash.moved(frame, start=0)
+    # For all blocks at once: XLA would work out angles beside the queries for each of these.
+    cos, sin = (
+        x[:, :, None, None, None] for x in rope.rotation(-frame, theta=theta, head_dim=head_dim)
+    )
 
     def tile(index: jax.Array, mass: jax.Array) -> jax.Array:
         row, lane = tiles.row[index], tiles.lane[index]
@@ -61,9 +65,7 @@ def attention_mass(
             keys = flash.read_block(k_pool, layer, tables, lane, block)
             turned = jax.lax.cond(
                 moved[lane, block],
-                lambda: flash.rotate_back(q_tile, frame[lane, block], theta=theta).astype(
-                    keys.dtype
-                ),
+                lambda: rope.rotate(q_tile, cos[lane, block], sin[lane, block]).astype(keys.dtype),
                 lambda: turned,
             )
             product = jnp.einsum(
@@ -85,7 +87,7 @@ def attention_mass(
             weights = jnp.exp(score - higher[..., None]).sum(axis=-1)
             return turned, higher, total * jnp.exp(maximum - higher) + weights
 
-        unturned = jnp.zeros(q_tile.shape, storage.value_dtype(k_pool.dtype))
+        unturned = q_tile.astype(storage.value_dtype(k_pool.dtype))
         masked = jnp.full(q_tile.shape[:3], flash.MASKED)
         start = unturned, masked, jnp.zeros_like(masked)
         _, maximum, total = jax.lax.fori_loop(0, blocks, normalise, start)

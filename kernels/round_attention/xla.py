@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokendance_jax.kernels import flash, storage
+from tokendance_jax.kernels import flash, rope, storage
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
 from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, continued
 
@@ -47,6 +47,8 @@ def round_attention_xla(
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
     block_start, block_stop = jnp.min(slot_position, axis=2), jnp.max(slot_position, axis=2)
     block_frame = flash.block_frames(tables, page_size)
+    # For all blocks at once: XLA would work out angles beside the queries for each of these.
+    cos, sin = rope.rotation(-block_frame, theta=theta, head_dim=head_dim)
 
     def tile(index: jax.Array, tile_rows: int) -> tuple[jax.Array, ...]:
         """What a tile's first rows found, [tile_rows, heads, ...]."""
@@ -62,23 +64,22 @@ def round_attention_xla(
         # Blocks that all rows see whole come first: a mask would take a quarter of their time.
         whole, seen = block_stop[lane] <= least, block_start[lane] <= last
         order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
-        frame = block_frame[lane, order]
-        moved = flash.moved(frame)
+        moved = flash.moved(block_frame[lane, order], start=0)
 
         def block(index: jax.Array, carry: Carry, *, masked: bool) -> Carry:
             turned, softmax = carry
-            keys, values = (
-                flash.read_block(pool, layer, tables, lane, order[index])
-                for pool in (k_pool, v_pool)
-            )
+            at = lane, order[index]
+            keys, values = (flash.read_block(pool, layer, tables, *at) for pool in (k_pool, v_pool))
             turned = jax.lax.cond(
                 moved[index],
-                lambda: flash.rotate_back(q_tile, frame[index], theta=theta).astype(keys.dtype),
+                lambda: rope.rotate(q_tile, cos[at][None, None], sin[at][None, None]).astype(
+                    keys.dtype
+                ),
                 lambda: turned,
             )
             mask = None
             if masked:
-                key_position = slot_position[lane, order[index]]
+                key_position = slot_position[at]
                 # Slots that no row sees may hold anything; a weight of zero would keep a NaN.
                 written = (key_position <= last)[:, None, None]
                 values = jnp.where(written, values, jnp.zeros((), values.dtype))
@@ -92,7 +93,7 @@ def round_attention_xla(
 
         whole_blocks, blocks = (jnp.sum(x.astype(jnp.int32)) for x in (whole, seen))
         carry = (
-            jnp.zeros(q_tile.shape, storage.value_dtype(k_pool.dtype)),
+            q_tile.astype(storage.value_dtype(k_pool.dtype)),
             tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads))
             if before is None
             else continued(before, row, kv_heads),

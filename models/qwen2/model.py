@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
 from tokendance_jax.kernels import rope
-from tokendance_jax.kernels.flash import precision
 from tokendance_jax.kernels.lanes import Array
+from tokendance_jax.models.product import matmul
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.paged.kv import PagedKV
 
@@ -237,48 +237,6 @@ class Qwen2(nnx.Module):
         if self.lm_head is None:
             return matmul(normed, self.embed_tokens.weight[...])
         return self.lm_head(normed)
-
-
-def matmul(
-    x: Float[jax.Array, "rows inputs"], weight: Float[jax.Array, "outputs inputs"]
-) -> Float[jax.Array, "rows outputs"]:
-    """Multiplies by the transpose of `weight`: inputs in the weight's precision, result in float32.
-
-    On CPU a bfloat16 product with a bfloat16 result takes twice the time of this one. Gradients are
-    such products too; JAX would multiply a float32 cotangent.
-    """
-    return _matmul(x, weight)
-
-
-def _forward(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return _product(x, weight, 1, 1)
-
-
-def _forward_and_saved(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple]:
-    return _forward(x, weight), (x, weight)
-
-
-def _backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight = saved
-    cotangent = cotangent.astype(weight.dtype)
-    of_x, of_weight = _product(cotangent, weight, 1, 0), _product(cotangent, x, 0, 0)
-    return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
-
-
-def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Sums over one axis of each; in the lower precision of the two, with a float32 result."""
-    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    return jax.lax.dot_general(
-        a.astype(dtype),
-        b.astype(dtype),
-        (((axis_a,), (axis_b,)), ((), ())),
-        precision=precision(dtype),
-        preferred_element_type=jnp.float32,
-    )
-
-
-_matmul: Callable[[jax.Array, jax.Array], jax.Array] = jax.custom_vjp(_forward)
-_matmul.defvjp(_forward_and_saved, _backward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def abstract_parameters(

@@ -19,8 +19,8 @@ from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json
 from tokendance_jax.demo.town import probe_round
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.model import load_model
+from tokendance_jax.models.product import matmul
 from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.model import matmul
 from tokendance_jax.prompt import Tokenizer, tokenize_round
 
 ROOT = Path(__file__).resolve().parents[2]

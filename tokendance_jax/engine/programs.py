@@ -24,6 +24,7 @@ from tokendance_jax.kernels.lanes import Array, GroupTables, LaneTables
 from tokendance_jax.kernels.round_attention import attention_mass, round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
 from tokendance_jax.model import Model
+from tokendance_jax.models.product import ROW_GROUP
 from tokendance_jax.models.qwen2.model import Attend, Rows
 from tokendance_jax.paged.kv import PagedKV, pool_format
 
@@ -354,8 +355,10 @@ class Programs:
     def _first_token(
         self, state: nnx.State, hidden: jax.Array, sampling: SamplingArrays
     ) -> jax.Array:
+        lanes = hidden.shape[0]
+        hidden, sampling = jax.tree.map(_filled, (hidden, sampling))
         logits = self._logits(state, hidden)
-        return sample(logits, sampling, jnp.zeros(hidden.shape[:1], jnp.int32))
+        return sample(logits, sampling, jnp.zeros(hidden.shape[:1], jnp.int32))[:lanes]
 
     def _logits(self, state: nnx.State, hidden: jax.Array) -> jax.Array:
         return nnx.merge(self._graph, state).logits(hidden)
@@ -373,6 +376,8 @@ class Programs:
         model = nnx.merge(self._graph, state)
         theta = model.config.rope_theta
         lanes, steps = slot.shape
+        # Idle lanes fill the last group of rows; attention does without.
+        start, slot, sampling = jax.tree.map(_filled, (start, slot, sampling))
 
         def go_on(carry: tuple[jax.Array, PagedKV, DecodeState, jax.Array]) -> jax.Array:
             index, _, at, _ = carry
@@ -388,17 +393,18 @@ class Programs:
             rows = Rows(token=at.token, position=position, canonical=position, slot=target)
 
             def attend(q: jax.Array, kv: PagedKV, layer: int) -> jax.Array:
-                return decode_attention(
-                    q,
+                attended = decode_attention(
+                    q[:lanes],
                     kv.k,
                     kv.v,
                     layer,
-                    position,
+                    position[:lanes],
                     tables,
                     groups,
                     theta=theta,
                     implementation=self.implementation,
                 )
+                return _filled(attended)
 
             hidden, kv = model.hidden(rows, kv, attend)
             chosen = sample(model.logits(hidden), sampling, jnp.asarray(at.generated))
@@ -413,10 +419,14 @@ class Programs:
             tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, index))
             return index + 1, kv, after, tokens
 
-        start = jax.tree.map(jnp.asarray, start)
-        carry = (jnp.int32(0), kv, start, jnp.full((lanes, steps), -1, jnp.int32))
+        carry = (jnp.int32(0), kv, start, jnp.full(slot.shape, -1, jnp.int32))
         _, kv, _, tokens = jax.lax.while_loop(go_on, step, carry)
-        return kv, tokens
+        return kv, tokens[:lanes]
+
+
+def _filled(x: jax.Array) -> jax.Array:
+    """Fills the first axis with zeros up to whole groups of rows, as `matmul` likes them."""
+    return jnp.pad(x, [(0, -x.shape[0] % ROW_GROUP)] + [(0, 0)] * (x.ndim - 1))
 
 
 def blank_decode(
