@@ -9,7 +9,7 @@ a long prompt than for one in the middle: the ratio of all operations stands bes
 
 Compilation is left out. A program's first execution is slower than later ones and other work on the
 machine only adds, so the least of several turns counts. What takes long runs its programs many
-times in one turn, and is timed once.
+times in one turn, and is timed once; the first of all is timed twice.
 """
 
 import dataclasses
