@@ -9,8 +9,7 @@ from jaxtyping import Float
 from tokendance_jax.kernels.flash import precision
 
 # Rows that XLA's CPU code multiplies at a time where it multiplies few. Products of `FEW_ROWS` rows
-# at most, or with `MANY_OUTPUTS`, are faster with the matrix on the left if they fill such groups:
-# a decode step of 25 lanes by a tenth, the logits of 100 by four.
+# at most, or with `MANY_OUTPUTS`, are faster with the matrix on the left if they fill such groups.
 ROW_GROUP = 16
 FEW_ROWS = 64
 MANY_OUTPUTS = 1 << 15

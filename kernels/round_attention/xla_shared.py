@@ -32,14 +32,17 @@ def attend_shared(
     lane = jnp.pad(shared.lane, (0, room)).reshape(-1, TILE_ROWS)
     page, frame = jnp.asarray(groups.page), jnp.asarray(groups.frame)
     member, valid = jnp.asarray(groups.member), groups.valid(page_size)
+    # For all blocks at once: XLA would work out angles beside the queries for each of these.
+    cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
 
     def tile(index: jax.Array, before: Before) -> Before:
         tile_row, tile_lane = row[index], lane[index]
         q_tile = jnp.take(q, tile_row, axis=0, mode="clip") * head_dim**-0.5
 
         def block(index: jax.Array, softmax: tuple[flash.Carry, ...]) -> tuple[flash.Carry, ...]:
-            cos, sin = rope.rotation(-frame[index][tile_lane], theta=theta, head_dim=head_dim)
-            turned = rope.rotate(q_tile, cos[:, None, :], sin[:, None, :])
+            turned = rope.rotate(
+                q_tile, cos[index, tile_lane][:, None, :], sin[index, tile_lane][:, None, :]
+            )
             turned = turned.reshape(-1, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
             turned = turned.reshape(kv_heads, -1, head_dim)
             keys, values = (

@@ -425,7 +425,7 @@ class Programs:
 
 
 def _filled(x: jax.Array) -> jax.Array:
-    """Fills the first axis with zeros up to whole groups of rows, as `matmul` likes them."""
+    """Fills the first axis with zeros up to whole groups of rows (`models.product`)."""
     return jnp.pad(x, [(0, -x.shape[0] % ROW_GROUP)] + [(0, 0)] * (x.ndim - 1))
 
 
