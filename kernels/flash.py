@@ -1,5 +1,7 @@
 """What the XLA attention paths share: reading a key block, and the online softmax over blocks."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,23 @@ def moved(frame: jax.Array, *, start: int | None = None) -> jax.Array:
         jnp.ones((*frame.shape[:-1], 1), jnp.bool_) if start is None else frame[..., :1] != start
     )
     return jnp.concatenate([first, frame[..., 1:] != frame[..., :-1]], axis=-1)
+
+
+def split_heads(x: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
+    """Brings what belongs to rows and heads, [rows, heads, ...], under the KV heads.
+
+    Returns:
+      for each KV head [rows * heads of its group, ...].
+    """
+    rows, heads = x.shape[:2]
+    parts = jnp.moveaxis(x.reshape(rows, kv_heads, heads // kv_heads, *x.shape[2:]), 1, 0)
+    return tuple(parts.reshape(kv_heads, -1, *x.shape[2:]))
+
+
+def join_heads(parts: Sequence[jax.Array], rows: int) -> jax.Array:
+    """The inverse of `split_heads`: [rows, heads, ...]."""
+    x = jnp.stack(parts).reshape(len(parts), rows, -1, *parts[0].shape[1:])
+    return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *parts[0].shape[1:])
 
 
 def attend_block(

@@ -25,7 +25,7 @@ from scripts import kernel_report, measure
 from scripts.kernel_subjects import SUBJECTS, Program, Subject
 from scripts.kernel_work import Work
 from tokendance_jax import targets
-from tokendance_jax.collector.shared_rows import PACKED_ROWS
+from tokendance_jax.collector.shapes import PACKING
 from tokendance_jax.kernels.dispatch import IMPLEMENTATIONS
 from tokendance_jax.kernels.lanes import KEY_BLOCK
 from tokendance_jax.models.qwen2.config import Qwen2Config
@@ -75,8 +75,8 @@ def _measure(console: Console) -> dict[str, Any]:
             work = Work(config, dtype, page_size, FLAGS.agents, shared, own, each)
             # The report counts each number of rows apart: here the first is worked on.
             cases = {}
-            packed = PACKED_ROWS.get(jax.default_backend(), 0)
-            for case in kernel_report.cases(config, dtype, packed=packed):
+            packing = PACKING.get(jax.default_backend())
+            for case in kernel_report.cases(config, dtype, packing=packing):
                 cases.setdefault(case["name"].partition(",")[0], case)
             found: list[dict[str, Any]] = []
             for kernel in dict.fromkeys(_KERNEL.value):

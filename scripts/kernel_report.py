@@ -30,8 +30,7 @@ from tokendance_jax import targets
 from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import pack
-from tokendance_jax.collector.shapes import Shapes
-from tokendance_jax.collector.shared_rows import PACKED_ROWS
+from tokendance_jax.collector.shapes import PACKING, Packing, Shapes
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.decode_attention.mosaic_gpu import bytes_beside_pages
 from tokendance_jax.kernels.flash import block_pages
@@ -66,22 +65,24 @@ def _measure(console: Console) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for name in _TARGET.value:
         target = targets.TARGETS[name]
-        packed = PACKED_ROWS[target.platform]
+        packing = PACKING[target.platform]
         for size, dtype in itertools.product(_MODEL.value, _DTYPE.value):
-            of_kernels = cases(Qwen2Config.preset(size), dtype, packed=packed)
+            of_kernels = cases(Qwen2Config.preset(size), dtype, packing=packing)
             found = (report(case, target) for case in of_kernels)
             rows += [{"model": size, "dtype": dtype} | row for row in found]
         console.print(_table(name, [row for row in rows if row["target"] == name]))
     return {"kernels": rows}
 
 
-def cases(config: Qwen2Config, dtype: str = "bfloat16", *, packed: int = 0) -> list[dict[str, Any]]:
+def cases(
+    config: Qwen2Config, dtype: str = "bfloat16", *, packing: Packing | None = None
+) -> list[dict[str, Any]]:
     """The kernels on a round of the flags' sizes: how to call them, and what they must do.
 
     Args:
       config: sizes of the model.
       dtype: precision of the pool.
-      packed: `Shapes.packed_rows`.
+      packing: `Shapes.packing`.
 
     Returns:
       Of each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
@@ -163,11 +164,13 @@ def cases(config: Qwen2Config, dtype: str = "bfloat16", *, packed: int = 0) -> l
         # A key is turned as in a restore; a difference, a maximum and a sum of squares for all.
         "operations": layers * pieces * page // (2 * itemsize) * (8 + 2 * 5),
     }
-    prefills = [_prefill(config, pool, page, rows, packed) for rows in _ROWS.value]
+    prefills = [_prefill(config, pool, page, rows, packing) for rows in _ROWS.value]
     return [restored, decoded, *prefills, compared]
 
 
-def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: int) -> dict[str, Any]:
+def _prefill(
+    config: Qwen2Config, pool: Any, page: int, each: int, packing: Packing | None
+) -> dict[str, Any]:
     """Round attention of so many rows of each agent, behind what all of them share."""
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
@@ -179,7 +182,7 @@ def _prefill(config: Qwen2Config, pool: Any, page: int, each: int, packed: int) 
         entries=Buckets(context // page_size, context // page_size),
         pages=pool.shape[1],
         page_size=page_size,
-        packed_rows=packed,
+        packing=packing,
     )
     base = np.arange(1, 1 + shared // page_size, dtype=np.int32)
     lanes = [

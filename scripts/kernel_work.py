@@ -14,8 +14,7 @@ from tokendance_jax.collector.groups import group_tables
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import RoundPlan, pack
 from tokendance_jax.collector.policies import PolicyOptions
-from tokendance_jax.collector.shapes import Shapes
-from tokendance_jax.collector.shared_rows import PACKED_ROWS
+from tokendance_jax.collector.shapes import PACKING, Shapes
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.lanes import KEY_BLOCK, Array, GroupTables, LaneTables
 from tokendance_jax.kernels.page_diff import DiffPlan
@@ -89,7 +88,7 @@ class Work:
             entries=Buckets(entries, entries),
             pages=int(self.pages_of(self.agents)[0][0]),
             page_size=self.page_size,
-            packed_rows=PACKED_ROWS.get(jax.default_backend(), 0),  # as in the engine
+            packing=PACKING.get(jax.default_backend()),  # as in the engine
         )
 
     @cached_property

@@ -1,6 +1,7 @@
 """Round attention as XLA code: loops over row tiles and over the key blocks that each sees."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,13 @@ import numpy as np
 
 from tokendance_jax.kernels import flash, rope, storage
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
-from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, continued
+from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, continued, nothing_seen
 
 # Rows of small tiles: what is left of a lane behind its full tiles is often little.
 SMALL_TILES = (32, 64)
 
-# Queries turned into the frame of the block before, and the online softmax of each KV head.
-Carry = tuple[jax.Array, tuple[flash.Carry, ...]]
+# For each KV head: queries turned into the frame of the block before, and the online softmax.
+Carry = tuple[tuple[jax.Array, ...], tuple[flash.Carry, ...]]
 
 
 def round_attention_xla(
@@ -35,13 +36,15 @@ def round_attention_xla(
     All loops have the plan's own bounds: padding rows, unused tiles and the part of a table that
     no row of a tile may see cost nothing, whatever the bucket.
     """
-    before = None
-    if shared is not None:
-        before = attend_shared(q, k_pool, v_pool, layer, shared, theta=theta)
-        tables, tiles = shared.tables, shared.tiles
     rows, heads, head_dim = q.shape
     page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
     group = heads // kv_heads
+    # What rows saw so far; a tile replaces it by what they saw in the end.
+    if shared is not None:
+        results = attend_shared(q, k_pool, v_pool, layer, shared, theta=theta)
+        tables, tiles = shared.tables, shared.tiles
+    else:
+        results = nothing_seen(q)[: 1 + with_lse]
     pages = flash.block_pages(page_size)
     lanes = tables.page.shape[0]
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
@@ -50,16 +53,16 @@ def round_attention_xla(
     # For all blocks at once: XLA would work out angles beside the queries for each of these.
     cos, sin = rope.rotation(-block_frame, theta=theta, head_dim=head_dim)
 
-    def tile(index: jax.Array, tile_rows: int) -> tuple[jax.Array, ...]:
-        """What a tile's first rows found, [tile_rows, heads, ...]."""
+    def tile(
+        tile_rows: int, index: jax.Array, results: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        """What a tile's first rows find, [tile_rows, heads, ...]."""
         row, lane = tiles.row[index, :tile_rows], tiles.lane[index]
         row_position = jnp.take(position, row, mode="clip")
         last = jnp.max(jnp.where(row < rows, row_position, -1))
         least = jnp.min(jnp.where(row < rows, row_position, np.iinfo(np.int32).max))
         q_tile = jnp.take(q, row, axis=0, mode="clip") * head_dim**-0.5
-        # [kv_heads, tile_rows * group, head_dim]: one product per KV head.
-        q_tile = q_tile.reshape(tile_rows, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
-        q_tile = q_tile.reshape(kv_heads, tile_rows * group, head_dim)
+        queries = flash.split_heads(q_tile, kv_heads)  # one product per KV head
 
         # Blocks that all rows see whole come first: a mask would take a quarter of their time.
         whole, seen = block_stop[lane] <= least, block_start[lane] <= last
@@ -72,8 +75,8 @@ def round_attention_xla(
             keys, values = (flash.read_block(pool, layer, tables, *at) for pool in (k_pool, v_pool))
             turned = jax.lax.cond(
                 moved[index],
-                lambda: rope.rotate(q_tile, cos[at][None, None], sin[at][None, None]).astype(
-                    keys.dtype
+                lambda: tuple(
+                    rope.rotate(x, cos[at][None], sin[at][None]).astype(keys.dtype) for x in queries
                 ),
                 lambda: turned,
             )
@@ -93,10 +96,10 @@ def round_attention_xla(
 
         whole_blocks, blocks = (jnp.sum(x.astype(jnp.int32)) for x in (whole, seen))
         carry = (
-            q_tile.astype(storage.value_dtype(k_pool.dtype)),
+            tuple(x.astype(storage.value_dtype(k_pool.dtype)) for x in queries),
             tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads))
-            if before is None
-            else continued(before, row, kv_heads),
+            if shared is None
+            else continued(results, row, kv_heads),
         )
         if tile_rows > max(SMALL_TILES):  # few small tiles would pay for compiling another loop
             carry = jax.lax.fori_loop(
@@ -107,34 +110,29 @@ def round_attention_xla(
         carry = jax.lax.fori_loop(
             whole_blocks, blocks, functools.partial(block, masked=True), carry
         )
-        out = jnp.stack([flash.finish(head) for head in carry[1]])
-        out = out.reshape(kv_heads, tile_rows, group, head_dim).transpose(1, 0, 2, 3)
-        out = out.reshape(tile_rows, heads, head_dim)
-        if not with_lse:
-            return (out,)
-        lse = jnp.stack([flash.log_sum_exp(head) for head in carry[1]])
-        lse = lse.reshape(kv_heads, tile_rows, group).transpose(1, 0, 2)
-        return out, lse.reshape(tile_rows, heads)
+        found = [flash.join_heads([flash.finish(head) for head in carry[1]], tile_rows)]
+        if len(results) > 1:
+            lse = [flash.log_sum_exp(head) for head in carry[1]]
+            found.append(flash.join_heads(lse, tile_rows))
+        return tuple(found)
 
     most = tiles.row.shape[1]
     sizes = [*(size for size in SMALL_TILES if size < most), most]
     used = jnp.sum((tiles.row < rows).astype(jnp.int32), axis=1)
     size_of = jnp.sum((used[:, None] > np.array(sizes[:-1])[None, :]).astype(jnp.int32), axis=1)
 
-    def sized_tile(size: int, index: jax.Array) -> tuple[jax.Array, ...]:
+    def sized_tile(size: int, *arguments: Any) -> tuple[jax.Array, ...]:
         room = [(0, most - size)]
-        return tuple(jnp.pad(x, room + [(0, 0)] * (x.ndim - 1)) for x in tile(index, size))
+        found = tile(size, *arguments)
+        return tuple(jnp.pad(x, room + [(0, 0)] * (x.ndim - 1)) for x in found)
 
     branches = [functools.partial(sized_tile, size) for size in sizes]
 
     def step(index: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        found = jax.lax.switch(size_of[index], branches, index)
+        found = jax.lax.switch(size_of[index], branches, index, results)
         # Behind the switch: inside it, all results would be copied for every tile.
         row = tiles.row[index]
         return tuple(x.at[row].set(y, mode="drop") for x, y in zip(results, found, strict=True))
 
-    results = [jnp.zeros((rows, heads, head_dim), jnp.float32)]
-    if with_lse:
-        results.append(jnp.full((rows, heads), flash.MASKED, jnp.float32))
-    results = jax.lax.fori_loop(0, tiles.count, step, tuple(results))
+    results = jax.lax.fori_loop(0, tiles.count, step, results)
     return results if with_lse else results[0]

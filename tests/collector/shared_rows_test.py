@@ -1,3 +1,4 @@
+import dataclasses
 from collections import Counter
 
 import jax
@@ -10,8 +11,7 @@ from tests.collector.groups_test import own_entries, shared_entries, slots_of, w
 from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import blank_plan, pack
-from tokendance_jax.collector.shapes import Shapes
-from tokendance_jax.collector.shared_rows import MOST_ROWS, PACKED_ROWS
+from tokendance_jax.collector.shapes import PACKING, Shapes
 from tokendance_jax.collector.tiles import row_tiles
 from tokendance_jax.kernels.lanes import KEY_BLOCK
 
@@ -27,7 +27,7 @@ def shapes_of(platform="gpu"):
         entries=Buckets(64 * WIDTH, 64 * WIDTH),
         pages=10_000,
         page_size=PAGE_SIZE,
-        packed_rows=PACKED_ROWS[platform],
+        packing=PACKING[platform],
     )
 
 
@@ -64,7 +64,7 @@ def packed(shared):
     return Counter(shared.lane[used].tolist())
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_short_ends_of_lanes_meet_their_base_together(platform):
     base = range(1, 33)
     lanes = [lane_of(3 + index, base, 9, patch=[index + 1]) for index in range(5)]
@@ -88,7 +88,7 @@ def test_short_ends_of_lanes_meet_their_base_together(platform):
         # Too little is shared to pay for reading queries twice.
         [lane_of(3, [1, 2], 9), lane_of(4, [1, 2], 9)],
         # Long ends.
-        [lane_of(3 + index, range(1, 33), MOST_ROWS + 1) for index in range(3)],
+        [lane_of(3 + index, range(1, 33), PACKING["gpu"].most + 1) for index in range(3)],
         # Nothing lies in front of the rows.
         [lane_of(9 + index, [], 9) for index in range(5)],
     ],
@@ -123,11 +123,27 @@ def test_a_lane_that_fills_the_smallest_tile_is_not_packed_on_a_tpu():
     assert not packed(shared)
 
 
-@given(rounds())
+def test_xla_code_packs_long_ends_but_not_in_small_calls():
+    lanes = [lane_of(3 + index, range(1, 33), 60) for index in range(5)]
+    shapes = dataclasses.replace(shapes_of("cpu"), rows=Buckets(64, ROWS))
+    large, small = pack(lanes, shapes)
+    assert large.shared is not None
+    # The call ends within the fourth lane: 3 to 6 rows of each lane stand in front of the base.
+    assert packed(large.shared) == {0: 60, 1: 60, 2: 60, 3: 58}
+    assert len(small.lane) < ROWS
+    assert small.shared is None
+    # Four lanes would fill two tiles, which take as long as a tile of each lane.
+    large, _ = pack([lane_of(3 + index, range(1, 33), 80) for index in range(4)], shapes)
+    assert large.shared is not None
+    assert not packed(large.shared)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@given(lanes=rounds())
 @settings(max_examples=30)
-def test_rows_see_what_their_lane_holds(lanes):
+def test_rows_see_what_their_lane_holds(platform, lanes):
     rows_of = Counter()
-    for plan, shared in plans_of(lanes):
+    for plan, shared in plans_of(lanes, platform):
         rows = len(plan.lane)
         tables, tiles, count = shared.tables, shared.tiles, int(shared.tiles.count)
         in_lanes = packed(shared)

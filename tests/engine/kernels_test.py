@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import types
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import tokendance_jax as td
 from tests.small_model import SMALL_CONFIG
 from tokendance_jax.collector import shared_rows
 from tokendance_jax.collector.policies import PolicyOptions
+from tokendance_jax.collector.shapes import PACKING
 from tokendance_jax.demo import demo_tokenizer_json
 from tokendance_jax.engine import engine as engine_module
 from tokendance_jax.kernels import storage
@@ -84,7 +84,7 @@ def crowd(index):
 
 
 def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
-    """As on a GPU, where plans pack the ends of lanes; here XLA code takes them."""
+    """As plans of a CPU pack the ends of lanes, and as those of a GPU; XLA code takes both."""
     packed, answers = [], []
     of_rows = shared_rows.Sharing.of_rows
 
@@ -94,16 +94,16 @@ def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
         return found
 
     monkeypatch.setattr(shared_rows.Sharing, "of_rows", spy)
-    for platform in ("cpu", "gpu"):
-        kernels = types.SimpleNamespace(platform_of=lambda _, platform=platform: platform)
-        monkeypatch.setattr(engine_module, "dispatch", kernels)
+    for packing in (None, PACKING["cpu"], PACKING["gpu"]):
+        packed.clear()
+        monkeypatch.setattr(engine_module, "PACKING", {"cpu": packing})
         served = td.RoundEngine(
             small_model, policy="tokendance", kv_memory=8 << 20, max_agents=8, decode_steps=4
         )
         results = [served.serve(crowd(index)) for index in range(2)]
         answers.append([agent.token_ids for r in results for agent in r.agents])
-        assert any(packed) == (platform == "gpu")
-    assert answers[0] == answers[1]
+        assert any(packed) == (packing is not None)
+    assert answers[0] == answers[1] == answers[2]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.collector.groups import group_tables
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import lane_tables, row_tiles
-from tokendance_jax.collector.shapes import Shapes
+from tokendance_jax.collector.shapes import PACKING, Shapes
 from tokendance_jax.kernels import rope, storage
 from tokendance_jax.kernels.flash import MASKED, block_pages
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
@@ -233,13 +233,13 @@ def share(case: Case, *, whatever: bool = False) -> SharedRows:
         entries=Buckets(entries, entries),
         pages=case.pages,
         page_size=case.page_size,
-        packed_rows=shared_rows.PACKED_ROWS["gpu"],
+        packing=PACKING["gpu"],
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_rows, "group_tables", split)
         if whatever:
             patch.setattr(shared_rows, "PACKING_COST", -np.inf)
-        sharing = shared_rows.share_rows(case.lanes, case.tables, shapes)
+        sharing = shared_rows.share_rows(case.lanes, case.tables, shapes, PACKING["gpu"])
     used = case.used
     return sharing.of_rows(case.lane[used], case.position[used], rows=ROWS)
 

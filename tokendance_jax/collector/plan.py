@@ -89,9 +89,11 @@ def pack(
         for p, seat, end in zip(lanes, seats, row, strict=True)
         if seat >= 0 and p.computed[-1] == len(p.token_ids) - 1
     }
-    share = share_rows(lanes, tables, shapes) if shapes.packed_rows else None
+    sizes = shapes.rows.cover(len(token))
+    packing = shapes.packing_of(max(sizes))
+    share = share_rows(lanes, tables, shapes, packing) if packing else None
     plans, start = [], 0
-    for size in shapes.rows.cover(len(token)):
+    for size in sizes:
         stop = min(start + size, len(token))
 
         def padded(values: np.ndarray, fill: int, start=start, stop=stop, size=size) -> np.ndarray:
@@ -110,7 +112,9 @@ def pack(
             slot=padded(slot, shapes.no_slot),
         )
         tiles = row_tiles(lane[start:stop], position[start:stop], rows=size, lanes=lane_count)
-        shared = share and share.of_rows(lane[start:stop], position[start:stop], rows=size)
+        shared = None
+        if share and shapes.packing_of(size):
+            shared = share.of_rows(lane[start:stop], position[start:stop], rows=size)
         plans.append(RoundPlan(rows, padded(lane, lane_count), tables, tiles, out_row, shared))
         start = stop
     return plans
@@ -122,7 +126,7 @@ def blank_plan(*, rows: int, lanes: int, seats: int, entries: int, shapes: Shape
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.int32)
 
-    table = zeros(lanes, entries)
+    table, packing = zeros(lanes, entries), shapes.packing_of(rows)
     tables = LaneTables(page=table, frame=table, first=table, slots=table, start=table)
     nowhere = np.full(rows, shapes.no_slot, np.int32)
     return RoundPlan(
@@ -131,5 +135,6 @@ def blank_plan(*, rows: int, lanes: int, seats: int, entries: int, shapes: Shape
         tables=tables,
         tiles=row_tiles(zeros(0), zeros(0), rows=rows, lanes=lanes),
         out_row=np.full(seats, rows, np.int32),
-        shared=blank_rows(tables, rows=rows, shapes=shapes) if shapes.packed_rows else None,
+        shared=packing
+        and blank_rows(tables, rows=rows, page_size=shapes.page_size, packing=packing),
     )

@@ -7,6 +7,33 @@ from tokendance_jax.kernels.flash import block_pages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Packing:
+    """How plans pack the rows at the ends of many lanes, to meet what these share together.
+
+    Attributes:
+      visit: rows of one lane that read a key block at a time, where they are not packed.
+      tile: packed rows that do; several visits' worth of rows take as long as these visits.
+      most: most rows at the end of a lane that are packed.
+      least: plans of fewer rows pack none.
+    """
+
+    visit: int
+    tile: int
+    most: int
+    least: int = 0
+
+
+# By platform (GPUs have two names). A GPU's tile is of up to 8 query heads a KV head; a TPU's is
+# the smallest of its kernel. XLA code on CPU takes long for a tile, however small.
+PACKING = {
+    "cpu": Packing(visit=128, tile=256, most=256, least=256),
+    "gpu": Packing(visit=8, tile=8, most=64),
+    "cuda": Packing(visit=8, tile=8, most=64),
+    "tpu": Packing(visit=32, tile=32, most=64),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Shapes:
     """The static shapes that programs are compiled for.
 
@@ -16,8 +43,7 @@ class Shapes:
       entries: buckets of table entries, each a multiple of a key block.
       pages: pages of the pool.
       page_size: token slots in a page.
-      packed_rows: rows of a lane that the kernel attends to at a time, where plans say which rows
-        of many lanes are packed; 0: they pack none.
+      packing: how plans pack rows of many lanes; None: they pack none.
     """
 
     rows: Buckets
@@ -25,7 +51,7 @@ class Shapes:
     entries: Buckets
     pages: int
     page_size: int
-    packed_rows: int = 0
+    packing: Packing | None = None
 
     @classmethod
     def of(
@@ -36,7 +62,7 @@ class Shapes:
         max_tokens: int,
         pages: int,
         page_size: int,
-        packed_rows: int = 0,
+        packing: Packing | None = None,
     ) -> "Shapes":
         """Buckets up to the given budgets, for contexts of at most `max_tokens`."""
         block = block_pages(page_size)
@@ -48,7 +74,7 @@ class Shapes:
             entries=Buckets(min(4 * block, most), most),
             pages=pages,
             page_size=page_size,
-            packed_rows=packed_rows,
+            packing=packing,
         )
 
     @staticmethod
@@ -56,6 +82,10 @@ class Shapes:
         """Table entries that hold so many tokens in one frame: whole key blocks."""
         block = block_pages(page_size)
         return -(-tokens // (block * page_size)) * block
+
+    def packing_of(self, rows: int) -> Packing | None:
+        """How a plan of so many rows packs them; None: it packs none."""
+        return self.packing if self.packing and rows >= self.packing.least else None
 
     @property
     def no_slot(self) -> int:

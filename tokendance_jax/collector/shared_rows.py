@@ -12,17 +12,12 @@ from jaxtyping import Int32
 
 from tokendance_jax.collector.groups import empty_groups, group_tables
 from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.shapes import Shapes
+from tokendance_jax.collector.shapes import Packing, Shapes
 from tokendance_jax.collector.tiles import row_tiles
-from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, LaneTables, SharedRows
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables, SharedRows
 
-# Most rows at the end of a lane that are packed with those of others.
-MOST_ROWS = TILE_ROWS // 2
-# `Shapes.packed_rows` by platform (GPUs have two names): a tile of the GPU kernel, of up to
-# 8 query heads a KV head; the smallest tile of the TPU kernel. For XLA code plans pack nothing.
-PACKED_ROWS = {"gpu": 8, "cuda": 8, "tpu": 32}
-# What rows cost that are packed, in key blocks that their tiles read: on a GPU their queries are
-# read once more, and what they saw is written and read again.
+# What rows cost that are packed, in key blocks that they read: their queries are read once more,
+# and what they saw is written and read again, but on TPUs.
 PACKING_COST = 0.5
 
 
@@ -34,11 +29,13 @@ class Sharing:
       behind: i64 [lanes]; where these rows begin; int64's maximum in lanes that share nothing.
       groups: the key blocks that they share.
       tables: see `SharedRows`.
+      most: most rows of a lane that are packed.
     """
 
     behind: np.ndarray
     groups: GroupTables
     tables: LaneTables
+    most: int
 
     def of_rows(
         self, lane: Int32[np.ndarray, " used"], position: Int32[np.ndarray, " used"], *, rows: int
@@ -53,7 +50,7 @@ class Sharing:
         lanes = len(self.behind)
         packed = position >= self.behind[lane]
         used = np.flatnonzero(packed).astype(np.int32)
-        row = np.full(min(rows, lanes * MOST_ROWS), rows, np.int32)
+        row = np.full(min(rows, lanes * self.most), rows, np.int32)
         row_lane = np.zeros_like(row)
         row[: len(used)], row_lane[: len(used)] = used, lane[used]
         # Pages that only lanes of later calls hold may not be written yet.
@@ -71,29 +68,32 @@ class Sharing:
         return SharedRows(row, row_lane, groups, self.tables, tiles)
 
 
-def share_rows(lanes: Sequence[LanePlan], tables: LaneTables, shapes: Shapes) -> Sharing:
+def share_rows(
+    lanes: Sequence[LanePlan], tables: LaneTables, shapes: Shapes, packing: Packing
+) -> Sharing:
     """Finds what the rows at the end of lanes share, if that saves more than it costs.
 
     Args:
       lanes: at least one, each with at least one row.
       tables: their whole tables.
       shapes: the static shapes.
+      packing: how rows are packed.
     """
     seats = len(tables.page)
     begin = np.array([_last_run(lane.computed) for lane in lanes])
     rows = np.array([len(lane.computed) for lane in lanes]) - begin
     behind = np.array([lane.computed[at] for lane, at in zip(lanes, begin, strict=True)])
-    few = (rows <= MOST_ROWS) & (behind > 0)
+    few = (rows <= packing.most) & (behind > 0)
     # Nothing lies in front of position 0.
     behind, rows = behind * few, rows * few
-    visits = -(-rows // shapes.packed_rows)
+    visits = -(-rows // packing.visit)
 
     def split(cost: float) -> tuple[GroupTables, LaneTables]:
         return group_tables(
             lanes, shapes, behind=behind.tolist(), visits=visits.tolist(), cost=cost, least=seats
         )
 
-    together = float(-(-rows.sum() // shapes.packed_rows))
+    together = float(-(-rows.sum() // packing.tile) * packing.tile / packing.visit)
     groups, rest = split(together)
     held = np.any(groups.member[:, : len(lanes)], axis=2)
     if (held @ visits).sum() - together * groups.count <= PACKING_COST * together:
@@ -101,16 +101,17 @@ def share_rows(lanes: Sequence[LanePlan], tables: LaneTables, shapes: Shapes) ->
     packed = np.full(seats, np.iinfo(np.int64).max)
     shares = np.flatnonzero(np.any(groups.member, axis=(0, 2)))
     packed[shares] = behind[shares]
-    return Sharing(packed, groups, _stacked(tables, rest))
+    return Sharing(packed, groups, _stacked(tables, rest), packing.most)
 
 
-def blank_rows(tables: LaneTables, *, rows: int, shapes: Shapes) -> SharedRows:
+def blank_rows(tables: LaneTables, *, rows: int, page_size: int, packing: Packing) -> SharedRows:
     """Shared rows of a plan of padding alone."""
     lanes, entries = tables.page.shape
-    groups = empty_groups(lanes=lanes, entries=entries, page_size=shapes.page_size)
+    groups = empty_groups(lanes=lanes, entries=entries, page_size=page_size)
     nothing = np.zeros(0, np.int32)
     behind = np.zeros(lanes, np.int64)
-    return Sharing(behind, groups, _stacked(tables, tables)).of_rows(nothing, nothing, rows=rows)
+    sharing = Sharing(behind, groups, _stacked(tables, tables), packing.most)
+    return sharing.of_rows(nothing, nothing, rows=rows)
 
 
 def _stacked(whole: LaneTables, rest: LaneTables) -> LaneTables:

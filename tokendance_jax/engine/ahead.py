@@ -14,8 +14,7 @@ import numpy as np
 
 from tokendance_jax import targets
 from tokendance_jax.collector.plan import blank_plan
-from tokendance_jax.collector.shapes import Shapes
-from tokendance_jax.collector.shared_rows import PACKED_ROWS
+from tokendance_jax.collector.shapes import PACKING, Shapes
 from tokendance_jax.demo import demo_tokenizer_json
 from tokendance_jax.engine.programs import Programs, blank_decode
 from tokendance_jax.hlo import Program
@@ -156,7 +155,7 @@ def compile_round(
         max_tokens=config.max_position_embeddings,
         pages=pages,
         page_size=page_size,
-        packed_rows=PACKED_ROWS[target.platform],  # as in the engine
+        packing=PACKING[target.platform],  # as in the engine
     )
     device = targets.device(target)
     programs = Programs(model, shapes, implementation=implementation, device=device)

@@ -14,8 +14,7 @@ from jaxtyping import Float32
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import OpenRound
-from tokendance_jax.collector.shapes import Shapes
-from tokendance_jax.collector.shared_rows import PACKED_ROWS
+from tokendance_jax.collector.shapes import PACKING, Shapes
 from tokendance_jax.engine.decode import Answer, OnToken, generate
 from tokendance_jax.engine.prefill import Cost, Prefill
 from tokendance_jax.engine.programs import DecodeState, Programs
@@ -127,7 +126,7 @@ class RoundEngine:
             max_tokens=model.config.max_position_embeddings,
             pages=pages,
             page_size=page_size,
-            packed_rows=PACKED_ROWS.get(platform, 0),
+            packing=PACKING.get(platform),
         )
         if programs is None:
             programs = Programs(model, shapes, implementation=implementation)
