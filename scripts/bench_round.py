@@ -7,9 +7,10 @@ would. The ratio of two policies' times stands beside the ratio of their token-l
 the layers that they ran through. These do not hold attention, which is more for a row at the end of
 a long prompt than for one in the middle: the ratio of all operations stands beside them too.
 
-Compilation is left out. A program's first execution is slower than later ones and other work on the
-machine only adds, so the least of several turns counts. What takes long runs its programs many
-times in one turn, and is timed once; the first of all is timed twice.
+A machine may be a third slower half an hour later, so each policy is timed between two runs of the
+first, and its time stands over the mean of theirs. Compilation is left out. A program's first
+execution is slower than later ones, so the least of several turns counts; what takes long runs its
+programs many times in one turn, and is timed once.
 """
 
 import dataclasses
@@ -47,14 +48,14 @@ _HEAD_PAGES = flags.DEFINE_multi_integer(
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
 _ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
-_TURNS = flags.DEFINE_integer("turns", 2, "How often each is timed; in turns.", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 2, "How often each is timed.", lower_bound=1)
 _LONG = flags.DEFINE_float("long", 20, "Seconds of prefill from which one turn is enough.")
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 
 
 def main(argv: Sequence[str]) -> int:
     """Measures and prints; returns the exit status: 0, or 1 after an error."""
-    return measure.run(argv, _measure, json=_JSON.value)
+    return measure.run(argv, _measure, json=_JSON.value, width=100)
 
 
 def _measure(console: Console) -> dict[str, Any]:
@@ -80,7 +81,8 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
       trace: rounds up to the measured one, of one token each.
 
     Returns:
-      For each policy its name, seconds of prefill, token-layers, and rows with padding.
+      For each policy its name, the least seconds of prefill, `time`: these over what the first
+      policy took before and after, token-layers, and rows with padding.
     """
     memory = common.needed_kv_memory(model, trace, page_size=16, chat=False)
     variants = [
@@ -88,42 +90,53 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
         for policy in dict.fromkeys(_POLICY.value)
         for pages in (_HEAD_PAGES.value if policy == "tokendance" else [0])
     ]
-    seconds: dict[tuple[str, int], list[float]] = {variant: [] for variant in variants}
-    rows = {}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     programs: Programs | None = None
-    for _ in range(_TURNS.value):
-        for policy, pages in variants:
-            timed = seconds[policy, pages]
-            # The first of all finds every program new, however long it takes.
-            enough = 2 if (policy, pages) == variants[0] else 1
-            if len(timed) >= enough and max(timed) > _LONG.value:
-                continue
-            selection = "head" if pages else "none"
-            engine = RoundEngine(
-                model,
-                policy=policy,
-                options=PolicyOptions(selection=selection, head_pages=pages),
-                kv_memory=memory,
-                row_budget=_ROW_BUDGET.value,
-                programs=programs,
-            )
-            programs = engine.programs
-            # Dense keeps nothing between rounds.
-            served = trace.rounds[-1:] if policy == "dense" else trace.rounds
-            *_, result = (engine.serve(moment, chat=False) for moment in served)
-            timed.append(result.timings.prefill_s)
-            rows[policy, pages] = {
-                "policy": policy,
-                "head_pages": pages if policy == "tokendance" else None,
-                "trace": trace.name,
-                "agents": len(trace.rounds[-1].agents),
-                "prefill_s": min(timed),
-                "plan_s": result.timings.plan_s,
-                "operations": operations(model.config, result.ledger),
-                **dataclasses.asdict(result.ledger),
-            }
-            del engine
-            gc.collect()
+
+    def prefill(variant: tuple[str, int]) -> float:
+        """Serves the trace; returns the seconds of its last prefill."""
+        nonlocal programs
+        policy, pages = variant
+        engine = RoundEngine(
+            model,
+            policy=policy,
+            options=PolicyOptions(selection="head" if pages else "none", head_pages=pages),
+            kv_memory=memory,
+            row_budget=_ROW_BUDGET.value,
+            programs=programs,
+        )
+        programs = engine.programs
+        # Dense keeps nothing between rounds.
+        served = trace.rounds[-1:] if policy == "dense" else trace.rounds
+        *_, result = (engine.serve(moment, chat=False) for moment in served)
+        seconds = result.timings.prefill_s
+        row = rows.setdefault(variant, {"prefill_s": seconds, "time": 1.0})
+        row |= {
+            "policy": policy,
+            "head_pages": pages if policy == "tokendance" else None,
+            "trace": trace.name,
+            "agents": len(trace.rounds[-1].agents),
+            "prefill_s": min(seconds, row["prefill_s"]),
+            "plan_s": result.timings.plan_s,
+            "operations": operations(model.config, result.ledger),
+            **dataclasses.asdict(result.ledger),
+        }
+        del engine
+        gc.collect()
+        return seconds
+
+    first, *others = variants
+    prefill(first)  # finds every program new
+    before = prefill(first)
+    ratios: dict[tuple[str, int], list[float]] = {variant: [] for variant in others}
+    for variant in others * _TURNS.value:
+        found = ratios[variant]
+        if found and rows[variant]["prefill_s"] > _LONG.value:
+            continue
+        seconds, after = prefill(variant), prefill(first)
+        found.append(2 * seconds / (before + after))
+        rows[variant]["time"] = min(found)
+        before = after
     return list(rows.values())
 
 
@@ -149,7 +162,7 @@ def _table(trace: Trace, rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         work = row["token_layers"] / rows[0]["token_layers"]
         operated = row["operations"] / rows[0]["operations"]
-        time = row["prefill_s"] / rows[0]["prefill_s"]
+        time = row["time"]
         table.add_row(
             _name(row),
             f"{row['token_layers']:,.0f}",

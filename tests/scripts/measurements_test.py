@@ -94,6 +94,7 @@ def test_time_beside_work(tmp_path):
     assert [row["agents"] for row in rows] == [2] * 7 + [3] * 7
     for row in rows:
         assert row["prefill_s"] > 0
+        assert (row["time"] == 1) == (row["policy"] == "tokendance" and not row["head_pages"])
         assert 0 < row["token_layers"] <= row["prompt_tokens"]
     assert "tokendance none" in done.stdout
 
