@@ -28,6 +28,9 @@ Array = jax.Array | np.ndarray
 KEY_BLOCK = 256
 # Rows per tile of prefill attention.
 TILE_ROWS = 128
+# Rows of many lanes in a tile of XLA code. They need not end where a lane ends, so there may be
+# more: on CPU twice the rows meet a key block in less than twice the time.
+SHARED_TILE_ROWS = 256
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays

@@ -6,11 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tokendance_jax.kernels import flash, rope, storage
-from tokendance_jax.kernels.lanes import SharedRows
-
-# Rows of a tile. They need not end where a lane ends, so a tile may be larger than those of one
-# lane: on CPU twice the rows meet a key block in less than twice the time.
-SHARED_TILE_ROWS = 256
+from tokendance_jax.kernels.lanes import SHARED_TILE_ROWS, SharedRows
 
 # What rows saw: the output f32 [rows, heads, head_dim] over it, and the log-sum-exp of their
 # scores f32 [rows, heads].

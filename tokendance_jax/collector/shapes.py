@@ -4,6 +4,7 @@ import dataclasses
 
 from tokendance_jax.collector.buckets import Buckets
 from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.lanes import SHARED_TILE_ROWS, TILE_ROWS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -12,7 +13,7 @@ class Packing:
 
     Attributes:
       visit: rows of one lane that read a key block at a time, where they are not packed.
-      tile: packed rows that do; several visits' worth of rows take as long as these visits.
+      tile: packed rows that do, in the time of as many visits as these rows would be.
       most: most rows at the end of a lane that are packed.
       least: plans of fewer rows pack none.
     """
@@ -26,7 +27,7 @@ class Packing:
 # By platform (GPUs have two names). A GPU's tile is of up to 8 query heads a KV head; a TPU's is
 # the smallest of its kernel. XLA code on CPU takes long for a tile, however small.
 PACKING = {
-    "cpu": Packing(visit=128, tile=256, most=256, least=256),
+    "cpu": Packing(TILE_ROWS, SHARED_TILE_ROWS, most=2 * TILE_ROWS, least=SHARED_TILE_ROWS),
     "gpu": Packing(visit=8, tile=8, most=64),
     "cuda": Packing(visit=8, tile=8, most=64),
     "tpu": Packing(visit=32, tile=32, most=64),
