@@ -40,7 +40,7 @@ def read_pages(pool: jax.Array, layer: int | jax.Array, page: jax.Array) -> jax.
 
 
 def read_block(
-    pool: jax.Array, layer: int, tables: LaneTables, lane: jax.Array, block: jax.Array
+    pool: jax.Array, layer: int | jax.Array, tables: LaneTables, lane: jax.Array, block: jax.Array
 ) -> jax.Array:
     """Gathers one key block of one lane.
 

@@ -235,13 +235,12 @@ def logits_of(
     rows = Rows(token.reshape(-1), position, position, jnp.zeros_like(position))
     x = model.embed_tokens(token.reshape(-1))
     for layer, block in enumerate(model.layers):
-        q = model.queries(layer, x, rows).reshape(batch, length, -1, config.head_dim)
-        k, v = model.keys_values(layer, x, rows)
-        k = k.reshape(batch, length, -1, config.head_dim)
-        v = v.reshape(batch, length, -1, config.head_dim)
-        attended = _attend(q.astype(dtype), k.astype(dtype), v.astype(dtype), conversation)
-        x = x + block.self_attn.o_proj(attended.reshape(batch * length, -1))
-        x = x + block.mlp(block.post_attention_layernorm(x))
+        q, k, v = (
+            y.reshape(batch, length, -1, config.head_dim).astype(dtype)
+            for y in model.queries_keys_values(layer, x, rows)
+        )
+        attended = _attend(q, k, v, conversation)
+        x = block.finish(x, attended.reshape(batch * length, -1, config.head_dim))
     return model.logits(x).reshape(batch, length, -1)
 
 

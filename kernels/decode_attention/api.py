@@ -13,7 +13,7 @@ def decode_attention(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
     groups: GroupTables,

@@ -30,7 +30,7 @@ def decode_attention_mosaic_gpu(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
     groups: GroupTables,

@@ -25,7 +25,7 @@ def decode_attention_mosaic_tpu(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
     groups: GroupTables,
@@ -94,7 +94,7 @@ def decode_attention_mosaic_tpu(
 
 
 def _columns(
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
     groups: GroupTables,

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from tokendance_jax.kernels import storage
 
 
-def kv_write(pool: jax.Array, layer: int, slot: jax.Array, value: jax.Array) -> jax.Array:
+def kv_write(
+    pool: jax.Array, layer: int | jax.Array, slot: jax.Array, value: jax.Array
+) -> jax.Array:
     """Writes one layer's rows into their slots, in place when the pool is donated.
 
     Args:

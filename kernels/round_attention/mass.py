@@ -10,7 +10,7 @@ from tokendance_jax.kernels.lanes import LaneTables, RowTiles
 def attention_mass(
     q: jax.Array,
     k_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
     tiles: RowTiles,

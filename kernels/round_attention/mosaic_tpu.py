@@ -38,7 +38,7 @@ def round_attention_mosaic_tpu(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
     tiles: RowTiles,

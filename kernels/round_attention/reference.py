@@ -11,7 +11,7 @@ def round_attention_reference(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     lane: jax.Array,
     tables: LaneTables,
@@ -35,7 +35,7 @@ def round_attention_reference(
 def attention_mass_reference(
     q: jax.Array,
     k_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     lane: jax.Array,
     tables: LaneTables,
@@ -55,7 +55,7 @@ def attention_mass_reference(
 def _weights(
     q: jax.Array,
     k_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     lane: jax.Array,
     tables: LaneTables,

@@ -32,7 +32,7 @@ def window_sizes(tile_rows: int) -> tuple[int, ...]:
 
 
 def stretches(
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
     tiles: RowTiles,

@@ -22,7 +22,7 @@ def round_attention_xla(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
     tiles: RowTiles,
@@ -116,7 +116,7 @@ def round_attention_xla(
             found.append(flash.join_heads(lse, tile_rows))
         return tuple(found)
 
-    most = tiles.row.shape[1]
+    most = min(tiles.row.shape[1], rows)  # places beyond are unused
     sizes = [*(size for size in SMALL_TILES if size < most), most]
     used = jnp.sum((tiles.row < rows).astype(jnp.int32), axis=1)
     size_of = jnp.sum((used[:, None] > np.array(sizes[:-1])[None, :]).astype(jnp.int32), axis=1)
@@ -131,7 +131,7 @@ def round_attention_xla(
     def step(index: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         found = jax.lax.switch(size_of[index], branches, index, results)
         # Behind the switch: inside it, all results would be copied for every tile.
-        row = tiles.row[index]
+        row = tiles.row[index, :most]
         return tuple(x.at[row].set(y, mode="drop") for x, y in zip(results, found, strict=True))
 
     results = jax.lax.fori_loop(0, tiles.count, step, results)

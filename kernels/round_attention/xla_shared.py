@@ -19,7 +19,7 @@ def attend_shared(
     q: jax.Array,
     k_pool: jax.Array,
     v_pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     shared: SharedRows,
     *,
     theta: float,

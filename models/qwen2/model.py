@@ -7,8 +7,9 @@ results; the residual stream, norms, rotary embedding and softmax are float32.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,13 @@ from tokendance_jax.models.product import matmul
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.paged.kv import PagedKV
 
+QueriesKeysValues = tuple[
+    Float[jax.Array, "rows heads head_dim"],
+    Float[jax.Array, "rows kv_heads head_dim"],
+    Float[jax.Array, "rows kv_heads head_dim"],
+]
 # (queries f32 [rows, heads, head_dim], pool, layer) -> f32 [rows, heads, head_dim]
-Attend = Callable[[jax.Array, PagedKV, int], jax.Array]
+Attend = Callable[[jax.Array, PagedKV, int | jax.Array], jax.Array]
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
@@ -95,30 +101,13 @@ class Attention(nnx.Module):
         self.o_proj = Linear(width, heads * head_dim, bias=False, dtype=dtype)
         self.head_dim = head_dim
 
-    def __call__(
-        self,
-        x: Float[jax.Array, "rows width"],
-        slot: Int32[jax.Array, " rows"],
-        q_rotation: tuple[jax.Array, jax.Array],
-        k_rotation: tuple[jax.Array, jax.Array],
-        kv: PagedKV,
-        layer: int,
-        attend: Attend,
-    ) -> tuple[Float[jax.Array, "rows width"], PagedKV]:
-        q = self.q_proj(x).reshape(x.shape[0], -1, self.head_dim)
-        kv = kv.write(layer, slot, *self.keys_values(x, k_rotation))
-        attended = attend(rope.rotate(q, *q_rotation), kv, layer)
-        return self.o_proj(attended.reshape(x.shape[0], -1)), kv
-
-    def keys_values(
-        self, x: Float[jax.Array, "rows width"], k_rotation: tuple[jax.Array, jax.Array]
-    ) -> tuple[
-        Float[jax.Array, "rows kv_heads head_dim"], Float[jax.Array, "rows kv_heads head_dim"]
-    ]:
-        """Rotated keys, and values, of normalised rows."""
-        k = self.k_proj(x).reshape(x.shape[0], -1, self.head_dim)
-        v = self.v_proj(x).reshape(x.shape[0], -1, self.head_dim)
-        return rope.rotate(k, *k_rotation), v
+    def project(self, x: Float[jax.Array, "rows width"]) -> QueriesKeysValues:
+        """Queries, keys and values of normalised rows, not rotated yet."""
+        q, k, v = (
+            projection(x).reshape(x.shape[0], -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q, k, v
 
 
 class MLP(nnx.Module):
@@ -142,6 +131,19 @@ class Block(nnx.Module):
         self.self_attn = Attention(config, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config, dtype=dtype)
+
+    def project(self, x: Float[jax.Array, "rows width"]) -> QueriesKeysValues:
+        """Queries, keys and values, not rotated yet, given the residual stream before the layer."""
+        return self.self_attn.project(self.input_layernorm(x))
+
+    def finish(
+        self,
+        x: Float[jax.Array, "rows width"],
+        attended: Float[jax.Array, "rows heads head_dim"],
+    ) -> Float[jax.Array, "rows width"]:
+        """The residual stream behind the layer, given that before it and what rows attended to."""
+        x = x + self.self_attn.o_proj(attended.reshape(x.shape[0], -1))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Qwen2(nnx.Module):
@@ -172,12 +174,13 @@ class Qwen2(nnx.Module):
         *,
         x: Float[jax.Array, "rows width"] | None = None,
         layers: range | None = None,
+        rolled: bool = False,
         watch: Callable[[jax.Array], None] | None = None,
     ) -> tuple[Float[jax.Array, "rows width"], PagedKV]:
         """Runs layers; writes the rows' K and V.
 
-        The pool runs through an unrolled loop of in-place writes: scanned over layers it would be
-        copied (as inputs and outputs), or slow XLA's CPU code down (as a carry).
+        The pool is written in place and carried along. Weights stay where they are, also in a loop:
+        stacked, to be scanned over, they would be copied layer by layer.
 
         Args:
           rows: the tokens to compute.
@@ -185,46 +188,59 @@ class Qwen2(nnx.Module):
           attend: how rows meet the pages of their lanes.
           x: the residual stream before the first of the layers; None: the tokens' embeddings.
           layers: which layers, one after the other; None: all.
-          watch: called with the residual stream after the embedding and after each layer.
+          rolled: whether the program has one loop over layers, that branches to each layer's
+            products: XLA code for attention, much larger than the rest, is then compiled once, and
+            runs as fast on a CPU. On an accelerator the branches would cost more than they save.
+          watch: called while tracing with the residual stream after the embedding and after each
+            layer: inside of the loop, once for all layers, where they are rolled.
 
         Returns:
           The residual stream behind the layers, before the final norm, f32 [rows, width], and the
           pool.
         """
+        span = range(len(self.layers)) if layers is None else layers
+        blocks = [self.layers[layer] for layer in span]
         q_rotation, k_rotation = self._rotation(rows.position), self._rotation(rows.canonical)
+
+        def of_layer(
+            layer: int | jax.Array, function: Callable[..., Any], *arguments: jax.Array
+        ) -> Any:
+            index = layer - span.start
+            if isinstance(index, int):
+                return function(blocks[index], *arguments)
+            branches = [functools.partial(function, block) for block in blocks]
+            return jax.lax.switch(index, branches, *arguments)
+
+        def run(
+            layer: int | jax.Array, carry: tuple[jax.Array, PagedKV]
+        ) -> tuple[jax.Array, PagedKV]:
+            x, kv = carry
+            q, k, v = of_layer(layer, Block.project, x)
+            kv = kv.write(layer, rows.slot, rope.rotate(k, *k_rotation), v)
+            attended = attend(rope.rotate(q, *q_rotation), kv, layer)
+            x = of_layer(layer, Block.finish, x, attended)
+            if watch is not None:
+                watch(x)
+            return x, kv
+
         if x is None:
             x = self.embed_tokens(rows.token)
         if watch is not None:
             watch(x)
-        for layer in range(len(self.layers)) if layers is None else layers:
-            block = self.layers[layer]
+        if rolled and len(span) > 1:
+            return jax.lax.fori_loop(span.start, span.stop, run, (x, kv))
+        for layer in span:
             with jax.named_scope(f"layer_{layer}"):
-                attended, kv = block.self_attn(
-                    block.input_layernorm(x), rows.slot, q_rotation, k_rotation, kv, layer, attend
-                )
-                x = x + attended
-                x = x + block.mlp(block.post_attention_layernorm(x))
-            if watch is not None:
-                watch(x)
+                x, kv = run(layer, (x, kv))
         return x, kv
 
-    def queries(
+    def queries_keys_values(
         self, layer: int, x: Float[jax.Array, "rows width"], rows: Rows
-    ) -> Float[jax.Array, "rows heads head_dim"]:
-        """Rotated queries of a layer, given the residual stream before it."""
-        block = self.layers[layer]
-        q = block.self_attn.q_proj(block.input_layernorm(x))
-        q = q.reshape(x.shape[0], -1, self.config.head_dim)
-        return rope.rotate(q, *self._rotation(rows.position))
-
-    def keys_values(
-        self, layer: int, x: Float[jax.Array, "rows width"], rows: Rows
-    ) -> tuple[
-        Float[jax.Array, "rows kv_heads head_dim"], Float[jax.Array, "rows kv_heads head_dim"]
-    ]:
-        """Rotated keys, and values, of a layer, given the residual stream before it."""
-        block = self.layers[layer]
-        return block.self_attn.keys_values(block.input_layernorm(x), self._rotation(rows.canonical))
+    ) -> QueriesKeysValues:
+        """Rotated queries and keys, and values, of a layer, given the residual stream before it."""
+        q, k, v = self.layers[layer].project(x)
+        q = rope.rotate(q, *self._rotation(rows.position))
+        return q, rope.rotate(k, *self._rotation(rows.canonical)), v
 
     def _rotation(self, position: Int32[Array, " rows"]) -> tuple[jax.Array, jax.Array]:
         theta, head_dim = self.config.rope_theta, self.config.head_dim

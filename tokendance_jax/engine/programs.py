@@ -25,7 +25,7 @@ from tokendance_jax.kernels.round_attention import attention_mass, round_attenti
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
 from tokendance_jax.model import Model
 from tokendance_jax.models.product import ROW_GROUP
-from tokendance_jax.models.qwen2.model import Attend, Rows
+from tokendance_jax.models.qwen2.model import Qwen2, Rows
 from tokendance_jax.paged.kv import PagedKV, pool_format
 
 
@@ -79,6 +79,8 @@ class Programs:
         self._compiler_options = (
             {"xla_disable_hlo_passes": "rematerialization"} if platform in ("cuda", "gpu") else None
         )
+        # Attention is XLA code there, which takes long to compile for every layer.
+        self._rolled = platform == "cpu"
         self._graph = model.graph
         self._state = model.state
         self._config = model.config
@@ -282,12 +284,14 @@ class Programs:
             self.compile_s += time.perf_counter() - started
         return program
 
-    def _attend(self, plan: RoundPlan) -> Attend:
-        """How rows of a plan meet the pages of their lanes."""
+    def _hidden(
+        self, model: Qwen2, plan: RoundPlan, kv: PagedKV, **options: Any
+    ) -> tuple[jax.Array, PagedKV]:
+        """Runs a plan's rows, that meet the pages of their lanes; options as `Qwen2.hidden`."""
         theta = self._config.rope_theta
         position = jnp.asarray(plan.rows.position)
 
-        def attend(q: jax.Array, kv: PagedKV, layer: int) -> jax.Array:
+        def attend(q: jax.Array, kv: PagedKV, layer: int | jax.Array) -> jax.Array:
             return round_attention(
                 q,
                 kv.k,
@@ -301,13 +305,13 @@ class Programs:
                 implementation=self.implementation,
             )
 
-        return attend
+        return model.hidden(plan.rows, kv, attend, rolled=self._rolled, **options)
 
     def _prefill(
         self, state: nnx.State, kv: PagedKV, hidden: jax.Array, plan: RoundPlan
     ) -> tuple[PagedKV, jax.Array, jax.Array]:
         model = nnx.merge(self._graph, state)
-        x, kv = model.hidden(plan.rows, kv, self._attend(plan))
+        x, kv = self._hidden(model, plan, kv)
         return kv, _keep(hidden, x, plan), x
 
     def _rest(
@@ -315,7 +319,7 @@ class Programs:
     ) -> tuple[PagedKV, jax.Array, jax.Array]:
         model = nnx.merge(self._graph, state)
         layers = range(1, len(model.layers))
-        x, kv = model.hidden(plan.rows, kv, self._attend(plan), x=x, layers=layers)
+        x, kv = self._hidden(model, plan, kv, x=x, layers=layers)
         return kv, _keep(hidden, x, plan), x
 
     def _link(self, state: nnx.State, kv: PagedKV, plan: RestorePlan) -> PagedKV:
@@ -328,15 +332,16 @@ class Programs:
         self, state: nnx.State, kv: PagedKV, plan: RoundPlan, shown: jax.Array
     ) -> tuple[PagedKV, jax.Array, jax.Array]:
         model = nnx.merge(self._graph, state)
-        x, kv = model.hidden(plan.rows, kv, self._attend(plan), layers=range(1))
+        x, kv = self._hidden(model, plan, kv, layers=range(1))
         page_size = self.shapes.page_size
         index = jnp.ones_like(shown), shown // page_size, shown % page_size
+        _, *keys_values = model.queries_keys_values(1, x, plan.rows)
         squares = [
             jnp.sum(
                 (fresh - storage.load(pool.at[index].get(mode="clip")).astype(jnp.float32)) ** 2,
                 axis=(1, 2),
             )
-            for fresh, pool in zip(model.keys_values(1, x, plan.rows), (kv.k, kv.v), strict=True)
+            for fresh, pool in zip(keys_values, (kv.k, kv.v), strict=True)
         ]
         return kv, x, jnp.stack(squares)
 
@@ -345,10 +350,9 @@ class Programs:
     ) -> tuple[PagedKV, jax.Array]:
         model = nnx.merge(self._graph, state)
         middle = self.layers // 2
-        x, kv = model.hidden(plan.rows, kv, self._attend(plan), layers=range(middle))
-        keys_values = model.keys_values(middle, x, plan.rows)
-        kv = kv.write(middle, jnp.asarray(plan.rows.slot), *keys_values)
-        q = model.queries(middle, x, plan.rows)
+        x, kv = self._hidden(model, plan, kv, layers=range(middle))
+        q, k, v = model.queries_keys_values(middle, x, plan.rows)
+        kv = kv.write(middle, jnp.asarray(plan.rows.slot), k, v)
         position, theta = jnp.asarray(plan.rows.position), self._config.rope_theta
         return kv, attention_mass(q, kv.k, middle, position, plan.tables, plan.tiles, theta=theta)
 
@@ -392,7 +396,7 @@ class Programs:
             # The pages that answers are written to are the lane's own: they lie in frame 0.
             rows = Rows(token=at.token, position=position, canonical=position, slot=target)
 
-            def attend(q: jax.Array, kv: PagedKV, layer: int) -> jax.Array:
+            def attend(q: jax.Array, kv: PagedKV, layer: int | jax.Array) -> jax.Array:
                 attended = decode_attention(
                     q[:lanes],
                     kv.k,
@@ -406,7 +410,7 @@ class Programs:
                 )
                 return _filled(attended)
 
-            hidden, kv = model.hidden(rows, kv, attend)
+            hidden, kv = model.hidden(rows, kv, attend, rolled=self._rolled)
             chosen = sample(model.logits(hidden), sampling, jnp.asarray(at.generated))
             chosen = jnp.where(at.live, chosen, -1)
             generated = at.generated + at.live.astype(jnp.int32)

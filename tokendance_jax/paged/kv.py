@@ -33,7 +33,7 @@ class PagedKV:
 
     def write(
         self,
-        layer: int,
+        layer: int | jax.Array,
         slot: Int32[jax.Array, " rows"],
         k: Float[jax.Array, "rows kv_heads head_dim"],
         v: Float[jax.Array, "rows kv_heads head_dim"],

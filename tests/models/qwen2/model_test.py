@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.models.qwen2 import tiny
 from tokendance_jax.collector.groups import group_tables
@@ -13,7 +14,7 @@ from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.plan import pack
 from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.engine.sampling import sampling_arrays
-from tokendance_jax.models.qwen2.model import abstract_parameters, state_from_parameters
+from tokendance_jax.models.qwen2.model import Rows, abstract_parameters, state_from_parameters
 from tokendance_jax.models.qwen2.parameters import parameter_shapes
 from tokendance_jax.models.qwen2.random import random_parameters
 
@@ -254,6 +255,53 @@ def test_programs_work_in_the_donated_pool(program, dtype):
     assert needs is not None
     assert needs.alias_size_in_bytes == donated
     assert needs.temp_size_in_bytes < size / 10
+
+
+@DTYPES
+def test_rolled_layers_give_the_bits_of_unrolled_ones(dtype):
+    model, shapes = tiny.tiny_model(dtype), tiny.tiny_shapes(64)
+    lanes = [
+        contiguous(tiny.tokens(75), first_page=1, room=8),
+        contiguous(tiny.tokens(30, seed=1), first_page=11, room=8),
+    ]
+    runs = []
+    for rolled in (True, False):
+        programs = Programs(model, shapes)
+        assert programs._rolled  # tests run on a CPU
+        programs._rolled = rolled
+        kv, hidden = tiny.prefill(model, programs, lanes)
+        prefilled = [np.asarray(x).tobytes() for x in (kv.k, kv.v, hidden)]
+        kv, tokens = programs.decode(kv, *decode_arguments(programs, lanes, 8))
+        runs.append([*prefilled, *(np.asarray(x).tobytes() for x in (kv.k, kv.v, tokens))])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_attention_is_compiled_once_for_all_layers(program):
+    def loops(layers):
+        config = dataclasses.replace(tiny.tiny_model().config, num_hidden_layers=layers)
+        graph, state = abstract_parameters(config, jnp.float32)
+        model = dataclasses.replace(tiny.tiny_model(), config=config, graph=graph, state=state)
+        programs = Programs(model, tiny.tiny_shapes(64))
+        lane = contiguous(tiny.tokens(40), first_page=1, room=8)
+        if program == "prefill":
+            arguments = programs.new_hidden(4), pack([lane], programs.shapes)[0]
+        else:
+            arguments = decode_arguments(programs, [lane], 8)
+        kv = model.kv_spec(pages=programs.shapes.pages, page_size=PAGE_SIZE).abstract()
+        lowered = programs._jitted[program].lower(state, kv, *arguments)
+        return lowered.as_text().count("stablehlo.while")
+
+    assert loops(2) == loops(5) > 2
+
+
+def test_no_layers_leave_the_embeddings(served):
+    model = nnx.merge(served.model.graph, served.model.state)
+    kv = served.model.kv_spec(pages=1, page_size=PAGE_SIZE).zeros()
+    token = jnp.asarray(tiny.tokens(3))
+    rows = Rows(token, *[jnp.zeros_like(token)] * 3)
+    x, _ = model.hidden(rows, kv, lambda q, kv, layer: q, layers=range(0), rolled=True)
+    np.testing.assert_array_equal(x, model.embed_tokens(token))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
