@@ -1,8 +1,6 @@
 """The engine: serves rounds of agents from one model and one page pool."""
 
 import dataclasses
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -15,22 +13,16 @@ from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import OpenRound
 from tokendance_jax.collector.shapes import PACKING, Shapes
+from tokendance_jax.engine.clock import Clock
 from tokendance_jax.engine.decode import Answer, OnToken, generate
+from tokendance_jax.engine.ledger import account
 from tokendance_jax.engine.prefill import Cost, Prefill
 from tokendance_jax.engine.programs import DecodeState, Programs
-from tokendance_jax.engine.result import (
-    AgentLedger,
-    AgentResult,
-    RoundLedger,
-    RoundResult,
-    Timings,
-    round_ledger,
-    tokens_by_kind,
-)
+from tokendance_jax.engine.result import RoundResult, Timings
 from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_arrays
 from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
-from tokendance_jax.mirror import MasterMirror, MirrorLayout, Quantised, decode_pages, encode
+from tokendance_jax.mirror import MasterMirror, Quantised, decode_pages, encode
 from tokendance_jax.model import Model
 from tokendance_jax.paged.kv import PagedKV, pool_format
 from tokendance_jax.paged.page_pool import PagePool
@@ -171,7 +163,7 @@ class RoundEngine:
           OutOfPages: if the pool cannot hold the round; nothing has been computed then.
         """
         form = self._mirror_form(mirrors)
-        clock = _Clock(self.programs, cold=self._cold)
+        clock = Clock(self.programs, cold=self._cold)
         if chat is None:
             chat = self.model.tokenizer.chat_template is not None
         prompts = tokenize_round(moment, self.model.tokenizer, chat=chat)
@@ -212,11 +204,22 @@ class RoundEngine:
                 np.concatenate([prompt.token_ids, np.asarray(answer.chosen[:-1], np.int32)])
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
-            agents, ledger = self._account(prompts, opened, prefill.cost, answers, written, form)
+            lengths = list(map(len, written))
+            agents, ledger = account(
+                prompts,
+                answers,
+                opened,
+                prefill.cost,
+                lengths=lengths,
+                layers=self.programs.layers,
+                page_size=self.shapes.page_size,
+                page_bytes=self.page_bytes,
+                form=form,
+            )
             timings = Timings(plan_s, prefill_s, first_token_s, decode_s, clock.compile_s)
             kept = None
             if mirrors is not None:
-                kept = encode(lanes, list(map(len, written)), self._kv, form=form)
+                kept = encode(lanes, lengths, self._kv, form=form)
             return RoundResult(moment.index, agents, timings, ledger, kept)
         finally:
             self._close(opened, written)
@@ -462,59 +465,6 @@ class RoundEngine:
         self._kv, tokens = self.programs.decode(self._kv, state, tables, groups, slot, sampling)
         return np.asarray(tokens)
 
-    def _account(
-        self,
-        prompts: Sequence[TokenizedPrompt],
-        opened: OpenRound,
-        cost: Cost,
-        answers: Sequence[Answer],
-        written: Sequence[np.ndarray],
-        form: Quantised | None,
-    ) -> tuple[tuple[AgentResult, ...], RoundLedger]:
-        """Makes the agents' results and the round's ledger, while the round holds its pages."""
-        lengths = [len(ids) for ids in written]
-        filled = [
-            np.unique(lane.page[np.cumsum(lane.slots) - lane.slots < length])
-            for lane, length in zip(opened.lanes, lengths, strict=True)
-        ]
-        holders = Counter(page for pages in filled for page in pages.tolist())
-        bases = set(opened.base_pages.tolist())
-        rest = MirrorLayout.of_lanes(opened.lanes, lengths)
-        page_size, page_bytes = self.shapes.page_size, self.page_bytes
-        at_rest = rest.mirror_compression(page_size=page_size, page_bytes=page_bytes, form=form)
-        whole = rest.compression(page_size=page_size, page_bytes=page_bytes, form=form)
-        results = []
-        for seat, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            computed = int(cost.tokens[seat])
-            ledger = AgentLedger(
-                tokens=tokens_by_kind(prompt),
-                prompt_tokens=len(prompt.token_ids),
-                computed_tokens=computed,
-                reused_tokens=len(prompt.token_ids) - computed,
-                decoded_tokens=len(answer.chosen),
-                kv_bytes_dense=at_rest[seat].dense_bytes,
-                kv_bytes_held=sum(self.page_bytes / holders[p] for p in filled[seat].tolist()),
-                kv_bytes_mirror=at_rest[seat].own_bytes,
-            )
-            assert answer.finish_reason is not None
-            results.append(
-                AgentResult(
-                    answer.agent, answer.text, answer.token_ids, answer.finish_reason, ledger
-                )
-            )
-        agents = tuple(results)
-        return agents, round_ledger(
-            prompts,
-            agents,
-            exact_hits=opened.exact_hits,
-            preamble_tokens=opened.preamble_tokens,
-            base_tokens=cost.base_tokens,
-            token_layers=cost.token_layers / self.programs.layers,
-            attended=cost.attended / self.programs.layers,
-            kv_bytes_held=len(holders.keys() | bases) * self.page_bytes,
-            kv_bytes_rest=whole.stored_bytes,
-        )
-
     def _close(self, opened: OpenRound, written: Sequence[np.ndarray] | None) -> None:
         """Gives a round's pages back; after a failure, keeps nothing that may be half written."""
         self._policy.close(opened, written)
@@ -528,29 +478,3 @@ class RoundEngine:
 
 def _limit(agent: AgentPrompt, moment: Round) -> int:
     return moment.max_new_tokens if agent.max_new_tokens is None else agent.max_new_tokens
-
-
-class _Clock:
-    """Laps of wall time, without compilation unless `cold`."""
-
-    def __init__(self, programs: Programs, *, cold: bool):
-        self._programs = programs
-        self._cold = cold
-        self._compiled_before = programs.compile_s
-        self._start = self._mark = self._now()
-
-    @property
-    def compile_s(self) -> float:
-        return self._programs.compile_s - self._compiled_before
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        before, self._mark = self._mark, self._now()
-        return self._mark - before
-
-    def total(self) -> float:
-        """Seconds since the start."""
-        return self._now() - self._start
-
-    def _now(self) -> float:
-        return time.perf_counter() - (0.0 if self._cold else self._programs.compile_s)

@@ -1,13 +1,9 @@
 """What a served round gives back: texts, timings, and a ledger of tokens and bytes."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, get_args
-
-import numpy as np
+from typing import Literal
 
 from tokendance_jax.mirror import MasterMirror
-from tokendance_jax.prompt.tokenized import SpanKind, TokenizedPrompt
 
 FinishReason = Literal["stop", "length"]
 
@@ -130,77 +126,3 @@ class RoundResult:
     def texts(self) -> dict[str, str]:
         """Agent to answer, in the order of the prompts."""
         return {result.agent: result.text for result in self.agents}
-
-
-def tokens_by_kind(prompt: TokenizedPrompt) -> dict[str, int]:
-    """Counts a prompt's tokens by kind."""
-    counts: dict[str, int] = {kind: 0 for kind in get_args(SpanKind)}
-    for span in prompt.spans:
-        counts[span.kind] += span.stop - span.start
-    return counts
-
-
-def distinct_tokens(
-    prompts: Sequence[TokenizedPrompt], exact_hits: Sequence[int] | None = None
-) -> int:
-    """Private and task tokens of all prompts, and the tokens of every distinct shared block.
-
-    Args:
-      prompts: the prompts.
-      exact_hits: leading tokens of each prompt that are not counted.
-    """
-    private, shared = 0, {}
-    for prompt, hit in zip(prompts, exact_hits or [0] * len(prompts), strict=True):
-        for span in prompt.spans:
-            if span.kind == "shared":
-                block = np.ascontiguousarray(prompt.token_ids[span.start : span.stop])
-                shared[block.tobytes()] = span.stop - span.start
-            else:
-                private += max(0, span.stop - max(span.start, hit))
-    return private + sum(shared.values())
-
-
-def round_ledger(
-    prompts: Sequence[TokenizedPrompt],
-    agents: Sequence[AgentResult],
-    *,
-    exact_hits: Sequence[int],
-    preamble_tokens: int,
-    base_tokens: int,
-    token_layers: float,
-    attended: float,
-    kv_bytes_held: int,
-    kv_bytes_rest: int,
-) -> RoundLedger:
-    """Adds up the agents' ledgers.
-
-    Args:
-      prompts: the prompts.
-      agents: the results.
-      exact_hits: leading tokens of each prompt that were read from exact pages.
-      preamble_tokens: tokens in front of the bases.
-      base_tokens: tokens computed for bases.
-      token_layers: see `RoundLedger`.
-      attended: see `RoundLedger`.
-      kv_bytes_held: see `RoundLedger`.
-      kv_bytes_rest: see `RoundLedger`.
-    """
-    ledgers = [result.ledger for result in agents]
-
-    def total(field: str) -> int:
-        return sum(getattr(ledger, field) for ledger in ledgers)
-
-    return RoundLedger(
-        tokens={kind: sum(ledger.tokens[kind] for ledger in ledgers) for kind in ledgers[0].tokens},
-        prompt_tokens=total("prompt_tokens"),
-        distinct_tokens=distinct_tokens(prompts),
-        unique_tokens=preamble_tokens + distinct_tokens(prompts, exact_hits),
-        computed_tokens=base_tokens + total("computed_tokens"),
-        token_layers=token_layers,
-        attended=attended,
-        reused_tokens=total("reused_tokens"),
-        decoded_tokens=total("decoded_tokens"),
-        kv_bytes_dense=total("kv_bytes_dense"),
-        kv_bytes_held=kv_bytes_held,
-        kv_bytes_rest=kv_bytes_rest,
-    )

@@ -1,0 +1,32 @@
+"""Laps of wall time, with or without what compilation took."""
+
+import time
+
+from tokendance_jax.engine.programs import Programs
+
+
+class Clock:
+    """Laps of wall time, without compilation unless `cold`."""
+
+    def __init__(self, programs: Programs, *, cold: bool):
+        self._programs = programs
+        self._cold = cold
+        self._compiled_before = programs.compile_s
+        self._start = self._mark = self._now()
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds of compilation since the start."""
+        return self._programs.compile_s - self._compiled_before
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._mark = self._mark, self._now()
+        return self._mark - before
+
+    def total(self) -> float:
+        """Seconds since the start."""
+        return self._now() - self._start
+
+    def _now(self) -> float:
+        return time.perf_counter() - (0.0 if self._cold else self._programs.compile_s)
