@@ -4,6 +4,13 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Engines of several tests compile the same programs: once per run is enough, whichever of its
+# processes needs them. Those that run tests, and the scripts that tests run, are started by the
+# one that makes the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="tokendance-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import hypothesis
 import jax
@@ -20,13 +27,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
-# Engines of several tests compile the same programs: once per run is enough, whichever of its
-# processes needs them. Those that run tests are started by the one that makes the folder.
-if "TOKENDANCE_TEST_PROGRAMS" not in os.environ:
-    _PROGRAMS = tempfile.TemporaryDirectory(prefix="tokendance-tests-")
-    os.environ["TOKENDANCE_TEST_PROGRAMS"] = _PROGRAMS.name
-jax.config.update("jax_compilation_cache_dir", os.environ["TOKENDANCE_TEST_PROGRAMS"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives all tests of a file to one process: they share what they compile, load and count."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from tokendance_jax.collector.collective import BASES, Collective
 from tokendance_jax.collector.parts import TAIL_TOKENS
 from tokendance_jax.collector.policy import NOBODY
 from tokendance_jax.collector.selection import SELECTIONS, make_selection
-from tokendance_jax.engine.result import distinct_tokens
+from tokendance_jax.engine.ledger import distinct_tokens
 from tokendance_jax.paged import OutOfPages
 
 PREAMBLE = ids([9, 8, 7, 6, 5])

@@ -15,7 +15,7 @@ import pytest
 from tests import shared_data
 from tokendance_jax.collector.exact import Prefix
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
-from tokendance_jax.engine.result import distinct_tokens
+from tokendance_jax.engine.ledger import distinct_tokens
 from tokendance_jax.mirror import Compression, MirrorLayout
 from tokendance_jax.models.loading.gguf_file import read_gguf_header
 from tokendance_jax.models.loading.gguf_tokenizer import tokenizer_from_gguf

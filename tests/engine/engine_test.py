@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,19 @@ from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.prompt import AgentPrompt, PromptError, Round, Segment
 
-KV = 8 << 20
+# Two sizes of rows: every program is compiled once for each.
+SIZES: dict[str, Any] = {"kv_memory": 8 << 20, "row_budget": 128}
 
 
 @pytest.fixture(scope="module")
 def programs(small_model):
     """The programs of all engines of this module that have the usual sizes."""
-    return RoundEngine(small_model, kv_memory=KV).programs
+    return RoundEngine(small_model, **SIZES).programs
 
 
 @pytest.fixture
 def engine(small_model, programs):
-    engine = RoundEngine(small_model, policy="prefix", kv_memory=KV, programs=programs)
+    engine = RoundEngine(small_model, policy="prefix", **SIZES, programs=programs)
     yield engine
     assert engine.pool.live == 0
     engine.pool.check()
@@ -30,7 +32,7 @@ def engine(small_model, programs):
 
 @pytest.fixture
 def dense(small_model, programs):
-    return RoundEngine(small_model, policy="dense", kv_memory=KV, programs=programs)
+    return RoundEngine(small_model, policy="dense", **SIZES, programs=programs)
 
 
 def ids(result):
@@ -80,7 +82,7 @@ def test_seed_and_round_change_the_draws(engine):
 
 
 def test_chunks_of_a_round_give_the_tokens_of_one_call(small_model, dense):
-    small = RoundEngine(small_model, policy="prefix", kv_memory=KV, row_budget=64)
+    small = RoundEngine(small_model, policy="prefix", kv_memory=SIZES["kv_memory"], row_budget=64)
     moment = three()
     result = small.serve(moment)
     assert result.ledger.computed_tokens > 2 * 64
@@ -88,7 +90,7 @@ def test_chunks_of_a_round_give_the_tokens_of_one_call(small_model, dense):
 
 
 def test_page_size_does_not_change_tokens(small_model, dense):
-    wide = RoundEngine(small_model, policy="prefix", kv_memory=KV, page_size=32)
+    wide = RoundEngine(small_model, policy="prefix", **SIZES, page_size=32)
     assert ids(wide.serve(three())) == ids(dense.serve(three()))
 
 
@@ -141,7 +143,7 @@ def test_full_pages_of_answers_are_reused(engine):
 
 
 def test_steady_state_traces_nothing(small_model):
-    engine = RoundEngine(small_model, kv_memory=KV, row_budget=256, max_agents=4)
+    engine = RoundEngine(small_model, **SIZES, max_agents=4)
     assert engine.warm_up(agents=4, tokens=200) > 0
     names = ("Edda", "Tomas", "Ines", "Oskar")
 
@@ -161,7 +163,7 @@ def test_steady_state_traces_nothing(small_model):
 
 @pytest.mark.parametrize("bounds", [{"agents": 9, "tokens": 100}, {"agents": 1, "tokens": 10**6}])
 def test_warm_up_beyond_the_engines_sizes_is_refused(small_model, bounds):
-    engine = RoundEngine(small_model, kv_memory=KV, max_agents=4)
+    engine = RoundEngine(small_model, **SIZES, max_agents=4)
     with pytest.raises(ValueError, match="budget"):
         engine.warm_up(**bounds)
 
@@ -275,8 +277,8 @@ def test_the_engine_survives_a_call_that_kept_the_pool(engine, monkeypatch):
     assert result.ledger.reused_tokens == 0
 
 
-def test_a_round_that_does_not_fit_the_pool_is_refused_whole(small_model, programs):
-    engine = RoundEngine(small_model, kv_memory=40 * programs.shapes.page_size * 2048)
+def test_a_round_that_does_not_fit_the_pool_is_refused_whole(small_model, dense):
+    engine = RoundEngine(small_model, **SIZES | {"kv_memory": 40 * dense.page_bytes})
     free = engine.pool.free
     with pytest.raises(OutOfPages, match="kv_memory"):
         engine.serve(dataclasses.replace(three(), max_new_tokens=500))
@@ -298,7 +300,7 @@ def test_a_token_outside_of_the_vocabulary_is_refused(engine):
 
 
 def test_more_agents_than_lanes_are_refused(small_model):
-    engine = RoundEngine(small_model, kv_memory=KV, max_agents=2)
+    engine = RoundEngine(small_model, **SIZES, max_agents=2)
     with pytest.raises(PromptError, match="max_agents"):
         engine.serve(three())
 
@@ -317,12 +319,12 @@ def test_more_agents_than_lanes_are_refused(small_model):
 )
 def test_bad_arguments_are_named(small_model, argument, value):
     with pytest.raises(ValueError, match=argument):
-        RoundEngine(small_model, **{"kv_memory": KV, argument: value})
+        RoundEngine(small_model, **SIZES | {argument: value})
 
 
 def test_a_context_that_ends_ends_the_answer(small_model):
     config = dataclasses.replace(small_model.config, max_position_embeddings=64)
-    engine = RoundEngine(dataclasses.replace(small_model, config=config), kv_memory=KV)
+    engine = RoundEngine(dataclasses.replace(small_model, config=config), **SIZES)
     prompt = AgentPrompt("Edda", (Segment("task", "t", token_ids=tuple(range(2, 62))),))
     result = engine.serve(Round((prompt,), max_new_tokens=100), chat=False)
     assert len(result.agents[0].token_ids) == 4
@@ -332,7 +334,7 @@ def test_a_context_that_ends_ends_the_answer(small_model):
 
 def test_compilation_is_in_the_timings_only_when_asked_for(small_model):
     def timings(cold):
-        engine = RoundEngine(small_model, kv_memory=KV, row_budget=128, max_agents=3, cold=cold)
+        engine = RoundEngine(small_model, **SIZES, max_agents=3, cold=cold)
         return engine.serve(three()).timings
 
     warm, cold = timings(False), timings(True)

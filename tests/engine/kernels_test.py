@@ -20,9 +20,9 @@ TALK = "the boats leave at dawn and the nets are dry, but the mill is closed unt
 
 
 @functools.cache
-def model_of(dtype):
+def model_of(dtype, layers):
     """Heads as the kernels take them."""
-    config = dataclasses.replace(SMALL_CONFIG, num_hidden_layers=2, head_dim=64)
+    config = dataclasses.replace(SMALL_CONFIG, num_hidden_layers=layers, head_dim=64)
     return Model.from_checkpoint(
         Checkpoint(
             config=config,
@@ -36,10 +36,10 @@ def model_of(dtype):
     )
 
 
-def moment(index):
+def moment():
     """Two agents with own text of different length, two blocks and a question."""
     blocks = tuple(
-        td.Segment("shared", f"{index}/{name}", text=f"{name} said in round {index}: {text}\n")
+        td.Segment("shared", f"said/{name}", text=f"{name} said: {text}\n")
         for name, text in (
             ("Ann", "the boats leave at dawn and the nets are dry"),
             ("Bo", "the mill is closed until the rain is over"),
@@ -47,10 +47,10 @@ def moment(index):
     )
     prompts = []
     for name, mine in (("Ann", "I keep the lighthouse."), ("Bo", "I mend nets. I am old.")):
-        own = td.Segment("history", f"{index}/own/{name}", text=mine + "\n")
-        task = td.Segment("task", f"{index}/task/{name}", text=f"What now, {name}?\n")
+        own = td.Segment("history", f"own/{name}", text=mine + "\n")
+        task = td.Segment("task", f"task/{name}", text=f"What now, {name}?\n")
         prompts.append(td.AgentPrompt(name, (own, *blocks, task)))
-    return td.Round(tuple(prompts), max_new_tokens=3, index=index)
+    return td.Round(tuple(prompts), max_new_tokens=3)
 
 
 def engine_of(model, implementation, policy="tokendance"):
@@ -58,29 +58,29 @@ def engine_of(model, implementation, policy="tokendance"):
         model,
         policy=policy,
         options=PolicyOptions(selection="head", head_pages=1),
+        # The simulator takes long for every row, and XLA for every bucket.
+        preamble="You live by the sea.\n",
         kv_memory=1 << 20,
-        row_budget=128,
-        max_agents=4,
+        row_budget=64,
+        max_agents=2,
         decode_steps=2,
         implementation=implementation,
     )
 
 
-def crowd(index):
+def crowd():
     """Six agents with own text of different length, and much that all of them are shown."""
     names = "Ann", "Bo", "Cy", "Di", "Ed", "Flo"
     blocks = tuple(
-        td.Segment(
-            "shared", f"{index}/{name}", text=f"{name} said in round {index}: " + TALK * 2 + "\n"
-        )
+        td.Segment("shared", f"said/{name}", text=f"{name} said: " + TALK * 2 + "\n")
         for name in names
     )
     prompts = []
     for number, name in enumerate(names):
-        own = td.Segment("history", f"{index}/own/{name}", text="I mend nets. " * (number + 1))
-        task = td.Segment("task", f"{index}/task/{name}", text=f"What now, {name}, and why?\n")
+        own = td.Segment("history", f"own/{name}", text="I mend nets. " * (number + 1))
+        task = td.Segment("task", f"task/{name}", text=f"What now, {name}, and why?\n")
         prompts.append(td.AgentPrompt(name, (own, *blocks, task)))
-    return td.Round(tuple(prompts), max_new_tokens=4, index=index)
+    return td.Round(tuple(prompts), max_new_tokens=4)
 
 
 def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
@@ -100,24 +100,22 @@ def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
         served = td.RoundEngine(
             small_model, policy="tokendance", kv_memory=8 << 20, max_agents=8, decode_steps=4
         )
-        results = [served.serve(crowd(index)) for index in range(2)]
-        answers.append([agent.token_ids for r in results for agent in r.agents])
+        answers.append([agent.token_ids for agent in served.serve(crowd()).agents])
         assert any(packed) == (packing is not None)
     assert answers[0] == answers[1] == answers[2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("policy", "dtype", "rounds"),
-    [("tokendance", "bfloat16", 2), ("blend", "bfloat16", 2), ("tokendance", "float32", 1)],
+    ("policy", "dtype", "layers"),
+    # A layer takes the simulator half a minute; `blend` looks at the second one.
+    [("tokendance", "bfloat16", 1), ("blend", "bfloat16", 2), ("tokendance", "float32", 1)],
 )
-def test_simulated_kernels_serve_the_tokens_of_xla_code(policy, dtype, rounds, simulator):
+def test_simulated_kernels_serve_the_tokens_of_xla_code(policy, dtype, layers, simulator):
     answers = {}
     for implementation in ("xla", "interpret"):
-        engine = engine_of(model_of(dtype), implementation, policy)
-        results = [engine.serve(moment(index)) for index in range(rounds)]
-        assert all(result.ledger.reused_tokens > 0 for result in results[1:])
-        answers[implementation] = [agent.token_ids for r in results for agent in r.agents]
+        result = engine_of(model_of(dtype, layers), implementation, policy).serve(moment())
+        answers[implementation] = [agent.token_ids for agent in result.agents]
     assert len(answers["xla"][0]) == 3
     assert answers["interpret"] == answers["xla"]
     assert not simulator.races()
@@ -125,9 +123,9 @@ def test_simulated_kernels_serve_the_tokens_of_xla_code(policy, dtype, rounds, s
 
 @pytest.mark.slow
 def test_simulated_kernels_restore_the_int8_mirrors_of_xla_code(simulator):
-    model = model_of("bfloat16")
+    model = model_of("bfloat16", 2)
     xla = engine_of(model, "xla")
-    mirrors = xla.serve(moment(0), mirrors="int8").mirrors
+    mirrors = xla.serve(moment(), mirrors="int8").mirrors
     assert mirrors is not None
     restored = []
     # Pools of other precision: XLA code on a CPU holds bits.

@@ -20,14 +20,6 @@ def values(pool):
     return pool
 
 
-def turned(x, positions):
-    """Heads [n, heads, head_dim] rotated by positions [n], in float64."""
-    first, second = np.split(x.astype(np.float64), 2, axis=-1)
-    frequency = cases.THETA ** (-2 * np.arange(first.shape[-1]) / x.shape[-1])
-    moved = (first + 1j * second) * np.exp(1j * positions[:, None, None] * frequency)
-    return np.concatenate([moved.real, moved.imag], axis=-1)
-
-
 def naive(case, heads, q, k):
     """The definition, lane by lane and slot by slot, in float64. [lanes, table entries]"""
     mass, row = [], 0
@@ -36,7 +28,9 @@ def naive(case, heads, q, k):
         slot, _ = plan.locate(position, case.page_size)
         entry = np.repeat(np.arange(len(plan.page)), plan.slots)
         keys = values(k)[cases.LAYER].reshape(-1, heads.kv_heads, heads.head_dim)[slot]
-        keys = turned(np.nan_to_num(keys), plan.frame[entry].astype(np.float64))
+        keys = cases.turned(
+            np.nan_to_num(keys).astype(np.float64), plan.frame[entry][:, None, None]
+        )
         keys = np.repeat(keys, heads.heads // heads.kv_heads, axis=1)
         of_lane = np.zeros(len(plan.page))
         for at in plan.computed.tolist():

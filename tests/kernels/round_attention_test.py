@@ -140,19 +140,12 @@ def small_tiles(case, lanes, rows):
     )
 
 
-on_gpus = pytest.mark.parametrize(
+# The simulator takes its time: here and for packed rows, each head width in each precision once.
+@pytest.mark.parametrize(
     ("heads", "page_size", "dtype"),
-    [
-        (cases.Heads(6, 2, 64), 16, "uint16"),
-        (cases.Heads(10, 2, 128), 32, "uint16"),
-        (cases.Heads(6, 2, 64), 32, "float32"),
-        (cases.Heads(10, 2, 128), 16, "float32"),
-    ],
+    [(cases.Heads(6, 2, 64), 32, "float32"), (cases.Heads(10, 2, 128), 32, "uint16")],
     ids=str,
 )
-
-
-@on_gpus
 def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, dtype, simulator):
     case, lanes = cases.sharing(page_size), range(1, 6)
     tiles = small_tiles(case, lanes, 16)
@@ -174,9 +167,13 @@ def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, dty
     assert not simulator.races()
 
 
-@on_gpus
+@pytest.mark.parametrize(
+    ("heads", "page_size", "dtype"),
+    [(cases.Heads(6, 2, 64), 16, "uint16"), (cases.Heads(10, 2, 128), 16, "float32")],
+    ids=str,
+)
 def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype, simulator):
-    case = cases.tasks(page_size)
+    case = cases.tasks(page_size, tokens=288)
     case = cases.Case.of(case.lanes[2:5], pages=case.pages, page_size=page_size)
     shared = cases.share(case, whatever=True)
     assert shared.groups.count

@@ -86,6 +86,12 @@ def plan_of(pieces, page_size):
     return RestorePlan.of_slots(*columns, page_size=page_size)
 
 
+def reference(k, v, source, plan):
+    return jax.jit(functools.partial(sparse_restore_reference, plan=plan, theta=cases.THETA))(
+        k, v, source
+    )
+
+
 def check(found, expected, dtype):
     # One rounding of a number of up to 256 apart.
     rtol = 1e-5 if dtype == "float32" else 2**-7
@@ -101,7 +107,7 @@ def test_xla_equals_the_reference(shape, dtype, kind):
     k, v = pools(random, shape, dtype)
     source = source_of(kind, random, shape, dtype)
     plan = plan_of(pieces_of(shape[2]), shape[2])
-    expected = sparse_restore_reference(k, v, source, plan, theta=cases.THETA)
+    expected = reference(k, v, source, plan)
     check(restore(k, v, source, plan.padded(7, 30)), expected, dtype)
 
 
@@ -120,7 +126,7 @@ def test_the_gpu_kernel_equals_the_reference_without_races(shape, dtype, kind, s
     k, v = pools(random, shape, dtype)
     source = source_of(kind, random, shape, dtype)
     plan = plan_of(pieces_of(shape[2]), shape[2])
-    expected = sparse_restore_reference(k, v, source, plan, theta=cases.THETA)
+    expected = reference(k, v, source, plan)
     found = restore(k, v, source, plan.padded(4, 30), implementation="interpret")
     check(found, expected, dtype)
     assert not simulator.races()
@@ -137,7 +143,7 @@ def test_the_tpu_kernel_equals_the_reference(shape, dtype, kind):
     k, v = pools(random, shape, dtype)
     source = source_of(kind, random, shape, dtype)
     plan = plan_of(pieces_of(shape[2]), shape[2])
-    expected = sparse_restore_reference(k, v, source, plan, theta=cases.THETA)
+    expected = reference(k, v, source, plan)
     kernel = functools.partial(sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=True)
     check(jax.jit(kernel)(k, v, source, plan.padded(4, 30)), expected, dtype)
 
@@ -148,7 +154,7 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     k, v = pools(random, shape, "bfloat16")
     source = source_of("int8", random, shape, "bfloat16")
     plan = plan_of(pieces_of(16), 16)
-    expected = sparse_restore_reference(k, v, source, plan, theta=cases.THETA)
+    expected = reference(k, v, source, plan)
     kernel = functools.partial(
         sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
     )

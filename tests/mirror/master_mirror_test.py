@@ -43,7 +43,7 @@ EXAMPLE = Sample(
 def poisoned(spec):
     """An empty pool, full of NaN."""
     bits = np.uint16(0x7FC0) if spec.storage == np.uint16 else np.float32(np.nan)
-    return jax.tree.map(lambda x: jnp.full_like(x, bits), spec.zeros())
+    return jax.tree.map(lambda x: jnp.full(x.shape, bits, x.dtype), spec.abstract())
 
 
 def release(pages, lanes):

@@ -12,8 +12,8 @@ from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import Compute
 from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.ledger import distinct_tokens
 from tokendance_jax.engine.prefill import Prefill
-from tokendance_jax.engine.result import distinct_tokens
 from tokendance_jax.kernels import storage
 from tokendance_jax.mirror import (
     MirrorLayout,

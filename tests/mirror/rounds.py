@@ -121,7 +121,7 @@ def pool(sample, spec, *, poison=np.nan, seed=0):
         numbers = generator.normal(size=shape).astype(np.float32)
         numbers[..., 0, 0] = -0.0
         numbers[:, ~written] = poison
-        arrays.append(jnp.asarray(stored(numbers, spec).reshape(spec.zeros().k.shape)))
+        arrays.append(jnp.asarray(stored(numbers, spec).reshape(spec.abstract().k.shape)))
     return PagedKV(*arrays)
 
 

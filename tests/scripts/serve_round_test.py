@@ -14,6 +14,8 @@ from tokendance_jax.demo import demo_trace, harbour_trace
 from tokendance_jax.prompt import write_trace
 
 ROOT = Path(__file__).resolve().parents[2]
+# One size of pool: what several tests compile is compiled once.
+SETTINGS = "--compilation_cache=off", "--kv_memory=16MiB"
 FIELDS = {
     "policy": str,
     "round": int,
@@ -46,7 +48,7 @@ def serve(tmp_path, monkeypatch):
 
     def run(*arguments):
         with flagsaver.flagsaver():
-            flags.FLAGS(["serve_round", "--compilation_cache=off", f"--json={target}", *arguments])
+            flags.FLAGS(["serve_round", *SETTINGS, f"--json={target}", *arguments])
             status = serve_round.main(["serve_round"])
         return status, json.loads(target.read_text()) if target.exists() else None
 
@@ -104,7 +106,7 @@ def test_compares_policies_and_writes_every_field(serve, capsys):
 
 def test_the_collective_round_computes_what_is_unique(serve, capsys):
     arguments = ("--policy=prefix", "--policy=tokendance", "--max_new_tokens=2")
-    status, written = serve(*arguments, "--selection=none", "--dtype=float32")
+    status, written = serve(*arguments, "--selection=none")
     assert status == 0
     for row in written["rounds"][4:]:
         assert row["policy"] == "tokendance"
@@ -120,8 +122,9 @@ def test_the_collective_round_computes_what_is_unique(serve, capsys):
 
 
 def test_cuts_the_trace(serve):
-    arguments = ("--rounds=1", "--agents=2", "--max_new_tokens=3", "--dtype=float32")
-    status, written = serve("--policy=prefix", *arguments)
+    arguments = ("--rounds=1", "--agents=2", "--max_new_tokens=3")
+    sizes = "--dtype=float32", "--page_size=32", "--kv_memory=auto"
+    status, written = serve("--policy=prefix", *arguments, *sizes)
     assert status == 0
     (row,) = written["rounds"]
     assert row["agents"] == 2
@@ -132,7 +135,6 @@ def test_serves_a_file_and_live_rounds(serve, tmp_path):
     path = tmp_path / "rounds.jsonl.gz"
     write_trace(path, harbour_trace())
     arguments = (f"--trace={path}", "--policy=prefix", "--rounds=2", "--max_new_tokens=4")
-    arguments = (*arguments, "--page_size=32")
     _, recorded = serve(*arguments, "--rounds=1")
     assert recorded["rounds"][0]["tokens"]["markup"] == 0
     assert recorded["policies"]["prefix"]["right"] is None
@@ -184,7 +186,7 @@ def test_ctrl_c_ends_cleanly_with_what_was_done(tmp_path):
         [
             sys.executable,
             *("-u", "-m", "scripts.serve_round"),
-            *("--policy=dense", "--policy=prefix", "--compilation_cache=off"),
+            *("--policy=dense", "--policy=prefix", *SETTINGS),
             f"--json={target}",
         ],
         cwd=ROOT,
