@@ -26,7 +26,7 @@ def test_lowers(dtype, implementation, platform):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("heads", "page_size", "dtype"), aot.ON_H100, ids=str)
+@aot.swept(("heads", "page_size", "dtype"), aot.ON_H100)
 def test_compiles_for_an_h100(heads, page_size, dtype):
     shapes = arguments(heads, page_size, dtype=dtype)
     kernels, memory = aot.compile_for_an_h100(decode_attention, shapes, page_size)

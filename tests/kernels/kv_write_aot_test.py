@@ -1,5 +1,6 @@
 """Whether XLA's scatter will do, or rows need a kernel to be written by: asked of its compilers."""
 
+import itertools
 import math
 import re
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.kernels.aot import swept
 from tests.kernels.cases import shape
 from tokendance_jax import targets
 from tokendance_jax.hlo import Program
@@ -14,7 +16,8 @@ from tokendance_jax.kernels.kv_write import kv_write
 from tokendance_jax.paged.kv import pool_format
 
 # KV heads and head dims of Qwen2.5 from 0.5B to 72B.
-HEADS = ((2, 64), (2, 128), (4, 128), (8, 128))
+HEADS = ((2, 128), (2, 64), (4, 128), (8, 128))
+DTYPES = ("bfloat16", "float32")
 LAYERS, SLOTS = 12, 1 << 17
 # Pages and rows of a prefill call and of a decode step.
 SIZES = ((16, 2048), (32, 32))
@@ -48,9 +51,7 @@ def compiled_write(target, heads, dtype, sizes, **options):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+@swept(("heads", "dtype", "sizes"), itertools.product(HEADS, DTYPES, SIZES))
 def test_an_h100_writes_rows_alone(heads, dtype, sizes, tmp_path):
     h100 = targets.TARGETS["h100"]
     found = compiled_write(
@@ -73,7 +74,6 @@ def test_an_h100_writes_rows_alone(heads, dtype, sizes, tmp_path):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+@swept(("heads", "dtype"), itertools.product(HEADS, DTYPES))
 def test_a_tpu_writes_rows_alone(heads, dtype, target):
     compiled_write(targets.TARGETS[target], heads, dtype, SIZES[0])

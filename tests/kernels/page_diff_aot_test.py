@@ -5,12 +5,14 @@ import jax
 import pytest
 
 from tests.kernels import cases
+from tests.kernels.aot import swept
 from tests.kernels.cases import shape
 from tokendance_jax import targets
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 
 # KV heads and head dims of Qwen2.5 from 0.5B to 72B.
 HEADS = ((2, 64), (2, 128), (4, 128), (8, 128))
+DTYPES = ("bfloat16", "float32")
 LAYERS, PAGES, BASES, COMPARISONS, SIBLINGS = 24, 512, 64, 256, 128
 
 
@@ -48,8 +50,7 @@ def test_lowers(dtype, outside, implementation, platform):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("outside", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("heads", "page_size"), list(itertools.product(HEADS, (16, 32))), ids=str)
+@swept(("heads", "page_size", "dtype"), itertools.product(HEADS, (16, 32), DTYPES))
 def test_compiles_for_an_h100(heads, page_size, dtype, outside):
     h100 = targets.TARGETS["h100"]
     shapes = arguments(heads, page_size, dtype, outside=outside)
@@ -70,10 +71,14 @@ def test_compiles_for_an_h100(heads, page_size, dtype, outside):
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
 @pytest.mark.parametrize("outside", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 # XLA would copy pools of narrower heads: on TPUs it lays them out in another way.
-@pytest.mark.parametrize(
-    ("heads", "page_size"), [((2, 128), 16), ((4, 128), 16), ((8, 128), 32)], ids=str
+@swept(
+    ("heads", "page_size", "dtype"),
+    [
+        (*size, dtype)
+        for size in (((2, 128), 16), ((4, 128), 16), ((8, 128), 32))
+        for dtype in DTYPES
+    ],
 )
 def test_compiles_for_a_tpu(heads, page_size, dtype, outside, target):
     shapes = arguments(heads, page_size, dtype, outside=outside)

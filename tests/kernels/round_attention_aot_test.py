@@ -48,7 +48,7 @@ def test_shared_rows_lower(implementation, platform):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("heads", "page_size", "dtype"), aot.ON_H100, ids=str)
+@aot.swept(("heads", "page_size", "dtype"), aot.ON_H100)
 def test_compiles_for_an_h100(heads, page_size, dtype):
     shapes = arguments(heads, page_size, dtype=dtype)
     kernels, memory = aot.compile_for_an_h100(round_attention, shapes, page_size)
@@ -61,7 +61,7 @@ def test_compiles_for_an_h100(heads, page_size, dtype):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(
+@aot.swept(
     ("heads", "page_size", "dtype"),
     [
         (aot.HEADS[0], 16, "bfloat16"),
@@ -69,7 +69,6 @@ def test_compiles_for_an_h100(heads, page_size, dtype):
         (aot.HEADS[4], 16, "bfloat16"),
         (aot.HEADS[3], 16, "float32"),
     ],
-    ids=str,
 )
 def test_compiles_shared_rows_for_an_h100(heads, page_size, dtype):
     shapes = *arguments(heads, page_size, dtype=dtype), shared_rows(page_size)
@@ -94,10 +93,9 @@ def test_compiles_for_a_tpu(heads, dtype, target):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
-@pytest.mark.parametrize(
+@aot.swept(
     ("heads", "page_size", "dtype"),
     [(aot.HEADS[0], 16, "bfloat16"), (aot.HEADS[3], 16, "bfloat16"), (aot.HEADS[3], 32, "float32")],
-    ids=str,
 )
 def test_compiles_shared_rows_for_a_tpu(heads, page_size, dtype, target):
     shapes = *arguments(heads, page_size, dtype=dtype, pages=1024), shared_rows(page_size)

@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import pytest
 
 from tests.kernels import cases
+from tests.kernels.aot import swept
 from tests.kernels.cases import shape
 from tokendance_jax import targets
 from tokendance_jax.kernels.sparse_restore import RestorePlan, Source, sparse_restore
 
 # KV heads and head dims of Qwen2.5 from 0.5B to 72B.
 HEADS = ((2, 64), (2, 128), (4, 128), (8, 128))
+DTYPES = ("bfloat16", "float32")
 LAYERS, PAGES, SOURCES, PIECES = 24, 512, 64, 256
 KINDS = ("pool", "pages", "at rest", "int8")
 
@@ -58,8 +60,7 @@ def test_lowers(dtype, kind, implementation, platform):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("heads", "page_size"), list(itertools.product(HEADS, (16, 32))), ids=str)
+@swept(("heads", "page_size", "dtype"), itertools.product(HEADS, (16, 32), DTYPES))
 def test_compiles_for_an_h100(heads, page_size, dtype, kind):
     h100 = targets.TARGETS["h100"]
     shapes = arguments(heads, page_size, dtype, kind)
@@ -80,9 +81,8 @@ def test_compiles_for_an_h100(heads, page_size, dtype, kind):
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 # XLA would copy pools of narrower heads: on TPUs it lays them out in another way.
-@pytest.mark.parametrize("heads", [(2, 128), (4, 128), (8, 128)], ids=str)
+@swept(("heads", "dtype"), itertools.product(((2, 128), (4, 128), (8, 128)), DTYPES))
 def test_compiles_for_a_tpu(heads, dtype, kind, target):
     shapes = arguments(heads, 16, dtype, kind)
     compiled = targets.compile_for(
