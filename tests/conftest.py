@@ -23,8 +23,10 @@ __all__ = ["simulator", "tpu_simulator"]
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# On a busy machine an example may take long.
-hypothesis.settings.register_profile("tests", deadline=None)
+# On a busy machine an example may take long. `--hypothesis-profile=thorough` draws more examples
+# where a test does not say how many.
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=30)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("tests")
 
 

@@ -17,6 +17,7 @@ def section(title: str) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_the_example_serves_three_rounds(capsys: pytest.CaptureFixture[str]):
     (block,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     names = {}

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import tokendance_jax.demo
 from scripts import demo_tokenizer
 from scripts.demo_data import tokenizer_texts
@@ -29,6 +31,7 @@ def test_the_demo_is_a_story_that_training_never_saw():
     assert names.issuperset(prompt.agent for prompt in trace.rounds[0].agents)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_the_one_of_the_training():
     made, shipped = demo_tokenizer.train(tokenizer_texts()), demo_tokenizer_json()
     for part in ("model", "added_tokens", "pre_tokenizer", "normalizer", "decoder"):

@@ -86,7 +86,7 @@ ACTIONS = st.tuples(
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(actions=st.lists(ACTIONS, min_size=2, max_size=5))
-@settings(max_examples=6)
+@settings(max_examples=3)
 def test_no_page_is_lost_and_the_next_round_is_right(policy, actions):
     engine = engine_of(policy)
 

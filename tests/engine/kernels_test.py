@@ -98,7 +98,12 @@ def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
         packed.clear()
         monkeypatch.setattr(engine_module, "PACKING", {"cpu": packing})
         served = td.RoundEngine(
-            small_model, policy="tokendance", kv_memory=8 << 20, max_agents=8, decode_steps=4
+            small_model,
+            policy="tokendance",
+            kv_memory=8 << 20,
+            row_budget=256,  # the fewest rows that a CPU packs
+            max_agents=8,
+            decode_steps=4,
         )
         answers.append([agent.token_ids for agent in served.serve(crowd()).agents])
         assert any(packed) == (packing is not None)

@@ -23,14 +23,6 @@ HEADS = (
 )
 LAYERS, PAGES = 28, 8192
 
-
-def swept(names, values):
-    """Parametrizes a test by cases, of which all but the first are left to the sweep."""
-    first, *rest = values
-    rest = [pytest.param(*case, marks=pytest.mark.sweep) for case in rest]
-    return pytest.mark.parametrize(names, [first, *rest], ids=str)
-
-
 # What is compiled for an H100: all heads in both precisions, with pages of 16 and of 32 slots.
 ON_H100 = [
     *((heads, page_size, "bfloat16") for heads in HEADS for page_size in (16, 32)),
@@ -44,7 +36,7 @@ on_platforms = pytest.mark.parametrize(("implementation", "platform"), cases.PLA
 def for_tpus(test):
     """Runs a test for two TPUs, precisions and the heads that they take as they are."""
     pairs = itertools.product(HEADS[1:], ("bfloat16", "float32"))
-    test = swept(("heads", "dtype"), pairs)(test)
+    test = cases.swept(("heads", "dtype"), pairs)(test)
     return pytest.mark.aot(pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])(test))
 
 

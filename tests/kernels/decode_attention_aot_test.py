@@ -19,14 +19,14 @@ def arguments(heads, page_size, **pool):
 
 
 @aot.on_platforms
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@cases.swept("dtype", [("bfloat16",), ("float32",)])
 def test_lowers(dtype, implementation, platform):
     shapes = arguments(aot.HEADS[1], 16, dtype=dtype)
     aot.check_lowers(decode_attention, implementation, platform, shapes)
 
 
 @pytest.mark.aot
-@aot.swept(("heads", "page_size", "dtype"), aot.ON_H100)
+@cases.swept(("heads", "page_size", "dtype"), aot.ON_H100)
 def test_compiles_for_an_h100(heads, page_size, dtype):
     shapes = arguments(heads, page_size, dtype=dtype)
     kernels, memory = aot.compile_for_an_h100(decode_attention, shapes, page_size)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.kernels.aot import swept
-from tests.kernels.cases import shape
+from tests.kernels.cases import shape, swept
 from tokendance_jax import targets
 from tokendance_jax.hlo import Program
 from tokendance_jax.kernels.kv_write import kv_write

@@ -31,7 +31,7 @@ def bits(random, dtype):
     sentinel=st.sampled_from([SLOTS, SLOTS + 1, 2 * SLOTS, 2**31 - 1]),
     dropped=st.sets(st.integers(0, ROWS - 1)),
 )
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_writes_the_named_slots_and_nothing_else(dtype, seed, sentinel, dropped):
     random = np.random.default_rng(seed)
     pool, layer = bits(random, dtype), seed % LAYERS

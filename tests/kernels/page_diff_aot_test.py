@@ -5,8 +5,7 @@ import jax
 import pytest
 
 from tests.kernels import cases
-from tests.kernels.aot import swept
-from tests.kernels.cases import shape
+from tests.kernels.cases import shape, swept
 from tokendance_jax import targets
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 
@@ -38,7 +37,7 @@ def check_temporaries(compiled, *, most):
 
 @pytest.mark.parametrize(("implementation", "platform"), cases.PLATFORMS)
 @pytest.mark.parametrize("outside", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@swept("dtype", [("bfloat16",), ("float32",)])
 def test_lowers(dtype, outside, implementation, platform):
     lowered = (
         jax.jit(diff(implementation))

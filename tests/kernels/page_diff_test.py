@@ -204,7 +204,7 @@ def gaps(pages, comparisons, kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "uint16"])
 @given(comparisons=COMPARISONS, seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_scores_are_those_of_float64(dtype, comparisons, seed):
     pages = Pages.of(comparisons, SMALL, dtype, seed=seed)
     found = diff(*pages.arguments(4, 6), 1.0)
@@ -227,7 +227,7 @@ def test_scores_are_those_of_float64(dtype, comparisons, seed):
     threshold=st.sampled_from([0.25, 1.0, 30.0]),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_a_page_is_far_if_any_of_its_numbers_is(
     dtype, comparisons, changes, ratio, threshold, seed
 ):

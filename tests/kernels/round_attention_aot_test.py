@@ -35,7 +35,7 @@ def with_shared_rows(q, k, v, layer, position, tables, tiles, shared, **options)
 
 
 @aot.on_platforms
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@cases.swept("dtype", [("bfloat16",), ("float32",)])
 def test_lowers(dtype, implementation, platform):
     shapes = arguments(aot.HEADS[1], 16, dtype=dtype)
     aot.check_lowers(round_attention, implementation, platform, shapes)
@@ -48,7 +48,7 @@ def test_shared_rows_lower(implementation, platform):
 
 
 @pytest.mark.aot
-@aot.swept(("heads", "page_size", "dtype"), aot.ON_H100)
+@cases.swept(("heads", "page_size", "dtype"), aot.ON_H100)
 def test_compiles_for_an_h100(heads, page_size, dtype):
     shapes = arguments(heads, page_size, dtype=dtype)
     kernels, memory = aot.compile_for_an_h100(round_attention, shapes, page_size)
@@ -61,7 +61,7 @@ def test_compiles_for_an_h100(heads, page_size, dtype):
 
 
 @pytest.mark.aot
-@aot.swept(
+@cases.swept(
     ("heads", "page_size", "dtype"),
     [
         (aot.HEADS[0], 16, "bfloat16"),
@@ -93,7 +93,7 @@ def test_compiles_for_a_tpu(heads, dtype, target):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
-@aot.swept(
+@cases.swept(
     ("heads", "page_size", "dtype"),
     [(aot.HEADS[0], 16, "bfloat16"), (aot.HEADS[3], 16, "bfloat16"), (aot.HEADS[3], 32, "float32")],
 )

@@ -47,7 +47,7 @@ def test_equals_the_reference(heads, page_size, dtype):
 
 
 @given(SEEDS)
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_random_lanes_equal_the_reference(seed):
     check(cases.random_case(seed, page_size=16), SMALL, "float32")
 
@@ -55,8 +55,7 @@ def test_random_lanes_equal_the_reference(seed):
 @pytest.mark.parametrize(
     ("heads", "page_size", "dtype"),
     [
-        (cases.HEADS[0], 16, "float32"),
-        (cases.HEADS[1], 8, "float32"),
+        (cases.HEADS[1], 16, "float32"),
         (cases.HEADS[2], 32, "uint16"),
     ],
     ids=str,
@@ -71,7 +70,7 @@ def test_rows_of_many_lanes_meet_what_these_share(heads, page_size, dtype):
 
 
 @given(SEEDS)
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_random_lanes_share_rows(seed):
     case = cases.random_case(seed, page_size=16)
     check(case, SMALL, "float32", cases.share(case, whatever=True))
@@ -90,7 +89,7 @@ def test_log_sum_exps_are_those_of_the_scores(sharing):
 
 
 @given(SEEDS)
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_a_frame_equals_keys_rotated_by_it(seed):
     # Invariant 4: +d, -d and large d.
     case = cases.random_case(seed, page_size=16)
@@ -101,7 +100,7 @@ def test_a_frame_equals_keys_rotated_by_it(seed):
 
 
 @given(SEEDS)
-@settings(max_examples=10)
+@settings(max_examples=4)
 def test_rows_may_stand_in_any_order(seed):
     case = cases.sharing(16)
     k, v = cases.pools(case, SMALL, "float32")
@@ -140,11 +139,10 @@ def small_tiles(case, lanes, rows):
     )
 
 
-# The simulator takes its time: here and for packed rows, each head width in each precision once.
-@pytest.mark.parametrize(
+# The simulator takes its time: the sweep and packed rows have the other precision.
+@cases.swept(
     ("heads", "page_size", "dtype"),
     [(cases.Heads(6, 2, 64), 32, "float32"), (cases.Heads(10, 2, 128), 32, "uint16")],
-    ids=str,
 )
 def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, dtype, simulator):
     case, lanes = cases.sharing(page_size), range(1, 6)
@@ -167,10 +165,9 @@ def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, dty
     assert not simulator.races()
 
 
-@pytest.mark.parametrize(
+@cases.swept(
     ("heads", "page_size", "dtype"),
     [(cases.Heads(6, 2, 64), 16, "uint16"), (cases.Heads(10, 2, 128), 16, "float32")],
-    ids=str,
 )
 def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype, simulator):
     case = cases.tasks(page_size, tokens=288)
@@ -193,14 +190,13 @@ def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype, simula
     assert not simulator.races()
 
 
-@pytest.mark.parametrize(
+@cases.swept(
     ("heads", "page_size", "dtype"),
     [
+        (cases.Heads(8, 4, 128), 16, "float32"),
         (cases.Heads(14, 2, 64), 16, "uint16"),
         (cases.Heads(10, 2, 128), 32, "uint16"),
-        (cases.Heads(8, 4, 128), 16, "float32"),
     ],
-    ids=str,
 )
 def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
     case = cases.sharing(page_size)
@@ -217,6 +213,7 @@ def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
     assert not np.asarray(out)[~case.used].any()
 
 
+@pytest.mark.slow
 def test_the_tpu_kernel_gives_log_sum_exps():
     run_on_tpu(cases.tasks(16), cases.Heads(14, 2, 64), "uint16", None)
 
@@ -241,14 +238,13 @@ def tpu_kernel(interpret):
     return jax.jit(functools.partial(round_attention_mosaic_tpu, **options), static_argnums=3)
 
 
-@pytest.mark.parametrize(
+@cases.swept(
     ("heads", "page_size", "dtype"),
     [
         (cases.Heads(14, 2, 64), 16, "uint16"),
         (cases.Heads(10, 2, 128), 32, "uint16"),
         (cases.Heads(8, 4, 128), 8, "float32"),
     ],
-    ids=str,
 )
 def test_the_tpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype):
     case = cases.tasks(page_size)
@@ -257,14 +253,15 @@ def test_the_tpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype):
     run_on_tpu(case, heads, dtype, shared)
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
+@cases.swept("page_size", [(16,), (4,)])
 @given(SEEDS)
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_the_tpu_kernel_packs_rows_of_random_lanes(page_size, seed):
     case = cases.random_case(seed, page_size=page_size)
     run_on_tpu(case, SMALL, "float32", cases.share(case, whatever=True))
 
 
+@pytest.mark.slow
 def test_the_tpu_kernel_leaves_packing_aside_where_smem_is_full(monkeypatch):
     case = cases.tasks(16)
     shared = cases.share(case)
@@ -277,6 +274,7 @@ def test_the_tpu_kernel_leaves_packing_aside_where_smem_is_full(monkeypatch):
     run_on_tpu(case, cases.Heads(6, 2, 64), "uint16", shared)
 
 
+@pytest.mark.slow
 def test_the_tpu_kernel_has_no_races(tpu_simulator):
     case, heads = cases.sharing(16), cases.Heads(4, 2, 128)
     lanes = range(1, 6)

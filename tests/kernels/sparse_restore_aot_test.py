@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.kernels import cases
-from tests.kernels.aot import swept
-from tests.kernels.cases import shape
+from tests.kernels.cases import shape, swept
 from tokendance_jax import targets
 from tokendance_jax.kernels.sparse_restore import RestorePlan, Source, sparse_restore
 
@@ -49,7 +48,7 @@ def check_in_place(compiled, pool, *, temporary):
 
 @pytest.mark.parametrize(("implementation", "platform"), cases.PLATFORMS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@swept("dtype", [("bfloat16",), ("float32",)])
 def test_lowers(dtype, kind, implementation, platform):
     program = jax.jit(restore(implementation), donate_argnums=(0, 1))
     lowered = program.trace(*arguments((2, 128), 16, dtype, kind)).lower(

@@ -168,7 +168,7 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     turns=st.lists(TURNS, min_size=12, max_size=12),
     copies=st.integers(0, 12),
 )
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_any_slots_go_anywhere_and_all_others_keep_their_bits(dtype, seed, turns, copies):
     layers, pages, page_size, kv_heads, head_dim = SMALL
     random = np.random.default_rng(seed)
@@ -238,7 +238,7 @@ def test_keys_are_turned_once_and_rounded_once():
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_what_is_not_turned_keeps_every_bit(seed):
     # All patterns of bits: zeros with signs, infinities, NaN with their payload.
     random = np.random.default_rng(seed)
@@ -267,7 +267,7 @@ def test_a_plan_reads_a_page_once_and_writes_pieces_of_one_page():
 
 
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 7))
-@settings(max_examples=30)
+@settings(max_examples=12)
 def test_a_plan_that_is_cut_does_the_same_work(seed, size):
     random = np.random.default_rng(seed)
     source = random.integers(0, 32, 20).astype(np.int32)

@@ -96,7 +96,7 @@ RECIPES = st.lists(
 
 
 @given(RECIPES, st.sampled_from(["float32", "uint16"]), st.sampled_from([0, 7, 100_000]))
-@settings(max_examples=60)
+@settings(max_examples=15)
 def test_only_changed_pages_are_patches(recipes, storage, offset):
     round = dense_round(recipes, storage, offset)
     mirrors = compare(round, THRESHOLD[storage])
@@ -154,7 +154,7 @@ def test_numbers_that_are_far_from_all_others_are_kept(number):
 
 
 @given(samples(), st.sampled_from(["float32", "uint16"]))
-@settings(max_examples=60)
+@settings(max_examples=15)
 def test_keys_turn_forward_by_their_frames(sample, storage):
     kv = pool(sample, SPECS[storage])
     mirrors = encode(sample.lanes, sample.lengths, kv)

@@ -18,7 +18,7 @@ def layout_of(*lanes):
 
 
 @given(samples())
-@settings(max_examples=200)
+@settings(max_examples=50)
 def test_pages_are_stored_once_and_where_they_belong(sample):
     layout = MirrorLayout.of_lanes(sample.lanes, sample.lengths)
     entries = list(sample.entries())

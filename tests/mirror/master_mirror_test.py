@@ -54,7 +54,7 @@ def release(pages, lanes):
 
 
 @given(samples(), STORAGE)
-@settings(max_examples=60)
+@settings(max_examples=15)
 def test_decoding_gives_what_the_pool_held(sample, storage):
     kv = pool(sample, SPECS[storage])
     mirrors = encode(sample.lanes, sample.lengths, kv)
@@ -64,7 +64,7 @@ def test_decoding_gives_what_the_pool_held(sample, storage):
 
 
 @given(samples(), STORAGE)
-@settings(max_examples=60)
+@settings(max_examples=15)
 def test_only_what_is_written_counts(sample, storage):
     mirrors = encode(sample.lanes, sample.lengths, pool(sample, SPECS[storage]))
     clean = pool(sample, SPECS[storage], poison=7.0)
@@ -77,7 +77,7 @@ def test_only_what_is_written_counts(sample, storage):
 
 
 @given(samples(), STORAGE)
-@settings(max_examples=60)
+@settings(max_examples=15)
 def test_bytes_are_the_layouts(sample, storage):
     spec = SPECS[storage]
     mirrors = encode(sample.lanes, sample.lengths, pool(sample, spec))
@@ -90,7 +90,7 @@ def test_bytes_are_the_layouts(sample, storage):
 
 
 @given(samples(), STORAGE, st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=15)
 def test_pages_come_back_and_encode_to_the_same_bits(sample, storage, on_device):
     spec = SPECS[storage]
     kv = pool(sample, spec)

@@ -87,7 +87,7 @@ def encoded(sample, spec, form=FORM):
 
 
 @given(samples().map(aligned), STORAGE)
-@settings(max_examples=60)
+@settings(max_examples=15)
 def test_every_number_is_within_half_a_step(sample, storage):
     kv = biased_pool(sample, SPECS[storage])
     mirrors = encode(sample.lanes, sample.lengths, kv, form=FORM)
@@ -107,7 +107,7 @@ def test_every_number_is_within_half_a_step(sample, storage):
 
 
 @given(samples().map(aligned), STORAGE, st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=15)
 def test_restored_pages_hold_what_dense_caches_hold_and_nothing_else(sample, storage, on_device):
     mirrors = encoded(sample, SPECS["float32"])
     source = jax.tree.map(jnp.asarray, mirrors) if on_device else mirrors
@@ -135,7 +135,7 @@ def test_restored_pages_hold_what_dense_caches_hold_and_nothing_else(sample, sto
 
 
 @given(samples().map(aligned))
-@settings(max_examples=40)
+@settings(max_examples=12)
 def test_what_is_restored_encodes_to_the_same_integers(sample):
     mirrors = encoded(sample, SPECS["float32"])
     pages = PagePool(64)
@@ -150,7 +150,7 @@ def test_what_is_restored_encodes_to_the_same_integers(sample):
 
 
 @given(samples().map(aligned), STORAGE)
-@settings(max_examples=40)
+@settings(max_examples=12)
 def test_only_what_is_written_counts(sample, storage):
     spec = SPECS[storage]
     mirrors = encoded(sample, spec)
@@ -160,7 +160,7 @@ def test_only_what_is_written_counts(sample, storage):
 
 
 @given(samples().map(aligned), STORAGE)
-@settings(max_examples=40)
+@settings(max_examples=12)
 def test_bytes_are_the_layouts(sample, storage):
     spec = SPECS[storage]
     mirrors = encoded(sample, spec)

@@ -108,7 +108,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40)
+TestPoolMachine.settings = settings(max_examples=25, stateful_step_count=40)
 
 
 def test_allocates_low_ids_first_and_never_page_0():

@@ -149,11 +149,11 @@ class ConstantMachine(CacheMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=60, stateful_step_count=40)
+TestCache.settings = settings(max_examples=25, stateful_step_count=40)
 TestWeak = WeakMachine.TestCase
 TestWeak.settings = TestCache.settings
 TestConstant = ConstantMachine.TestCase
-TestConstant.settings = settings(max_examples=20, stateful_step_count=30)
+TestConstant.settings = settings(max_examples=10, stateful_step_count=30)
 
 
 def make(pages=PAGES, **kwargs):

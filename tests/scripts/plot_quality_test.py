@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts import pareto
+from scripts.plot_quality import read
 from scripts.variants import NOISE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +72,14 @@ def test_files_are_drawn_side_by_side(tmp_path):
 def test_a_file_that_holds_something_else_is_named(tmp_path, text):
     wrong = tmp_path / "wrong.json"
     wrong.write_text(text)
+    with pytest.raises(ValueError, match=r"wrong\.json: not what eval_quality --json writes"):
+        read(wrong)
+
+
+def test_nothing_is_drawn_of_a_file_that_holds_something_else(tmp_path):
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text("{}")
     done, out = plot_script(tmp_path, wrong)
     assert done.returncode == 1
-    assert f"{wrong}: not what eval_quality --json writes" in done.stderr
+    assert str(wrong) in done.stderr
     assert not out.exists()
