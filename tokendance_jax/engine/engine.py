@@ -123,6 +123,9 @@ class RoundEngine:
         if programs is None:
             programs = Programs(model, shapes, implementation=implementation)
         self.programs = programs
+        served = programs.model
+        if served.state is not model.state or served.config != model.config:
+            raise ValueError("programs: they serve another model; leave the argument out")
         if programs.shapes != shapes or programs.implementation != implementation:
             raise ValueError(
                 "programs: they were made for other sizes or kernels; leave the argument out"
@@ -163,6 +166,7 @@ class RoundEngine:
           OutOfPages: if the pool cannot hold the round; nothing has been computed then.
         """
         form = self._mirror_form(mirrors)
+        identity = None if mirrors is None else self.model.identity
         clock = Clock(self.programs, cold=self._cold)
         if chat is None:
             chat = self.model.tokenizer.chat_template is not None
@@ -218,8 +222,8 @@ class RoundEngine:
             )
             timings = Timings(plan_s, prefill_s, first_token_s, decode_s, clock.compile_s)
             kept = None
-            if mirrors is not None:
-                kept = encode(lanes, lengths, self._kv, form=form)
+            if identity is not None:
+                kept = encode(lanes, lengths, self._kv, identity=identity, form=form)
             return RoundResult(moment.index, agents, timings, ledger, kept)
         finally:
             self._close(opened, written)
@@ -228,19 +232,25 @@ class RoundEngine:
         """Restores the KV of a round into pages of the pool.
 
         Args:
-          mirrors: of a round of the same model, in an exact form of the same precision; or int8.
+          mirrors: of a round of a model with the same weights in the same precision; in an exact
+            form of the pool's precision, or int8.
 
         Returns:
           A lane for each agent, with nothing to compute. The caller holds a reference for each
           table entry, and gives them back: `engine.pool.release(lane.page)`.
 
         Raises:
-          MirrorError: if the mirrors do not fit the pool; nothing is held then.
+          MirrorError: if another model computed the mirrors, or they do not fit the pool; nothing
+            is held then.
           OutOfPages: if the pool cannot hold them; nothing is held then.
         """
         try:
             self._kv, lanes = decode_pages(
-                mirrors, self._kv, self.pool, implementation=self.programs.implementation
+                mirrors,
+                self._kv,
+                self.pool,
+                identity=self.model.identity,
+                implementation=self.programs.implementation,
             )
         finally:
             self._recover()
