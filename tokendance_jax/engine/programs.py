@@ -168,7 +168,10 @@ class Programs:
     def first_token(
         self, hidden: Float[jax.Array, "lanes width"], sampling: SamplingArrays
     ) -> Int32[jax.Array, " lanes"]:
-        """Chooses each lane's first token from the residual stream at its last prompt token."""
+        """Chooses each lane's first token from the residual stream at its last prompt token.
+
+        It is `sampling.NOT_FINITE` where logits are not finite.
+        """
         return self._call("first_token", hidden, sampling)
 
     def logits(self, hidden: Float[Array, "rows width"]) -> Float[jax.Array, "rows vocab"]:
@@ -197,7 +200,8 @@ class Programs:
           sampling: how each lane samples and when it ends.
 
         Returns:
-          The pool and the tokens, -1 where a lane was not live.
+          The pool and the tokens, -1 where a lane was not live. `sampling.NOT_FINITE` is the last
+          of a lane whose logits are not finite.
         """
         return self._call("decode", kv, state, tables, groups, slot, sampling)
 
@@ -411,11 +415,12 @@ class Programs:
             hidden, kv = model.hidden(rows, kv, attend, rolled=self._rolled)
             chosen = sample(model.logits(hidden), sampling, jnp.asarray(at.generated))
             chosen = jnp.where(at.live, chosen, -1)
-            generated = at.generated + at.live.astype(jnp.int32)
+            live = chosen >= 0
+            generated = at.generated + live.astype(jnp.int32)
             after = DecodeState(
-                token=jnp.where(at.live, chosen, at.token),
-                position=at.position + at.live.astype(jnp.int32),
-                live=at.live & ~is_stop(chosen, sampling) & (generated < sampling.limit),
+                token=jnp.where(live, chosen, at.token),
+                position=at.position + live.astype(jnp.int32),
+                live=live & ~is_stop(chosen, sampling) & (generated < sampling.limit),
                 generated=generated,
             )
             tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, index))
