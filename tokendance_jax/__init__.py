@@ -3,6 +3,7 @@
 from tokendance_jax.demo import demo_trace
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.errors import NotFiniteError
 from tokendance_jax.engine.result import RoundResult
 from tokendance_jax.model import Model, load_model
 from tokendance_jax.models.loading import CheckpointError
@@ -26,6 +27,7 @@ __all__ = [
     "AgentPrompt",
     "CheckpointError",
     "Model",
+    "NotFiniteError",
     "OutOfPages",
     "PromptError",
     "Round",

@@ -1,6 +1,7 @@
 """A loaded model: weights split off from their module, and the tokenizer that goes with them."""
 
 import dataclasses
+import functools
 import os
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Float32
 
+from tokendance_jax.identity import ModelIdentity, weights_digest
 from tokendance_jax.kernels.dispatch import platform_of
 from tokendance_jax.kernels.storage import storage_dtype
 from tokendance_jax.models.loading import Checkpoint, load_checkpoint
@@ -18,7 +20,7 @@ from tokendance_jax.paged.kv import KVSpec
 from tokendance_jax.prompt.tokenizer import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Model:
     """What the engine serves.
 
@@ -47,6 +49,24 @@ class Model:
         )
         name, config = checkpoint.name, checkpoint.config
         return cls(name, config, jnp.dtype(dtype), graph, state, tokenizer)
+
+    @functools.cached_property
+    def identity(self) -> ModelIdentity:
+        """Tells the KV of this model from that of others. Hashes all weights when first read."""
+        params = {
+            ".".join(map(str, path)): variable.get_value()
+            for path, variable in nnx.to_flat_state(self.state)
+        }
+        return ModelIdentity(
+            weights=weights_digest(params),
+            dtype=self.dtype.name,
+            layers=self.config.num_hidden_layers,
+            heads=self.config.num_attention_heads,
+            kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            theta=self.config.rope_theta,
+            norm_eps=self.config.rms_norm_eps,
+        )
 
     @property
     def key_bias(self) -> Float32[np.ndarray, "layers kv_heads head_dim"]:

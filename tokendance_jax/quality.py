@@ -44,7 +44,14 @@ class Agreement:
 def compare(
     reference: Float32[np.ndarray, "positions vocab"], other: Float32[np.ndarray, "positions vocab"]
 ) -> Comparison:
-    """Compares the logits of one lane."""
+    """Compares the logits of one lane.
+
+    Raises:
+      ValueError: if a logit is NaN or infinite.
+    """
+    for name, logits in (("reference", reference), ("other", other)):
+        if not np.isfinite(logits).all():
+            raise ValueError(f"{name}: logits are NaN or infinite; check the weights it comes from")
     p, q = _log_softmax(reference), _log_softmax(other)
     # Rounding can bring a divergence of zero below zero.
     kl = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)

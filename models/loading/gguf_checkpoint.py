@@ -27,14 +27,12 @@ class _GgufTensor(StoredTensor):
     """A tensor in blocks, the smallest units that can be decoded by themselves.
 
     Attributes:
-      file: The file.
       offset: The tensor's first byte in it.
       block_values: Values in a block.
       block_bytes: Bytes of a block.
       dequantize: Turns the bytes of whole blocks into values.
     """
 
-    file: Path
     offset: int
     block_values: int
     block_bytes: int
@@ -128,6 +126,7 @@ def _stored(file: Path, name: str, tensor: GgufTensor, file_size: int) -> Stored
     stored = _GgufTensor(
         shape=tensor.shape,
         file=file,
+        name=name,
         offset=tensor.offset,
         block_values=block_values,
         block_bytes=block_bytes,

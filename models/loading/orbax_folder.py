@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -22,7 +23,7 @@ from tokendance_jax.models.loading.sidecars import (
     write_config,
     write_sidecars,
 )
-from tokendance_jax.models.loading.stored import match_parameters
+from tokendance_jax.models.loading.stored import match_parameters, not_finite
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.errors import CheckpointError
 from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_shapes
@@ -109,9 +110,18 @@ def _restore(
                     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
                     partial_restore=True,
                 )
-                params |= checkpointer.restore(where, args=restore)
+                restored = checkpointer.restore(where, args=restore)
+                for path, array in restored.items():
+                    if not _finite(array):
+                        raise not_finite(where, path, array.dtype)
+                params |= restored
                 advance(sum(math.prod(shapes[path]) for path in group) * dtype.itemsize)
     return {path: params[path] for path in parameter_shapes(config)}
+
+
+@jax.jit
+def _finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 def _groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:

@@ -17,9 +17,6 @@ _DTYPES = ("F32", "F16", "BF16")
 
 @dataclasses.dataclass(frozen=True)
 class _SafetensorsTensor(StoredTensor):
-    file: Path
-    name: str
-
     def slices(self, size: int) -> Iterator[np.ndarray]:
         rows = max(1, size // math.prod(self.shape[1:]))
         for start in range(0, self.shape[0], rows):

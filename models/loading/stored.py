@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,9 +29,13 @@ class StoredTensor(abc.ABC):
 
     Attributes:
       shape: Row-major shape.
+      file: The file.
+      name: The tensor's name in it.
     """
 
     shape: tuple[int, ...]
+    file: Path
+    name: str
 
     @abc.abstractmethod
     def slices(self, size: int) -> Iterator[np.ndarray]:
@@ -114,7 +119,7 @@ def read_parameters(
       progress: Whether to show a progress bar on stderr.
 
     Raises:
-      CheckpointError: A file changed since its header was read.
+      CheckpointError: A file changed since its header was read, or a number is not finite.
     """
     shapes = [tensor.shape for tensor in tensors.values()]
     total = sum(math.prod(shape) * parameter_dtype(shape, dtype).itemsize for shape in shapes)
@@ -128,11 +133,33 @@ def read_parameters(
 def _read(tensor: StoredTensor, dtype: np.dtype, advance: Callable[[int], None]) -> np.ndarray:
     values = _aligned_empty(math.prod(tensor.shape), dtype)
     start = 0
-    for part in tensor.slices(_SLICE_VALUES):
-        values[start : start + part.size] = part
-        start += part.size
-        advance(part.size * dtype.itemsize)
+    with np.errstate(over="ignore", invalid="ignore"):  # said by name below
+        for part in tensor.slices(_SLICE_VALUES):
+            converted = values[start : start + part.size]
+            converted[:] = part
+            if not _finite(converted):
+                raise not_finite(tensor.file, tensor.name, dtype)
+            start += part.size
+            advance(part.size * dtype.itemsize)
     return values.reshape(tensor.shape)
+
+
+def not_finite(where: str | os.PathLike[str], name: str, dtype: np.dtype) -> CheckpointError:
+    """The error of a tensor that holds NaN or infinite numbers once it is converted to `dtype`."""
+    return CheckpointError(
+        where,
+        name,
+        f"holds NaN or infinite numbers in {dtype}",
+        "get the file again; if it is whole, its training diverged, or its numbers are too large "
+        f"for {dtype}",
+    )
+
+
+def _finite(values: np.ndarray) -> bool:
+    """Whether no number has all bits of its exponent set; NumPy is slow to ask that of bfloat16."""
+    bits = np.dtype(f"u{values.itemsize}")
+    exponent = np.array(np.inf, values.dtype).view(bits)
+    return not (values.view(bits) & exponent == exponent).any()
 
 
 def _aligned_empty(size: int, dtype: np.dtype) -> np.ndarray:

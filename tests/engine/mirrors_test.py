@@ -1,5 +1,6 @@
 """Rounds at rest, by the engine: taken out of its pool, and restored into it."""
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -13,8 +14,6 @@ from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.mirror import MirrorError, decode_dense
 from tokendance_jax.paged import OutOfPages
 
-THETA = tiny().config.rope_theta
-
 
 def served(moment, policy="tokendance", mirrors: Literal["exact", "int8"] = "int8"):
     engine = small_engine(policy, PolicyOptions(head_pages=1))
@@ -25,10 +24,7 @@ def served(moment, policy="tokendance", mirrors: Literal["exact", "int8"] = "int
 
 
 def dense_of(mirrors):
-    return [
-        decode_dense(mirrors, index, rotate=False, theta=THETA)
-        for index in range(len(mirrors.mirrors))
-    ]
+    return [decode_dense(mirrors, index, rotate=False) for index in range(len(mirrors.mirrors))]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -76,6 +72,32 @@ def test_restored_pages_are_the_mirrors_and_are_given_back(form):
     engine.pool.check()
 
 
+@pytest.mark.parametrize("form", ["exact", "int8"])
+def test_mirrors_are_restored_by_the_weights_that_computed_them_alone(form):
+    engine, _, mirrors = served(gathering(), mirrors=form)
+    trained = jax.tree.map(lambda x: 1.5 * x, tiny().state)
+    other = RoundEngine(dataclasses.replace(tiny(), state=trained), **SMALL)
+    with pytest.raises(MirrorError, match=r"mirrors: identity: .* model: weights \w+\.\.\. and "):
+        other.restore(mirrors)
+    assert other.pool.live == 0
+    config = dataclasses.replace(tiny().config, rms_norm_eps=1e-5)
+    other = RoundEngine(dataclasses.replace(tiny(), config=config), **SMALL)
+    with pytest.raises(MirrorError, match="model: norm_eps 1e-06 and not 1e-05; restore"):
+        other.restore(mirrors)
+    # The same numbers in other arrays.
+    again = dataclasses.replace(tiny(), state=jax.tree.map(lambda x: 1.0 * x, tiny().state))
+    for lane in RoundEngine(again, **SMALL).restore(mirrors):
+        assert lane.slots.sum() > 0
+    for lane in engine.restore(mirrors):
+        engine.pool.release(lane.page)
+
+
+def test_programs_of_another_model_are_refused():
+    trained = dataclasses.replace(tiny(), state=jax.tree.map(lambda x: 1.5 * x, tiny().state))
+    with pytest.raises(ValueError, match="programs: they serve another model; leave the arg"):
+        RoundEngine(trained, programs=small_programs(), **SMALL)
+
+
 def test_unknown_mirrors_are_refused():
     engine = RoundEngine(tiny(), programs=small_programs(), **SMALL)
     with pytest.raises(ValueError, match="mirrors: 'int4' is unknown; choose exact or int8"):
@@ -94,7 +116,7 @@ def test_an_engine_that_cannot_restore_serves_on(monkeypatch):
         engine.restore(other)
     assert engine.pool.live == 0
 
-    def interrupted(mirrors, kv, pool, *, implementation):
+    def interrupted(mirrors, kv, pool, **_):
         pool.allocate(1)
         kv.k.delete()
         raise KeyboardInterrupt

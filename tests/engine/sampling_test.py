@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tokendance_jax.engine.sampling import (
     MAX_STOP_IDS,
+    NOT_FINITE,
     SamplingArrays,
     agent_key,
     is_stop,
@@ -93,17 +94,26 @@ def test_temperature_zero_is_argmax(seed):
 def test_greedy_takes_the_first_of_the_largest_of_any_number_of_logits(vocab, values):
     draw = np.random.default_rng(vocab)
     logits = draw.integers(-values, 0, (LANES, vocab)).astype(np.float32)
-    logits[0] = -np.inf
+    logits[0] = logits[0, 0]
     chosen = run(logits, settings_of(temperature=0.0), np.zeros(LANES, np.int32))
     np.testing.assert_array_equal(chosen, logits.argmax(axis=1))
 
 
-def test_greedy_gives_a_token_of_the_vocabulary_even_if_logits_are_no_numbers():
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 77, 129])  # of two blocks of 128; the second is filled up
+def test_logits_that_are_not_finite_give_no_token(number, place):
     logits = random_logits(0, vocab=130)
-    logits[1] = np.nan
-    chosen = run(logits, settings_of(temperature=0.0), np.zeros(LANES, np.int32))
-    assert 0 <= chosen[1] < 130
-    np.testing.assert_array_equal(np.delete(chosen, 1), np.delete(logits, 1, 0).argmax(axis=1))
+    logits[1, place] = number
+    steps = np.zeros(LANES, np.int32)
+    for sampling in (
+        settings_of(temperature=0.0),
+        # What is not among the best is set to -inf: that is no fault of the logits.
+        settings_of(top_k=1),
+        settings_of(top_p=1e-9),
+    ):
+        chosen = np.asarray(run(logits, sampling, steps))
+        assert chosen[1] == NOT_FINITE
+        np.testing.assert_array_equal(np.delete(chosen, 1), np.delete(logits, 1, 0).argmax(axis=1))
 
 
 @example([3, 2.5, 2, 1.5, 1, 0.5, 0, 0, 0, 0, 0, 0], 3, 0.6)  # two of three, but three of all

@@ -10,7 +10,8 @@ from tests.mirror.rounds import (
     PAGE_SIZE,
     SPANS,
     SPECS,
-    THETA,
+    encode,
+    encode_dense,
     gathered,
     lane_plan,
     pool,
@@ -19,7 +20,7 @@ from tests.mirror.rounds import (
     stored,
     values,
 )
-from tokendance_jax.mirror import MirrorError, decode_dense, encode, encode_dense
+from tokendance_jax.mirror import MirrorError, decode_dense
 from tokendance_jax.paged import PagedKV
 
 PAGES = 6  # of the base, page 0 included
@@ -81,7 +82,7 @@ def dense_round(recipes, storage, offset, seed=0):
 
 
 def compare(round, threshold):
-    return encode_dense(round.lanes, round.caches, round.base, theta=THETA, threshold=threshold)
+    return encode_dense(round.lanes, round.caches, round.base, threshold=threshold)
 
 
 RECIPES = st.lists(
@@ -112,7 +113,7 @@ def test_only_changed_pages_are_patches(recipes, storage, offset):
         # Patched and private tokens have the agent's bits, the others are within the threshold.
         own = np.repeat(np.array(changed) | (lane.base == 0), lane.slots)
         for rotate in (True, False):
-            decoded = decode_dense(mirrors, index, rotate=rotate, theta=THETA)
+            decoded = decode_dense(mirrors, index, rotate=rotate)
             for x, expected in zip(decoded, round.caches[index], strict=True):
                 assert x.dtype == expected.dtype
                 assert x[:, own].tobytes() == expected[:, own].tobytes()
@@ -149,7 +150,7 @@ def test_numbers_that_are_far_from_all_others_are_kept(number):
     round.caches[0][1][0, 5, 1, 2] = number
     mirrors = compare(round, 1e30)
     assert mirrors.mirrors[0].table.patch_index.tolist() == [-1, 0]
-    decoded = decode_dense(mirrors, 0, rotate=True, theta=THETA)
+    decoded = decode_dense(mirrors, 0, rotate=True)
     assert decoded[1][:, 4:].tobytes() == round.caches[0][1][:, 4:].tobytes()
 
 
@@ -161,7 +162,7 @@ def test_keys_turn_forward_by_their_frames(sample, storage):
     # Angles are exact to 1e-6 rad; bfloat16 has 8 bits.
     relative = 2**-8 if storage == "uint16" else 0
     for index in range(len(sample.lanes)):
-        k, v = decode_dense(mirrors, index, rotate=True, theta=THETA)
+        k, v = decode_dense(mirrors, index, rotate=True)
         held_k, held_v = gathered(sample, index, kv)
         assert v.tobytes() == held_v.tobytes()
         frame = [position - at for lane, position, _, at in sample.written() if lane == index]
@@ -199,4 +200,4 @@ def test_bad_arguments_are_refused():
     mirrors = compare(round, 0.1)
     for index in (1, -1):
         with pytest.raises(MirrorError, match=f"index: value: {index} of 1 mirrors"):
-            decode_dense(mirrors, index, rotate=False, theta=THETA)
+            decode_dense(mirrors, index, rotate=False)

@@ -9,8 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.mirror.rounds import SPECS, THETA, Sample, aligned, assert_same_bits, lane_plan, pool
-from tokendance_jax.mirror import MirrorError, Quantised, encode, restore_mirrors, save_mirrors
+from tests.mirror.rounds import (
+    IDENTITY,
+    SPECS,
+    THETA,
+    Sample,
+    aligned,
+    assert_same_bits,
+    encode,
+    lane_plan,
+    pool,
+)
+from tokendance_jax.mirror import MirrorError, Quantised, restore_mirrors, save_mirrors
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = Sample(
@@ -63,6 +73,7 @@ def test_int8_mirrors_come_back_with_all_that_restores_them(tmp_path, on_device)
     save_mirrors(target, jax.tree.map(jnp.asarray, mirrors) if on_device else mirrors)
     restored = restore_mirrors(target)
     assert_same_bits(restored, mirrors)
+    assert restored.identity == IDENTITY
     assert restored.form is not None
     assert restored.form.theta == THETA
     # Another theta would turn keys to other positions.
@@ -117,7 +128,7 @@ def restore_error(folder):
     with pytest.raises(MirrorError) as error:
         restore_mirrors(folder)
     assert str(error.value).endswith(
-        ("; save the mirrors again, to a new folder", "this one reads format 2")
+        ("; save the mirrors again, to a new folder", "this version reads format 3")
     )
     return str(error.value)
 
@@ -173,6 +184,14 @@ def test_missing_arrays_are_refused(saved):
     assert restore_error(saved).startswith(f"{saved / 'arrays'}: arrays: cannot be restored (")
 
 
+def test_a_changed_identity_is_refused(saved):
+    path = saved / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["content"]["identity"]["weights"] = "1" * 64
+    path.write_text(json.dumps(manifest))
+    assert restore_error(saved).startswith(f"{path}: sha256: is not that of the content; ")
+
+
 @pytest.mark.parametrize("changed", ["shape", "dtype", "sha256"])
 def test_a_changed_manifest_is_refused(saved, changed):
     path = saved / "manifest.json"
@@ -182,10 +201,11 @@ def test_a_changed_manifest_is_refused(saved, changed):
     assert restore_error(saved).startswith(f"{path}: sha256: is not that of the content; ")
 
 
-def test_another_format_is_refused(saved):
+@pytest.mark.parametrize("version", [2, 4])  # 2 did not say which model the mirrors are of
+def test_another_format_is_refused(saved, version):
     path = saved / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
-    assert restore_error(saved).startswith(f"{path}: format: is 1; read it with the version")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
+    assert restore_error(saved).startswith(f"{path}: format: is {version}; serve the round again")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])

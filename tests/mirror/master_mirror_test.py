@@ -9,25 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.mirror.rounds import (
+    IDENTITY,
     PAGE_SIZE,
     SPECS,
-    THETA,
     Sample,
     assert_same_bits,
+    decode_pages,
+    encode,
     gathered,
     lane_plan,
     pool,
     samples,
     values,
 )
-from tokendance_jax.mirror import (
-    MirrorError,
-    MirrorLayout,
-    decode_dense,
-    decode_pages,
-    encode,
-    master_mirror,
-)
+from tokendance_jax.mirror import MirrorError, MirrorLayout, decode_dense, master_mirror
 from tokendance_jax.paged import OutOfPages, PagePool
 
 STORAGE = st.sampled_from(["float32", "uint16"])
@@ -59,7 +54,7 @@ def test_decoding_gives_what_the_pool_held(sample, storage):
     kv = pool(sample, SPECS[storage])
     mirrors = encode(sample.lanes, sample.lengths, kv)
     for index in range(len(sample.lanes)):
-        decoded = decode_dense(mirrors, index, rotate=False, theta=THETA)
+        decoded = decode_dense(mirrors, index, rotate=False)
         assert_same_bits(decoded, gathered(sample, index, kv))
 
 
@@ -228,6 +223,28 @@ def test_pools_of_another_kind_are_refused():
     with pytest.raises(MirrorError, match="kv: k: has 64 pages, the page pool 65"):
         decode_pages(mirrors, SPECS["uint16"].zeros(), PagePool(65))
     assert pages.live == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"weights": "1" * 64}, "weights 000000000000... and not 111111111111..."),
+        ({"dtype": "bfloat16"}, "dtype float32 and not bfloat16"),
+        ({"theta": 1e6, "heads": 2}, "heads 4 and not 2, theta 10000.0 and not 1000000.0"),
+    ],
+)
+def test_mirrors_of_another_model_are_refused(change, difference):
+    spec = SPECS["float32"]
+    mirrors = encode(EXAMPLE.lanes, EXAMPLE.lengths, pool(EXAMPLE, spec))
+    pages, kv = PagePool(spec.pages), poisoned(spec)
+    with pytest.raises(MirrorError) as error:
+        decode_pages(mirrors, kv, pages, identity=dataclasses.replace(IDENTITY, **change))
+    assert str(error.value) == (
+        f"mirrors: identity: is that of another model: {difference}; restore them with the model "
+        "that computed them, or serve the round again"
+    )
+    assert pages.live == 0
+    kv.k.block_until_ready()  # still there: nothing was donated
 
 
 @pytest.mark.parametrize("entry", [(64, 0, 0, 4, 0), (1, 0, 2, 3, 0), (1, 0, -1, 3, 0)])

@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.mirror.rounds import (
+    IDENTITY,
     PAGE_SIZE,
     SPECS,
     THETA,
     Sample,
     aligned,
     assert_same_bits,
+    decode_pages,
+    encode,
     gathered,
     lane_plan,
     pool,
@@ -27,8 +30,6 @@ from tokendance_jax.mirror import (
     MirrorLayout,
     Quantised,
     decode_dense,
-    decode_pages,
-    encode,
     master_mirror,
     transfer,
 )
@@ -93,7 +94,7 @@ def test_every_number_is_within_half_a_step(sample, storage):
     mirrors = encode(sample.lanes, sample.lengths, kv, form=FORM)
     for index in range(len(sample.lanes)):
         held_k, held_v = map(values, gathered(sample, index, kv))
-        k, v = decode_dense(mirrors, index, rotate=False, theta=THETA)
+        k, v = decode_dense(mirrors, index, rotate=False)
         assert k.dtype == v.dtype == np.float32
         back = -canonical_of(sample, index)
         bias = FORM.key_bias[:, None]
@@ -118,7 +119,7 @@ def test_restored_pages_hold_what_dense_caches_hold_and_nothing_else(sample, sto
     restored, lanes = decode_pages(source, poisoned(spec), pages)
     again = Sample(lanes, sample.lengths)
     for index in range(len(lanes)):
-        dense = decode_dense(mirrors, index, rotate=False, theta=THETA)
+        dense = decode_dense(mirrors, index, rotate=False)
         for found, expected in zip(gathered(again, index, restored), dense, strict=True):
             if storage == "uint16":
                 expected = expected.astype(ml_dtypes.bfloat16).view(np.uint16)
@@ -193,7 +194,7 @@ def test_keys_stand_where_they_are_asked_for(rotate):
     shapes = [(m.private.count, m.patch.count) for m in mirrors.mirrors]
     assert (mirrors.base.count, shapes) == (2, [(2, 0), (1, 1), (0, 0)])
     for index, lane in enumerate(EXAMPLE.lanes):
-        k, _ = decode_dense(mirrors, index, rotate=rotate, theta=THETA)
+        k, _ = decode_dense(mirrors, index, rotate=rotate)
         held, _ = gathered(EXAMPLE, index, kv)
         frame = np.repeat(lane.frame, lane.slots)[: len(held[0])]
         expected = rotated(held, frame) if rotate else held
@@ -225,7 +226,7 @@ def test_some_mirrors_are_restored_without_the_others():
     pages = PagePool(spec.pages)
     restored, lanes = decode_pages(some, poisoned(spec), pages)
     assert pages.live == 3  # one base page, one patch, one private page
-    expected = decode_dense(mirrors, 1, rotate=False, theta=THETA)
+    expected = decode_dense(mirrors, 1, rotate=False)
     assert_same_bits(gathered(Sample(lanes, [9]), 0, restored), expected)
     release(pages, lanes)
     none = dataclasses.replace(mirrors, mirrors=())
@@ -244,7 +245,7 @@ def test_a_mirror_without_tokens_has_no_pages():
     pages = PagePool(spec.pages)
     restored, lanes = decode_pages(mirrors, poisoned(spec), pages)
     assert lanes[1].page.size == 0
-    k, v = decode_dense(mirrors, 1, rotate=True, theta=THETA)
+    k, v = decode_dense(mirrors, 1, rotate=True)
     assert k.shape == v.shape == (2, 0, 2, 4)
     del restored
     release(pages, lanes)
@@ -257,7 +258,7 @@ def test_zeros_stay_zeros():
     form = dataclasses.replace(FORM, key_bias=0 * FORM.key_bias)
     kv = jax.tree.map(jnp.zeros_like, spec.zeros())
     mirrors = encode(EXAMPLE.lanes, EXAMPLE.lengths, kv, form=form)
-    for x in decode_dense(mirrors, 0, rotate=True, theta=THETA):
+    for x in decode_dense(mirrors, 0, rotate=True):
         assert (x == 0).all()
 
 
@@ -288,8 +289,9 @@ def test_bad_arguments_are_refused():
     with pytest.raises(MirrorError, match="lanes: frame: a slot of lane 1 is shown at two canon"):
         encode(lanes, EXAMPLE.lengths, kv, form=FORM)
     mirrors = encode(EXAMPLE.lanes, EXAMPLE.lengths, kv, form=FORM)
-    with pytest.raises(MirrorError, match=r"theta: value: is 1000000\.0, of these mirrors 10000"):
-        decode_dense(mirrors, 0, rotate=True, theta=1e6)
+    other = dataclasses.replace(IDENTITY, theta=500.0)
+    with pytest.raises(MirrorError, match=r"form: theta: is 10000\.0; pass .* model, 500\.0$"):
+        encode(EXAMPLE.lanes, EXAMPLE.lengths, kv, form=FORM, identity=other)
     other = dataclasses.replace(spec, kv_heads=4).zeros()
     with pytest.raises(MirrorError) as error:
         decode_pages(mirrors, other, PagePool(64))
@@ -310,12 +312,17 @@ def test_the_gpu_kernel_restores_what_xla_code_restores(form, simulator):
     lengths = [30, 25]
     drawn = np.random.default_rng(1).standard_normal((2, *spec.abstract().k.shape))
     kv = PagedKV(*(jnp.asarray(x, jnp.bfloat16) for x in drawn))
-    mirrors = encode(lanes, lengths, kv, form=quantised)
+    identity = dataclasses.replace(IDENTITY, theta=1e6)
+    mirrors = encode(lanes, lengths, kv, form=quantised, identity=identity)
     found = {}
     for implementation in ("xla", "interpret"):
         nan = PagedKV(*(jnp.full_like(x, jnp.nan) for x in (kv.k, kv.v)))
         restored, back = decode_pages(
-            mirrors, nan, PagePool(spec.pages), implementation=implementation
+            mirrors,
+            nan,
+            PagePool(spec.pages),
+            identity=identity,
+            implementation=implementation,
         )
         slots = [
             lane.locate(np.arange(length, dtype=np.int32), spec.page_size)[0]

@@ -1,6 +1,7 @@
 """A round of the real model at rest, and back in pages."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ def of_lane(lane, kv, tokens, page_size):
 
 def test_a_round_at_rest_holds_shared_text_once_and_every_bit(live):
     spec, lanes, lengths, size = live.spec, live.lanes, live.lengths, live.page_size
-    mirrors = encode(lanes, lengths, live.kv)
+    mirrors = encode(lanes, lengths, live.kv, identity=live.model.identity)
 
     whole = MirrorLayout.of_lanes(lanes, lengths).compression(
         page_size=size, page_bytes=spec.page_bytes
@@ -119,11 +120,11 @@ def test_a_round_at_rest_holds_shared_text_once_and_every_bit(live):
 
     pages = PagePool(spec.pages)
     pages.allocate(7)  # other ids than before
-    restored, back = decode_pages(mirrors, poisoned(spec), pages)
+    restored, back = decode_pages(mirrors, poisoned(spec), pages, identity=live.model.identity)
     for index, (lane, again, tokens) in enumerate(zip(lanes, back, lengths, strict=True)):
         held = of_lane(lane, live.kv, tokens, size)
         assert of_lane(again, restored, tokens, size) == held
-        decoded = decode_dense(mirrors, index, rotate=False, theta=live.model.config.rope_theta)
+        decoded = decode_dense(mirrors, index, rotate=False)
         assert [x.tobytes() for x in decoded] == held
         numbers = storage.load(jnp.asarray(decoded[1]))
         assert jnp.isfinite(numbers).all()
@@ -140,7 +141,7 @@ def score(live, mirrors):
         lanes = [cut(lane, tokens) for lane, tokens in zip(live.lanes, live.lengths, strict=True)]
         pages.allocate(int(max(lane.page.max() for lane in lanes)))
     else:
-        kv, lanes = decode_pages(mirrors, poisoned(spec), pages)
+        kv, lanes = decode_pages(mirrors, poisoned(spec), pages, identity=live.model.identity)
     longer = []
     for lane, answer in zip(lanes, live.answers, strict=True):
         room = pages.allocate(-(-len(answer) // size))
@@ -175,7 +176,8 @@ def rounded_as_they_lie(pages):
 def test_a_continuation_behind_int8_pages_is_that_behind_the_live_pages(live, tmp_path):
     lanes, lengths, model = live.lanes, live.lengths, live.model
     form = Quantised(model.key_bias, model.config.rope_theta)
-    exact, int8 = encode(lanes, lengths, live.kv), encode(lanes, lengths, live.kv, form=form)
+    taken = partial(encode, lanes, lengths, live.kv, identity=model.identity)
+    exact, int8 = taken(), taken(form=form)
     whole = MirrorLayout.of_lanes(lanes, lengths).compression(
         page_size=live.page_size, page_bytes=live.spec.page_bytes, form=form
     )
@@ -193,9 +195,7 @@ def test_a_continuation_behind_int8_pages_is_that_behind_the_live_pages(live, tm
     forms = {
         "exact": exact,
         "int8": restore_mirrors(tmp_path / "int8"),
-        "int8, key bias left on": encode(
-            lanes, lengths, live.kv, form=dataclasses.replace(form, key_bias=0 * form.key_bias)
-        ),
+        "int8, key bias left on": taken(form=dataclasses.replace(form, key_bias=0 * form.key_bias)),
         "int8, keys as they lie": dataclasses.replace(
             exact,
             base=rounded_as_they_lie(exact.base),

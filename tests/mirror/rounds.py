@@ -1,6 +1,7 @@
 """Random rounds of lanes over a poisoned pool, and what they hold slot by slot."""
 
 import dataclasses
+import functools
 from collections import defaultdict
 
 import jax
@@ -9,7 +10,9 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
+from tokendance_jax import mirror
 from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.identity import ModelIdentity
 from tokendance_jax.paged import KVSpec, PagedKV
 
 PAGE_SIZE = 4
@@ -21,6 +24,20 @@ SPECS = {
     for name in ("float32", "uint16")
 }
 THETA = 10_000.0
+IDENTITY = ModelIdentity(
+    weights="0" * 64,
+    dtype="float32",
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    theta=THETA,
+    norm_eps=1e-6,
+)
+# Of one model, unless a test names another.
+encode = functools.partial(mirror.encode, identity=IDENTITY)
+encode_dense = functools.partial(mirror.encode_dense, identity=IDENTITY)
+decode_pages = functools.partial(mirror.decode_pages, identity=IDENTITY)
 FRAMES = st.sampled_from([0, 3, -3, 50, -100_000])
 
 

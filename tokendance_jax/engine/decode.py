@@ -7,13 +7,14 @@ import numpy as np
 from tokendance_jax.collector.groups import group_tables
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.shapes import Shapes
+from tokendance_jax.engine.errors import NotFiniteError
 from tokendance_jax.engine.programs import DecodeState
 from tokendance_jax.engine.result import FinishReason
-from tokendance_jax.engine.sampling import SamplingArrays
+from tokendance_jax.engine.sampling import NOT_FINITE, SamplingArrays
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.prompt.tokenizer import Tokenizer
 
-# (agent, token id, the text that the token completes)
+# (agent, token id, the text that the token completes); also for a stop token that completes text
 OnToken = Callable[[str, int, str], None]
 # One decode call: (state, tables, groups, slot i32 [lanes, steps], sampling)
 # -> tokens i32 [lanes, steps]
@@ -39,12 +40,13 @@ class Answer:
         self.chosen: list[int] = []  # the stop token included
         self.finish_reason: FinishReason | None = None
         self.limit = limit
-        self._tokenizer = tokenizer
         self._stream = tokenizer.stream()
         self._stop = stop
         self._stop_ids = stop_ids
         self._on_token = on_token
         self._text = ""
+        self._shown = 0  # characters that were given to `on_token`
+        self._pieces = [(0, 0)]  # tokens and characters at the end of each piece of text
         self._kept = 0  # tokens before the stop token or string
 
     @property
@@ -54,38 +56,70 @@ class Answer:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The answer's tokens, without stop token or the tokens of a stop string."""
+        """The answer's tokens, without stop token and without those that a stop string lies in."""
         return tuple(self.chosen[: self._kept])
 
     @property
     def text(self) -> str:
-        """The answer, cut before a stop string."""
-        text = self._tokenizer.decode(self.chosen[: self._kept])
-        return _cut(text, self._stop) if self._stop else text
+        """The answer, cut before a stop string. While it is live, its whole characters."""
+        return self._text
 
     def add(self, token: int) -> None:
-        """Takes the next token, unless the answer has ended."""
+        """Takes the next token, unless the answer has ended.
+
+        `on_token` is given text as soon as it is sure to be part of the answer: not while bytes of
+        a character are missing, nor while a stop string may begin there.
+        """
         if not self.live:
             return
         self.chosen.append(token)
-        if token in self._stop_ids:
+        is_stop = token in self._stop_ids
+        if not is_stop:
+            self._kept += 1
+            piece = self._stream.push(token)
+            if piece:
+                self._text += piece
+                self._pieces.append((self._kept, len(self._text)))
+        if is_stop or len(self.chosen) >= self.limit:
+            self.finish_reason = "stop" if is_stop else "length"
+            self._text += self._stream.finish()
+        found = [index for index in map(self._text.find, self._stop) if index >= 0]
+        if found:
             self.finish_reason = "stop"
-            return
-        self._kept += 1
-        piece = self._stream.push(token)
-        self._text += piece
-        if self._on_token is not None:
-            self._on_token(self.agent, token, piece)
-        if self._stop and _cut(self._text, self._stop) != self._text:
-            self.finish_reason = "stop"
-        elif len(self.chosen) >= self.limit:
-            self.finish_reason = "length"
+            self._text = self._text[: min(found)]
+            self._kept = max(n for n, characters in self._pieces if characters <= min(found))
+        sure = len(self._text) - (_begun(self._text, self._stop) if self.live else 0)
+        fresh, self._shown = self._text[self._shown : sure], sure
+        if self._on_token is not None and (fresh or not is_stop):
+            self._on_token(self.agent, token, fresh)
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
-    found = [index for index in map(text.find, stop) if index >= 0]
-    return text[: min(found)] if found else text
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop string."""
+    lengths = (n for string in stop for n in range(1, len(string)) if text.endswith(string[:n]))
+    return max(lengths, default=0)
+
+
+def take(answers: Sequence[Answer], tokens: np.ndarray, *, round_index: int) -> None:
+    """Adds the tokens of a call to answers, step by step.
+
+    Args:
+      answers: the answers.
+      tokens: i32 [answers, steps]; negative where an answer had ended.
+      round_index: number of the round.
+
+    Raises:
+      NotFiniteError: the logits of a live answer's next token are not finite.
+    """
+    for step in range(tokens.shape[1]):
+        for answer, token in zip(answers, tokens[:, step].tolist(), strict=True):
+            if token == NOT_FINITE and answer.live:
+                problem = (
+                    f"the logits of token {len(answer.chosen)} of its answer are NaN or infinite"
+                )
+                raise NotFiniteError(f"round {round_index}", f"agent {answer.agent!r}", problem)
+            if token >= 0:
+                answer.add(token)
 
 
 def generate(
@@ -96,6 +130,7 @@ def generate(
     shapes: Shapes,
     *,
     steps: int,
+    round_index: int,
 ) -> None:
     """Makes decode calls until every answer has ended.
 
@@ -109,6 +144,10 @@ def generate(
       sampling_of: how the lanes of the given indices sample, in bucket shapes.
       shapes: the static shapes.
       steps: tokens per call; the host looks at the tokens only between two calls.
+      round_index: number of the round.
+
+    Raises:
+      NotFiniteError: the model's logits were not finite.
     """
     seats: list[int] = []
     while live := [lane for lane, answer in enumerate(answers) if answer.live]:
@@ -130,7 +169,4 @@ def generate(
             slot[seat, : len(ahead)], _ = plan.locate(position[seat] + ahead, shapes.page_size)
         state = DecodeState(token, position, alive, generated)
         tokens = call(state, tables, groups, slot, sampling)
-        for step in range(steps):
-            for seat, lane in enumerate(seats):
-                if tokens[seat, step] >= 0:
-                    answers[lane].add(int(tokens[seat, step]))
+        take([answers[lane] for lane in seats], tokens[: len(seats)], round_index=round_index)

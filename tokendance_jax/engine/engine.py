@@ -14,7 +14,8 @@ from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import OpenRound
 from tokendance_jax.collector.shapes import PACKING, Shapes
 from tokendance_jax.engine.clock import Clock
-from tokendance_jax.engine.decode import Answer, OnToken, generate
+from tokendance_jax.engine.decode import Answer, OnToken, generate, take
+from tokendance_jax.engine.errors import NotFiniteError
 from tokendance_jax.engine.ledger import account
 from tokendance_jax.engine.prefill import Cost, Prefill
 from tokendance_jax.engine.programs import DecodeState, Programs
@@ -123,6 +124,9 @@ class RoundEngine:
         if programs is None:
             programs = Programs(model, shapes, implementation=implementation)
         self.programs = programs
+        served = programs.model
+        if served.state is not model.state or served.config != model.config:
+            raise ValueError("programs: they serve another model; leave the argument out")
         if programs.shapes != shapes or programs.implementation != implementation:
             raise ValueError(
                 "programs: they were made for other sizes or kernels; leave the argument out"
@@ -150,7 +154,8 @@ class RoundEngine:
           moment: the prompts and how to sample.
           chat: whether to set the segments into the model's chat markup; None: if the model has a
             template.
-          on_token: called for every token of an answer, in order, between decode calls.
+          on_token: called for every token of an answer, in order, between decode calls; with a
+            stop token only if text was held back. The texts joined are the answer.
           mirrors: whether to copy the KV of the round out of the pool, as a `MasterMirror`: to the
             bit, or quantised in about half the bytes of a bfloat16 pool.
 
@@ -161,8 +166,10 @@ class RoundEngine:
           ValueError: if there are no such mirrors; nothing has been computed then.
           PromptError: if a prompt cannot be served; nothing has been computed then.
           OutOfPages: if the pool cannot hold the round; nothing has been computed then.
+          NotFiniteError: if the model's logits are NaN or infinite; nothing of the round is kept.
         """
         form = self._mirror_form(mirrors)
+        identity = None if mirrors is None else self.model.identity
         clock = Clock(self.programs, cold=self._cold)
         if chat is None:
             chat = self.model.tokenizer.chat_template is not None
@@ -193,10 +200,15 @@ class RoundEngine:
                 )
                 for prompt, limit in zip(prompts, limits, strict=True)
             ]
-            for answer, token in zip(answers, first, strict=False):
-                answer.add(int(token))
+            take(answers, first[: len(answers), None], round_index=moment.index)
             generate(
-                self._decode, lanes, answers, sampling_of, self.shapes, steps=self._decode_steps
+                self._decode,
+                lanes,
+                answers,
+                sampling_of,
+                self.shapes,
+                steps=self._decode_steps,
+                round_index=moment.index,
             )
             decode_s = clock.lap()
 
@@ -218,8 +230,8 @@ class RoundEngine:
             )
             timings = Timings(plan_s, prefill_s, first_token_s, decode_s, clock.compile_s)
             kept = None
-            if mirrors is not None:
-                kept = encode(lanes, lengths, self._kv, form=form)
+            if identity is not None:
+                kept = encode(lanes, lengths, self._kv, identity=identity, form=form)
             return RoundResult(moment.index, agents, timings, ledger, kept)
         finally:
             self._close(opened, written)
@@ -228,19 +240,25 @@ class RoundEngine:
         """Restores the KV of a round into pages of the pool.
 
         Args:
-          mirrors: of a round of the same model, in an exact form of the same precision; or int8.
+          mirrors: of a round of a model with the same weights in the same precision; in an exact
+            form of the pool's precision, or int8.
 
         Returns:
           A lane for each agent, with nothing to compute. The caller holds a reference for each
           table entry, and gives them back: `engine.pool.release(lane.page)`.
 
         Raises:
-          MirrorError: if the mirrors do not fit the pool; nothing is held then.
+          MirrorError: if another model computed the mirrors, or they do not fit the pool; nothing
+            is held then.
           OutOfPages: if the pool cannot hold them; nothing is held then.
         """
         try:
             self._kv, lanes = decode_pages(
-                mirrors, self._kv, self.pool, implementation=self.programs.implementation
+                mirrors,
+                self._kv,
+                self.pool,
+                identity=self.model.identity,
+                implementation=self.programs.implementation,
             )
         finally:
             self._recover()
@@ -321,6 +339,7 @@ class RoundEngine:
 
         Raises:
           OutOfPages: if the pool cannot hold the sequences.
+          NotFiniteError: if the residual stream is NaN or infinite; nothing is kept then.
         """
         sequences = [p.followed_by(ids) for p, ids in zip(prompts, answers, strict=True)]
         opened = self._policy.open(sequences, [0] * len(sequences))
@@ -328,22 +347,31 @@ class RoundEngine:
         try:
             wanted = [len(prompt.token_ids) - 1 for prompt in prompts]
             prefill = self._prefill(opened, wanted)
+            streams = prefill.streams()
+            for prompt, x in zip(prompts, streams, strict=True):
+                _check_finite(x, f"agent {prompt.agent!r}", "residual stream")
             written = [prompt.token_ids for prompt in sequences]
         finally:
             self._close(opened, written)
-        return prefill.streams(), prefill.cost
+        return streams, prefill.cost
 
     def logits(
         self, hidden: Float32[np.ndarray, "rows width"]
     ) -> Float32[np.ndarray, "rows vocab"]:
-        """Next-token logits of residual-stream rows."""
+        """Next-token logits of residual-stream rows.
+
+        Raises:
+          NotFiniteError: if they are NaN or infinite.
+        """
         size = self.shapes.rows.minimum
         logits = [np.zeros((0, self.model.config.vocab_size), np.float32)]
         for start in range(0, len(hidden), size):
             part = hidden[start : start + size]
             padded = np.pad(part, ((0, size - len(part)), (0, 0)))
             logits.append(np.asarray(self.programs.logits(padded))[: len(part)])
-        return np.concatenate(logits)
+        found = np.concatenate(logits)
+        _check_finite(found, "logits", "rows")
+        return found
 
     def score(
         self, prompts: Sequence[TokenizedPrompt], answers: Sequence[np.ndarray]
@@ -478,3 +506,12 @@ class RoundEngine:
 
 def _limit(agent: AgentPrompt, moment: Round) -> int:
     return moment.max_new_tokens if agent.max_new_tokens is None else agent.max_new_tokens
+
+
+def _check_finite(x: np.ndarray, where: str, what: str) -> None:
+    """Refuses [rows, columns] with numbers that are not finite."""
+    broken = np.flatnonzero(~np.isfinite(x).all(axis=-1))
+    if len(broken):
+        raise NotFiniteError(
+            where, what, f"row {broken[0]} of {len(x)} has NaN or infinite numbers"
+        )

@@ -71,6 +71,7 @@ class Programs:
           implementation: which kernels run (see `kernels.dispatch`).
           device: where the programs run; None: the default device.
         """
+        self.model = model
         self.shapes = shapes
         self.implementation = implementation
         self.compile_s = 0.0
@@ -81,9 +82,6 @@ class Programs:
         )
         # Attention is XLA code there, which takes long to compile for every layer.
         self._rolled = platform == "cpu"
-        self._graph = model.graph
-        self._state = model.state
-        self._config = model.config
         self._jitted = {
             "prefill": _jit(self._prefill, device, results=3, donate=("kv", "hidden")),
             "link": _jit(self._link, device),
@@ -99,11 +97,11 @@ class Programs:
     @property
     def layers(self) -> int:
         """Decoder layers of the model."""
-        return self._config.num_hidden_layers
+        return self.model.config.num_hidden_layers
 
     def look_layers(self, what: str) -> float:
         """Layers that a look runs rows through, and of the one it looks at, its weights' share."""
-        c = self._config
+        c = self.model.config
         kv, q = (heads * c.head_dim for heads in (c.num_key_value_heads, c.num_attention_heads))
         if what == "deviation":
             return 1 + c.hidden_size * 2 * kv / c.layer_weights
@@ -170,7 +168,10 @@ class Programs:
     def first_token(
         self, hidden: Float[jax.Array, "lanes width"], sampling: SamplingArrays
     ) -> Int32[jax.Array, " lanes"]:
-        """Chooses each lane's first token from the residual stream at its last prompt token."""
+        """Chooses each lane's first token from the residual stream at its last prompt token.
+
+        It is `sampling.NOT_FINITE` where logits are not finite.
+        """
         return self._call("first_token", hidden, sampling)
 
     def logits(self, hidden: Float[Array, "rows width"]) -> Float[jax.Array, "rows vocab"]:
@@ -199,13 +200,14 @@ class Programs:
           sampling: how each lane samples and when it ends.
 
         Returns:
-          The pool and the tokens, -1 where a lane was not live.
+          The pool and the tokens, -1 where a lane was not live. `sampling.NOT_FINITE` is the last
+          of a lane whose logits are not finite.
         """
         return self._call("decode", kv, state, tables, groups, slot, sampling)
 
     def new_hidden(self, lanes: int) -> Float[jax.Array, "lanes width"]:
         """An empty residual stream for `lanes` lanes (a bucket)."""
-        return jax.device_put(np.zeros((lanes, self._config.hidden_size), np.float32))
+        return jax.device_put(np.zeros((lanes, self.model.config.hidden_size), np.float32))
 
     def warm_up(self, kv: PagedKV, policy: Policy, *, agents: int, tokens: int, steps: int) -> None:
         """Compiles what rounds of up to `agents` agents and `tokens` positions may need.
@@ -264,11 +266,11 @@ class Programs:
 
     def compile(self, name: str, *arguments: Any) -> jax.stages.Compiled:
         """The program of that name, compiled for arguments of these shapes."""
-        lowered = self._jitted[name].lower(self._state, *arguments)
+        lowered = self._jitted[name].lower(self.model.state, *arguments)
         return lowered.compile(compiler_options=self._compiler_options)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        return self._program(name, *arguments)(self._state, *arguments)
+        return self._program(name, *arguments)(self.model.state, *arguments)
 
     def _program(self, name: str, *arguments: Any) -> Callable[..., Any]:
         """The compiled program for arguments of these shapes."""
@@ -288,7 +290,7 @@ class Programs:
         self, model: Qwen2, plan: RoundPlan, kv: PagedKV, **options: Any
     ) -> tuple[jax.Array, PagedKV]:
         """Runs a plan's rows, that meet the pages of their lanes; options as `Qwen2.hidden`."""
-        theta = self._config.rope_theta
+        theta = self.model.config.rope_theta
         position = jnp.asarray(plan.rows.position)
 
         def attend(q: jax.Array, kv: PagedKV, layer: int | jax.Array) -> jax.Array:
@@ -310,28 +312,28 @@ class Programs:
     def _prefill(
         self, state: nnx.State, kv: PagedKV, hidden: jax.Array, plan: RoundPlan
     ) -> tuple[PagedKV, jax.Array, jax.Array]:
-        model = nnx.merge(self._graph, state)
+        model = nnx.merge(self.model.graph, state)
         x, kv = self._hidden(model, plan, kv)
         return kv, _keep(hidden, x, plan), x
 
     def _rest(
         self, state: nnx.State, kv: PagedKV, hidden: jax.Array, x: jax.Array, plan: RoundPlan
     ) -> tuple[PagedKV, jax.Array, jax.Array]:
-        model = nnx.merge(self._graph, state)
+        model = nnx.merge(self.model.graph, state)
         layers = range(1, len(model.layers))
         x, kv = self._hidden(model, plan, kv, x=x, layers=layers)
         return kv, _keep(hidden, x, plan), x
 
     def _link(self, state: nnx.State, kv: PagedKV, plan: RestorePlan) -> PagedKV:
         del state
-        theta, implementation = self._config.rope_theta, self.implementation
+        theta, implementation = self.model.config.rope_theta, self.implementation
         pools = sparse_restore(kv.k, kv.v, None, plan, theta=theta, implementation=implementation)
         return PagedKV(*pools)
 
     def _deviation(
         self, state: nnx.State, kv: PagedKV, plan: RoundPlan, shown: jax.Array
     ) -> tuple[PagedKV, jax.Array, jax.Array]:
-        model = nnx.merge(self._graph, state)
+        model = nnx.merge(self.model.graph, state)
         x, kv = self._hidden(model, plan, kv, layers=range(1))
         page_size = self.shapes.page_size
         index = jnp.ones_like(shown), shown // page_size, shown % page_size
@@ -348,12 +350,12 @@ class Programs:
     def _attention(
         self, state: nnx.State, kv: PagedKV, plan: RoundPlan
     ) -> tuple[PagedKV, jax.Array]:
-        model = nnx.merge(self._graph, state)
+        model = nnx.merge(self.model.graph, state)
         middle = self.layers // 2
         x, kv = self._hidden(model, plan, kv, layers=range(middle))
         q, k, v = model.queries_keys_values(middle, x, plan.rows)
         kv = kv.write(middle, jnp.asarray(plan.rows.slot), k, v)
-        position, theta = jnp.asarray(plan.rows.position), self._config.rope_theta
+        position, theta = jnp.asarray(plan.rows.position), self.model.config.rope_theta
         return kv, attention_mass(q, kv.k, middle, position, plan.tables, plan.tiles, theta=theta)
 
     def _first_token(
@@ -365,7 +367,7 @@ class Programs:
         return sample(logits, sampling, jnp.zeros(hidden.shape[:1], jnp.int32))[:lanes]
 
     def _logits(self, state: nnx.State, hidden: jax.Array) -> jax.Array:
-        return nnx.merge(self._graph, state).logits(hidden)
+        return nnx.merge(self.model.graph, state).logits(hidden)
 
     def _decode(
         self,
@@ -377,7 +379,7 @@ class Programs:
         slot: jax.Array,
         sampling: SamplingArrays,
     ) -> tuple[PagedKV, jax.Array]:
-        model = nnx.merge(self._graph, state)
+        model = nnx.merge(self.model.graph, state)
         theta = model.config.rope_theta
         lanes, steps = slot.shape
         # Idle lanes fill the last group of rows; attention does without.
@@ -413,11 +415,12 @@ class Programs:
             hidden, kv = model.hidden(rows, kv, attend, rolled=self._rolled)
             chosen = sample(model.logits(hidden), sampling, jnp.asarray(at.generated))
             chosen = jnp.where(at.live, chosen, -1)
-            generated = at.generated + at.live.astype(jnp.int32)
+            live = chosen >= 0
+            generated = at.generated + live.astype(jnp.int32)
             after = DecodeState(
-                token=jnp.where(at.live, chosen, at.token),
-                position=at.position + at.live.astype(jnp.int32),
-                live=at.live & ~is_stop(chosen, sampling) & (generated < sampling.limit),
+                token=jnp.where(live, chosen, at.token),
+                position=at.position + live.astype(jnp.int32),
+                live=live & ~is_stop(chosen, sampling) & (generated < sampling.limit),
                 generated=generated,
             )
             tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, index))

@@ -60,7 +60,8 @@ class AgentResult:
     Attributes:
       agent: its name.
       text: the answer, without stop token or stop string.
-      token_ids: the tokens of the answer, without stop token.
+      token_ids: the tokens of the answer, without stop token and without those that a stop string
+        lies in.
       finish_reason: "stop" at a stop token or string, "length" at the limit.
       ledger: tokens and bytes.
     """

@@ -14,6 +14,8 @@ from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.models.product import transposed
 
 MAX_STOP_IDS = 16
+# In place of a token where a lane's logits are not finite.
+NOT_FINITE = -2
 # Logits of which the largest is found before its place in them is looked for.
 _BLOCK = 128
 
@@ -103,11 +105,11 @@ def sample(
       generated: number of tokens that each lane has generated: its place in its random stream.
 
     Returns:
-      i32 [lanes] token ids.
+      i32 [lanes] token ids; `NOT_FINITE` where a logit is NaN or infinite.
     """
     # As products with few rows leave them (`matmul`): turned round, they would all be copied.
     by_token = transposed(logits)
-    greedy = _argmax(by_token)
+    greedy, finite = _argmax(by_token)
     temperature = jnp.asarray(sampling.temperature)[:, None]
     top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
 
@@ -124,10 +126,11 @@ def sample(
             return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
         gumbel = jax.vmap(noise)(jnp.asarray(sampling.key), generated)
-        drawn = _argmax((kept + gumbel).T)
+        drawn, _ = _argmax((kept + gumbel).T)
         return jnp.where(temperature[:, 0] > 0, drawn, greedy)
 
-    return jax.lax.cond(jnp.any(temperature > 0), draw, lambda _: greedy, by_token)
+    chosen = jax.lax.cond(jnp.any(temperature > 0), draw, lambda _: greedy, by_token)
+    return jnp.where(finite, chosen, NOT_FINITE)
 
 
 def is_stop(
@@ -137,23 +140,28 @@ def is_stop(
     return jnp.any(token[:, None] == jnp.asarray(sampling.stop_ids), axis=-1)
 
 
-def _argmax(x: jax.Array) -> jax.Array:
-    """The first index of each column's maximum: of the first block that holds it, the first place.
+def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first index of each column's maximum, and whether all of the column is finite.
+
+    Of the first block that holds the maximum, it is the first place. The least numbers of blocks
+    are found in the same pass as the largest, and NaN is both.
 
     On CPU a fifth of the time of `jnp.argmax`, whose reduction of pairs is not vectorised, and
     without a second look at all logits: a tenth of a decode step of 25 lanes in bfloat16.
     """
     height, columns = x.shape
-    room = ((0, -height % _BLOCK), (0, 0))
-    blocks = jnp.pad(x, room, constant_values=-jnp.inf).reshape(-1, _BLOCK, columns)
-    block = _first_largest(jnp.max(blocks, axis=1))
+    # Copies of the last row: the first of equals is the row itself.
+    filled = jnp.pad(x, ((0, -height % _BLOCK), (0, 0)), mode="edge")
+    blocks = filled.reshape(-1, _BLOCK, columns)
+    largest, least = jnp.max(blocks, axis=1), jnp.min(blocks, axis=1)
+    block = _first_largest(largest)
     place = _first_largest(jnp.take_along_axis(blocks, block[None, None, :], axis=0)[0])
-    # Where a column holds a NaN nothing equals its maximum; the index is a token all the same.
-    return jnp.minimum(block * _BLOCK + place, height - 1)
+    finite = jnp.isfinite(jnp.max(largest, axis=0)) & jnp.isfinite(jnp.min(least, axis=0))
+    return block * _BLOCK + place, finite
 
 
 def _first_largest(x: jax.Array) -> jax.Array:
-    """`_argmax` of few rows, by two plain reductions."""
+    """The first index of each column's maximum, of few rows, by two plain reductions."""
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     largest = jnp.max(x, axis=0, keepdims=True)
     return jnp.min(jnp.where(x == largest, index, x.shape[0] - 1), axis=0)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Shaped
 
 from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.identity import ModelIdentity
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.mirror.errors import MirrorError
@@ -33,7 +34,7 @@ def encode_dense(
     caches: Sequence[tuple[Dense, Dense]],
     base: PagedKV,
     *,
-    theta: float,
+    identity: ModelIdentity,
     threshold: float,
 ) -> MasterMirror:
     """Encodes dense caches by comparing them with base pages.
@@ -49,7 +50,7 @@ def encode_dense(
       caches: K and V of each lane, [layers, tokens, kv_heads, head_dim] in the dtype of `base`,
         keys rotated at logical positions.
       base: base pages, keys rotated at canonical positions; page 0 is not read.
-      theta: base of the rotary frequencies.
+      identity: the model that computed them.
       threshold: largest absolute difference of a number that is taken for the same.
 
     Raises:
@@ -66,7 +67,7 @@ def encode_dense(
         _cut(index, lane, k, v, base_k)
         for index, (lane, (k, v)) in enumerate(zip(lanes, caches, strict=True))
     ]
-    patched = _patched(lanes, caches, base, theta=theta, threshold=threshold)
+    patched = _patched(lanes, caches, base, theta=identity.theta, threshold=threshold)
     behind = base_k.shape[1]  # the next page: what is an agent's own lies behind the base
     own_k, own_v = [], []
     encoded, lengths = [], []
@@ -84,11 +85,11 @@ def encode_dense(
         k=jnp.asarray(np.concatenate([base_k, *own_k], axis=1)),
         v=jnp.asarray(np.concatenate([base_v, *own_v], axis=1)),
     )
-    return encode(encoded, lengths, pool)
+    return encode(encoded, lengths, pool, identity=identity)
 
 
 def decode_dense(
-    mirrors: MasterMirror, index: int, *, rotate: bool, theta: float
+    mirrors: MasterMirror, index: int, *, rotate: bool
 ) -> tuple[
     Shaped[np.ndarray, "layers tokens kv_heads head_dim"],
     Shaped[np.ndarray, "layers tokens kv_heads head_dim"],
@@ -101,21 +102,17 @@ def decode_dense(
       rotate: whether keys stand at logical positions, rotated in float32 and with one rounding;
         keys of frame 0 that are stored to the bit keep it. Otherwise keys stand at canonical
         positions.
-      theta: base of the rotary frequencies.
 
     Returns:
       K and V in the storage dtype; of quantised pages in float32.
 
     Raises:
-      MirrorError: there is no such mirror, or its pages were quantised with another `theta`.
+      MirrorError: there is no such mirror.
     """
     if not 0 <= index < len(mirrors.mirrors):
         problem = f"{index} of {len(mirrors.mirrors)} mirrors"
         raise MirrorError("index", "value", problem, "count mirrors from 0")
     form, mirror = mirrors.form, mirrors.mirrors[index]
-    if form is not None and form.theta != theta:
-        problem = f"is {theta}, of these mirrors {form.theta}"
-        raise MirrorError("theta", "value", problem, "pass that of the model")
     table = jax.tree.map(np.asarray, mirror.table)
     parts = [mirrors.base, mirror.private, mirror.patch]
     stops = np.cumsum([part.count for part in parts])
@@ -134,7 +131,7 @@ def decode_dense(
         plan = RestorePlan.of_slots(
             source[some], position[some] - start, turn[some], page_size=page_size
         )
-        scratch = restore(scratch, pages, plan, form, theta=theta)
+        scratch = restore(scratch, pages, plan, form, theta=mirrors.identity.theta)
         for out, pool in ((k, scratch.k), (v, scratch.v)):
             tokens = out[:, some]
             tokens[:] = np.asarray(pool).reshape(layers, -1, *head)[:, : tokens.shape[1]]

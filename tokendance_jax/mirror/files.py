@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tokendance_jax.identity import ModelIdentity
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.layout import MirrorTable
 from tokendance_jax.mirror.master_mirror import MasterMirror, Mirror
@@ -21,7 +22,8 @@ from tokendance_jax.mirror.pages import Quantised, StoredPages
 
 ARRAYS = "arrays"
 MANIFEST = "manifest.json"
-FORMAT = 2
+# Up to 2, files did not say which model they are of.
+FORMAT = 3
 _REMEDY = "save the mirrors again, to a new folder"
 
 
@@ -29,8 +31,8 @@ def save_mirrors(path: str | os.PathLike[str], mirrors: MasterMirror) -> None:
     """Writes mirrors to a new folder, whole or not at all.
 
     The folder holds the arrays in `arrays/` and `manifest.json`: the format, the number of mirrors,
-    the theta of quantised pages, shape, dtype and SHA-256 of every array, and the SHA-256 of all
-    that.
+    the identity of the model, the theta of quantised pages, shape, dtype and SHA-256 of every
+    array, and the SHA-256 of all that.
 
     Args:
       path: a folder that does not exist yet. Missing parents are made.
@@ -45,6 +47,7 @@ def save_mirrors(path: str | os.PathLike[str], mirrors: MasterMirror) -> None:
     arrays = _flat(mirrors)
     content = {
         "mirrors": len(mirrors.mirrors),
+        "identity": dataclasses.asdict(mirrors.identity),
         "quantised": None if mirrors.form is None else {"theta": mirrors.form.theta},
         "arrays": {name: _description(array) for name, array in arrays.items()},
     }
@@ -99,7 +102,7 @@ def restore_mirrors(path: str | os.PathLike[str]) -> MasterMirror:
             raise MirrorError(folder / ARRAYS, name, problem, _REMEDY)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: arrays[_name(path)],
-        _skeleton(content["mirrors"], content["quantised"]),
+        _skeleton(content["mirrors"], ModelIdentity(**content["identity"]), content["quantised"]),
     )
 
 
@@ -110,7 +113,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MirrorError(path, "manifest", f"cannot be read ({error!r})", _REMEDY) from error
     if version != FORMAT:
-        remedy = f"read it with the version that wrote it; this one reads format {FORMAT}"
+        remedy = f"serve the round again and save its mirrors: this version reads format {FORMAT}"
         raise MirrorError(path, "format", f"is {version!r}", remedy)
     if digest != _digest(json.dumps(content).encode()):
         raise MirrorError(path, "sha256", "is not that of the content", _REMEDY)
@@ -128,7 +131,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _skeleton(mirrors: int, form: dict[str, float] | None) -> MasterMirror:
+def _skeleton(mirrors: int, identity: ModelIdentity, form: dict[str, float] | None) -> MasterMirror:
     """The tree of so many mirrors, without arrays."""
     leaf: Any = 0
     scale = None if form is None else leaf
@@ -136,7 +139,7 @@ def _skeleton(mirrors: int, form: dict[str, float] | None) -> MasterMirror:
     table = MirrorTable(**{field.name: leaf for field in dataclasses.fields(MirrorTable)})
     mirror = Mirror(table, pages, pages)
     quantised = None if form is None else Quantised(leaf, **form)
-    return MasterMirror(pages, (mirror,) * mirrors, quantised)
+    return MasterMirror(pages, (mirror,) * mirrors, identity, quantised)
 
 
 def _description(array: np.ndarray) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from tokendance_jax.collector.lane import LanePlan
+from tokendance_jax.identity import ModelIdentity
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.layout import MirrorLayout, MirrorTable
@@ -51,11 +52,13 @@ class MasterMirror:
     Attributes:
       base: the base pages.
       mirrors: one for each agent.
+      identity: the model that computed it.
       form: how all pages are stored; None: to the bit.
     """
 
     base: StoredPages
     mirrors: tuple[Mirror, ...]
+    identity: ModelIdentity = dataclasses.field(metadata={"static": True})
     form: Quantised | None = None
 
     @property
@@ -69,6 +72,7 @@ def encode(
     lengths: Sequence[int],
     kv: PagedKV,
     *,
+    identity: ModelIdentity,
     form: Quantised | None = None,
 ) -> MasterMirror:
     """Copies a round's pages out of the pool, each shared page once.
@@ -77,6 +81,7 @@ def encode(
       lanes: the round's lanes; `LanePlan.base` says which entries show or replace base pages.
       lengths: tokens of each lane whose K and V are written; the room behind them is cut off.
       kv: the pool, which stays as it is.
+      identity: the model that computed it.
       form: how pages are stored; None: to the bit.
 
     Returns:
@@ -84,11 +89,11 @@ def encode(
 
     Raises:
       MirrorError: lanes and lengths do not fit each other (see `MirrorLayout.of_lanes`), or an
-        entry is not inside the pool's pages; or, of pages to quantise, the key bias is not that of
-        the pool's model, a number is not finite, or a slot has two canonical positions.
+        entry is not inside the pool's pages; or, of pages to quantise, key bias or theta are not
+        those of the pool's model, a number is not finite, or a slot has two canonical positions.
     """
     if form is not None:
-        form.check(kv.k)
+        form.check(kv.k, identity.theta)
     layout = MirrorLayout.of_lanes(lanes, lengths)
     pages, page_size = kv.k.shape[1:3]
     used, position = _written_slots(layout, pages, page_size, one_position=form is not None)
@@ -99,11 +104,16 @@ def encode(
             layout.tables, layout.private_pages, layout.patch_pages, strict=True
         )
     )
-    return MasterMirror(take(layout.base_pages), mirrors, form)
+    return MasterMirror(take(layout.base_pages), mirrors, identity, form)
 
 
 def decode_pages(
-    mirrors: MasterMirror, kv: PagedKV, pool: PagePool, *, implementation: str | None = None
+    mirrors: MasterMirror,
+    kv: PagedKV,
+    pool: PagePool,
+    *,
+    identity: ModelIdentity,
+    implementation: str | None = None,
 ) -> tuple[PagedKV, list[LanePlan]]:
     """Restores mirrors into pages of a pool, the base once for all of them.
 
@@ -114,6 +124,7 @@ def decode_pages(
       mirrors: what `encode` returned.
       kv: the pool's arrays; donated. Of quantised pages, in any precision.
       pool: gives the pages. It has one reference for each table entry afterwards.
+      identity: the model that will read the pages.
       implementation: which kernel restores (see `kernels.dispatch`).
 
     Returns:
@@ -122,9 +133,14 @@ def decode_pages(
       negative in a patch of a base page that is not in the pool.
 
     Raises:
-      MirrorError: the pool's arrays do not have the shape or dtype of the mirrors.
+      MirrorError: another model computed the mirrors, or the pool's arrays do not have their shape
+        or dtype; nothing is held then.
       OutOfPages: the pool has too few pages; nothing is held then.
     """
+    if differences := mirrors.identity.differences(identity):
+        problem = f"is that of another model: {differences}"
+        remedy = "restore them with the model that computed them, or serve the round again"
+        raise MirrorError("mirrors", "identity", problem, remedy)
     _check_pool(mirrors, kv, pool)
     form, stored = mirrors.form, mirrors.base.count
     tables = [jax.tree.map(np.asarray, mirror.table) for mirror in mirrors.mirrors]

@@ -82,15 +82,19 @@ class Quantised:
         layers, kv_heads, head_dim = self.key_bias.shape
         return 2 * layers * page_size * kv_heads * (head_dim + 4)
 
-    def check(self, pool: Array) -> None:
+    def check(self, pool: Array, theta: float) -> None:
         """Refuses pools of other models.
 
         Args:
           pool: keys [layers, pages, page_size, kv_heads, head_dim].
+          theta: base of the rotary frequencies of the pool's model.
 
         Raises:
-          MirrorError: the key bias is not of the pool's layers and heads.
+          MirrorError: the key bias is not of the pool's layers and heads, or theta is another.
         """
+        if self.theta != theta:
+            problem = f"is {self.theta}"
+            raise MirrorError("form", "theta", problem, f"pass that of this pool's model, {theta}")
         expected = (pool.shape[0], *pool.shape[3:])
         if self.key_bias.shape != expected or self.key_bias.dtype != np.float32:
             problem = f"is {list(self.key_bias.shape)} {self.key_bias.dtype}"

@@ -75,6 +75,21 @@ def test_quantised_types(
         tiny.assert_params(params, PARAMS | {MATRIX: expected}, dtype)
 
 
+def test_scales_that_are_not_finite(tmp_path: Path):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    width, size = gguf.GGML_QUANT_SIZES[kind]
+    data = np.zeros((256, 256 // width * size), np.uint8)
+    data[255, -size:][:2] = 0, 0x7C  # the scale of the last block: infinity in float16
+    tensors = tiny.gguf_tensors(PARAMS)
+    tensors[gguf_name(MATRIX)] = data, kind
+    tiny.write_gguf(tmp_path / "a.gguf", tensors)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path / "a.gguf", dtype="bfloat16")
+    assert str(error.value).startswith(
+        f"{tmp_path / 'a.gguf'}: {gguf_name(MATRIX)}: holds NaN or infinite numbers in bfloat16; "
+    )
+
+
 def test_tokenizer(tmp_path: Path):
     tiny.write_gguf(tmp_path / "a.gguf", tiny.gguf_tensors(PARAMS))
     checkpoint = load_checkpoint(tmp_path / "a.gguf", dtype="float32")

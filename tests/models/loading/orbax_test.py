@@ -88,6 +88,18 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("path", ["norm.weight", "layers.1.mlp.up_proj.weight"])
+def test_numbers_that_are_not_finite(tmp_path: Path, path: str, dtype: str):
+    broken = PARAMS[path].copy()
+    broken.flat[-1] = np.nan
+    save_orbax(checkpoint(np.float32, PARAMS | {path: broken}), tmp_path / "saved")
+    kind = dtype if path.endswith("up_proj.weight") else "float32"
+    message = f"params: {path}: holds NaN or infinite numbers in {kind}; get the file again"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "saved", dtype=dtype)
+
+
 def load_error(folder: Path) -> str:
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(folder, dtype="float32")

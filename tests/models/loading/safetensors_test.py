@@ -67,6 +67,37 @@ def test_loads_shards(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("path", ["layers.1.mlp.up_proj.weight", "layers.0.self_attn.k_proj.bias"])
+def test_numbers_that_are_not_finite(
+    tmp_path: Path, path: str, number: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stored, "_SLICE_VALUES", 1000)
+    broken = PARAMS[path].copy()
+    broken.flat[-1] = number
+    tiny.write_folder(
+        tmp_path / "tiny", tiny.CONFIG, split(tiny.hf_tensors(PARAMS | {path: broken}))
+    )
+    file = tmp_path / "tiny" / f"model-0000{1 + ('1' in path)}-of-00002.safetensors"
+    assert load_error(tmp_path / "tiny").startswith(
+        f"{file}: model.{path}: holds NaN or infinite numbers in float32; get the file again"
+    )
+
+
+def test_numbers_that_the_served_type_does_not_hold(tmp_path: Path):
+    large = PARAMS["norm.weight"].copy(), PARAMS["embed_tokens.weight"].copy()
+    for array in large:
+        array.flat[3] = -3.4e38
+    params = PARAMS | {"norm.weight": large[0], "embed_tokens.weight": large[1]}
+    tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, [tiny.hf_tensors(params)])
+    tiny.assert_params(
+        load_checkpoint(tmp_path / "tiny", dtype="float32").params, params, "float32"
+    )
+    message = "model.embed_tokens.weight: holds NaN or infinite numbers in bfloat16"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "tiny", dtype="bfloat16")
+
+
 def test_untied(tmp_path: Path):
     params = PARAMS | {"lm_head.weight": PARAMS["embed_tokens.weight"] + 1}
     tiny.write_folder(tmp_path / "tiny", UNTIED, [tiny.hf_tensors(params)])
