@@ -34,7 +34,7 @@ from tokendance_jax.quality import agreement
 
 pytestmark = pytest.mark.real_model
 
-AGENTS = 5
+AGENTS = 3
 TOKENS = 32  # of each recorded answer
 
 
@@ -64,7 +64,10 @@ def model():
     return load_model(shared_data.real_gguf(), dtype="bfloat16")
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+@pytest.fixture(
+    scope="module",
+    params=["bfloat16", pytest.param("float32", marks=pytest.mark.sweep)],
+)
 def live(model, request):
     precision = np.dtype(request.param)
     engine = RoundEngine(model, kv_memory=(48 << 20) * precision.itemsize, kv_dtype=precision)

@@ -76,8 +76,7 @@ def test_token_ids(checkpoint: Checkpoint, name: str):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("source", ["gguf", "safetensors"])
+@pytest.mark.parametrize(("source", "dtype"), [("gguf", "float32"), ("safetensors", "bfloat16")])
 def test_peak_memory(source: str, dtype: str, request: pytest.FixtureRequest):
     path = real_gguf() if source == "gguf" else request.getfixturevalue("huggingface_folder")
     result = subprocess.run(
