@@ -45,7 +45,10 @@ class Model:
         """Puts a checkpoint's arrays, loaded in `dtype`, into the module."""
         graph, state = state_from_parameters(checkpoint.config, checkpoint.params, dtype)
         tokenizer = Tokenizer(
-            checkpoint.tokenizer_json, checkpoint.chat_template, checkpoint.stop_ids
+            checkpoint.tokenizer_json,
+            checkpoint.chat_template,
+            checkpoint.stop_ids,
+            checkpoint.special_tokens,
         )
         name, config = checkpoint.name, checkpoint.config
         return cls(name, config, jnp.dtype(dtype), graph, state, tokenizer)

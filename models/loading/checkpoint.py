@@ -1,6 +1,7 @@
 """What every loader returns."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 
@@ -19,6 +20,8 @@ class Checkpoint:
       chat_template: Jinja source of the chat template, if the checkpoint has one.
       stop_ids: Token ids that end a generation, in ascending order.
       name: The model's name, for people.
+      special_tokens: Strings of tokens by the names under which the chat template writes them, such
+        as `bos_token`; tuples of strings for lists such as `additional_special_tokens`.
     """
 
     config: Qwen2Config
@@ -27,3 +30,4 @@ class Checkpoint:
     chat_template: str | None
     stop_ids: tuple[int, ...]
     name: str
+    special_tokens: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)

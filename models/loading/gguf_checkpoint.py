@@ -9,11 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from tokendance_jax.models.loading.adapters import adapter_error, refuse_adapter_tensors
 from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.gguf_file import GgufTensor, read_gguf_header
-from tokendance_jax.models.loading.gguf_tokenizer import stop_ids_from_gguf, tokenizer_from_gguf
-from tokendance_jax.models.loading.sidecars import check_ids
+from tokendance_jax.models.loading.gguf_tokenizer import (
+    special_tokens_from_gguf,
+    stop_ids_from_gguf,
+    tokenizer_from_gguf,
+)
 from tokendance_jax.models.loading.stored import StoredTensor, match_parameters, read_parameters
+from tokendance_jax.models.loading.tokenizer_files import check_ids, parse_tokenizer
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.errors import CheckpointError
 from tokendance_jax.models.qwen2.parameters import gguf_name
@@ -78,6 +83,12 @@ def load_gguf(file: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
     """
     header = read_gguf_header(file)
     fields, where = header.fields, str(file)
+    kind = fields.get("general.type", "model")
+    if kind == "adapter":
+        raise adapter_error(file, "general.type", "an adapter")
+    if kind != "model":
+        raise CheckpointError(file, "general.type", f"is {kind!r}", "only 'model' is supported")
+    refuse_adapter_tensors(header.tensors, file)
     if fields.get("split.count", 1) != 1:
         raise CheckpointError(
             file,
@@ -101,7 +112,7 @@ def load_gguf(file: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
     }
     stop_ids = stop_ids_from_gguf(fields, file)
     tokenizer_json = tokenizer_from_gguf(fields, file)
-    check_ids(file, tokenizer_json, stop_ids, config)
+    check_ids(file, parse_tokenizer(file, tokenizer_json), stop_ids, config)
     template = fields.get("tokenizer.chat_template")
     name = fields.get("general.name")
     return Checkpoint(
@@ -111,6 +122,7 @@ def load_gguf(file: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
         chat_template=template if isinstance(template, str) else None,
         stop_ids=stop_ids,
         name=name if isinstance(name, str) else file.stem,
+        special_tokens=special_tokens_from_gguf(fields, file),
     )
 
 

@@ -1,4 +1,4 @@
-"""Builds a Hugging Face tokenizer and the stop ids from the metadata of a GGUF file."""
+"""Builds a Hugging Face tokenizer, stop ids and special tokens from a GGUF file's metadata."""
 
 import os
 from collections.abc import Mapping
@@ -13,8 +13,40 @@ _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The names under which llama.cpp takes it.
+_QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen", "f2llmv2", "kormo", "megrez")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-_STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+# Tokens that end a turn or a document in llama.cpp, but for those of single other model families.
+_END_TOKENS = frozenset(
+    {
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<eos>",
+        "</s>",
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    }
+)
+_EOS = "tokenizer.ggml.eos_token_id"
+_END_IDS = (_EOS, "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+# The names of chat templates by the fields, one of which the format misspells.
+_SPECIAL_IDS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": _EOS,
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "sep_token": "tokenizer.ggml.seperator_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+    "cls_token": "tokenizer.ggml.cls_token_id",
+    "mask_token": "tokenizer.ggml.mask_token_id",
+}
 
 
 def tokenizer_from_gguf(fields: Mapping[str, object], where: str | os.PathLike[str]) -> str:
@@ -27,10 +59,14 @@ def tokenizer_from_gguf(fields: Mapping[str, object], where: str | os.PathLike[s
     Raises:
       CheckpointError: The vocabulary is missing, malformed or of another kind.
     """
-    for key, supported in (("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "qwen2")):
-        if fields.get(key) != supported:
+    for key, supported in (
+        ("tokenizer.ggml.model", ("gpt2",)),
+        ("tokenizer.ggml.pre", _QWEN2_NAMES),
+    ):
+        if fields.get(key) not in supported:
             problem = f"is {fields[key]!r}" if key in fields else "the field is missing"
-            raise CheckpointError(where, key, problem, f"only {supported!r} is supported")
+            names = ", ".join(map(repr, supported))
+            raise CheckpointError(where, key, problem, f"only {names} is supported")
     tokens = _list(fields, "tokenizer.ggml.tokens", where)
     kinds = _token_types(fields, where)
     merges = _list(fields, "tokenizer.ggml.merges", where)
@@ -64,23 +100,49 @@ def tokenizer_from_gguf(fields: Mapping[str, object], where: str | os.PathLike[s
 def stop_ids_from_gguf(
     fields: Mapping[str, object], where: str | os.PathLike[str]
 ) -> tuple[int, ...]:
-    """Returns the end-of-sequence id and the control tokens that end a turn or a document.
+    """Returns the ids that end a generation, in ascending order, as llama.cpp does.
+
+    These are the ids of end of sequence, turn and message, and the control and user-defined tokens
+    whose text says that they end a turn or a document.
 
     Raises:
-      CheckpointError: The end-of-sequence id or the vocabulary is missing.
+      CheckpointError: The end-of-sequence id or the vocabulary is missing, or an id has no token.
     """
-    eos = fields.get("tokenizer.ggml.eos_token_id")
-    if not isinstance(eos, int):
-        raise CheckpointError(
-            where,
-            "tokenizer.ggml.eos_token_id",
-            "the field is missing" if eos is None else f"is {eos!r}",
-            "it must be the id of the token that ends a generation",
-        )
     tokens = _list(fields, "tokenizer.ggml.tokens", where)
+    ends = set()
+    for key in _END_IDS:
+        token_id = fields.get(key)
+        if key in fields or key == _EOS:
+            if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+                raise CheckpointError(
+                    where,
+                    key,
+                    f"is {token_id!r}" if key in fields else "the field is missing",
+                    f"it must be the id of one of {len(tokens)} tokens, which ends a generation",
+                )
+            ends.add(token_id)
     kinds = _token_types(fields, where)
-    ends = {i for i, token in enumerate(tokens) if token in _STOP_TOKENS and kinds[i] == _CONTROL}
-    return tuple(sorted({eos} | ends))
+    ends |= {i for i, token in enumerate(tokens) if token in _END_TOKENS and kinds[i] == _CONTROL}
+    return tuple(sorted(ends))
+
+
+def special_tokens_from_gguf(
+    fields: Mapping[str, object], where: str | os.PathLike[str]
+) -> dict[str, str]:
+    """Returns the special tokens by the names that chat templates have for them.
+
+    Ids without a token, by which some files say that there is none, are left out.
+
+    Raises:
+      CheckpointError: The vocabulary is missing.
+    """
+    tokens = _list(fields, "tokenizer.ggml.tokens", where)
+    special = {}
+    for name, key in _SPECIAL_IDS.items():
+        token_id = fields.get(key)
+        if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+            special[name] = tokens[token_id]
+    return special
 
 
 def _list(fields: Mapping[str, object], key: str, where: str | os.PathLike[str]) -> list:
@@ -108,4 +170,13 @@ def _token_types(fields: Mapping[str, object], where: str | os.PathLike[str]) ->
             f"token type {min(unknown)}",
             "normal (1), control (3), user-defined (4) and unused (5) tokens are supported",
         )
-    return kinds
+    # llama.cpp takes end tokens for control tokens, whatever the file types them as. A word that
+    # merges make stays one: it could not be told from text.
+    merges = _list(fields, "tokenizer.ggml.merges", where)
+    words = {merge.replace(" ", "", 1) for merge in merges}
+    return [
+        _CONTROL
+        if token in _END_TOKENS and kind in (_NORMAL, _USER_DEFINED) and token not in words
+        else kind
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]

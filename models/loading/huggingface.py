@@ -1,5 +1,6 @@
 """Loads and writes Hugging Face folders: `config.json`, safetensors and tokenizer files."""
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -8,31 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from tokendance_jax.models.loading.adapters import refuse_adapter_folder, refuse_adapter_tensors
 from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.safetensors_file import read_safetensors_header
 from tokendance_jax.models.loading.sidecars import (
-    check_ids,
     new_folder,
-    parse_tokenizer,
-    read_chat_template,
     read_config,
     read_json,
-    read_stop_ids,
-    read_tokenizer,
     write_config,
     write_sidecars,
 )
-from tokendance_jax.models.loading.stored import StoredTensor, match_parameters, read_parameters
+from tokendance_jax.models.loading.stored import (
+    StoredTensor,
+    equal_values,
+    match_parameters,
+    read_parameters,
+)
+from tokendance_jax.models.loading.tokenizer_files import parse_tokenizer, read_text_tools
 from tokendance_jax.models.qwen2.errors import CheckpointError
 from tokendance_jax.models.qwen2.parameters import hf_name
 
 _INDEX = "model.safetensors.index.json"
 # Old exports keep the rotary frequencies, which follow from the configuration.
-_IGNORABLE = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+_IGNORABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 def load_huggingface(folder: Path, name: str, *, dtype: np.dtype, progress: bool) -> Checkpoint:
     """Loads a folder as `save_pretrained` writes it.
+
+    A tied model may repeat its embedding as the output matrix. An output matrix with other values
+    is used, and the model is untied, as in transformers.
 
     Args:
       folder: The folder.
@@ -43,24 +50,25 @@ def load_huggingface(folder: Path, name: str, *, dtype: np.dtype, progress: bool
     Raises:
       CheckpointError: A file is missing, damaged or not supported.
     """
+    refuse_adapter_folder(folder)
     config = read_config(folder)
     tensors = _read_headers(folder)
+    refuse_adapter_tensors(tensors, folder)
+    tied = config.tie_word_embeddings
+    if tied and hf_name(_HEAD) in tensors:
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    # A tied model may repeat its embedding as the output matrix.
-    ignorable = _IGNORABLE + (r"|lm_head\.weight" if config.tie_word_embeddings else "")
-    names = match_parameters(config, shapes, hf_name, re.compile(ignorable), folder)
-    tokenizer_json = read_tokenizer(folder)
-    stop_ids = read_stop_ids(folder, tokenizer_json)
-    check_ids(folder, tokenizer_json, stop_ids, config)
-    chat_template = read_chat_template(folder)
+    names = match_parameters(config, shapes, hf_name, _IGNORABLE, folder)
+    text = read_text_tools(folder, config)
     stored = {path: tensors[name] for path, name in names.items()}
+    if tied and _HEAD in stored and equal_values(stored[_HEAD], stored[_EMBEDDING]):
+        del stored[_HEAD]
+        config = dataclasses.replace(config, tie_word_embeddings=True)
     return Checkpoint(
         config=config,
         params=read_parameters(stored, dtype, progress=progress),
-        tokenizer_json=tokenizer_json,
-        chat_template=chat_template,
-        stop_ids=stop_ids,
         name=name,
+        **vars(text),
     )
 
 
@@ -74,7 +82,13 @@ def save_huggingface(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> 
     Raises:
       CheckpointError: The target exists.
     """
-    tokenizer = parse_tokenizer(target, checkpoint.tokenizer_json)
+    if checkpoint.stop_ids:
+        # Others take the token that ends an answer from the tokenizer's files.
+        tokenizer = parse_tokenizer(target, checkpoint.tokenizer_json)
+        last = {"eos_token": tokenizer.id_to_token(checkpoint.stop_ids[-1])}
+        checkpoint = dataclasses.replace(
+            checkpoint, special_tokens=last | dict(checkpoint.special_tokens)
+        )
     tensors = {
         hf_name(path): np.asarray(array).astype(jnp.bfloat16)
         for path, array in checkpoint.params.items()
@@ -84,10 +98,6 @@ def save_huggingface(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> 
         ours = {"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"}
         ours |= {"torch_dtype": "bfloat16", "eos_token_id": list(checkpoint.stop_ids)}
         write_config(folder, checkpoint.config.to_hf() | ours)
-        last = tokenizer.id_to_token(checkpoint.stop_ids[-1]) if checkpoint.stop_ids else None
-        names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": last}
-        names |= {"chat_template": checkpoint.chat_template}
-        write_config(folder, names, "tokenizer_config.json")
         write_sidecars(folder, checkpoint)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -14,16 +14,13 @@ import orbax.checkpoint as ocp
 from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.progress import byte_progress
 from tokendance_jax.models.loading.sidecars import (
-    check_ids,
     new_folder,
-    read_chat_template,
     read_config,
-    read_stop_ids,
-    read_tokenizer,
     write_config,
     write_sidecars,
 )
 from tokendance_jax.models.loading.stored import match_parameters, not_finite
+from tokendance_jax.models.loading.tokenizer_files import read_text_tools
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.errors import CheckpointError
 from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_shapes
@@ -36,7 +33,8 @@ def save_orbax(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> None:
     """Writes a checkpoint to a new folder, whole or not at all.
 
     The folder holds `config.json`, `generation_config.json`, `tokenizer.json`,
-    `chat_template.jinja` if there is a template, and the arrays in `params/`.
+    `tokenizer_config.json`, `chat_template.jinja` if there is a template, and the arrays in
+    `params/`.
 
     Args:
       checkpoint: What to write; the arrays keep their types.
@@ -64,10 +62,7 @@ def load_orbax(folder: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
       CheckpointError: A file is missing or damaged, or the arrays are not the configuration's.
     """
     config = read_config(folder)
-    tokenizer_json = read_tokenizer(folder)
-    stop_ids = read_stop_ids(folder, tokenizer_json)
-    check_ids(folder, tokenizer_json, stop_ids, config)
-    chat_template = read_chat_template(folder)
+    text = read_text_tools(folder, config)
     where = folder.absolute() / PARAMS
     try:
         params = _restore(where, config, dtype, progress=progress)
@@ -80,10 +75,8 @@ def load_orbax(folder: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
     return Checkpoint(
         config=config,
         params=params,
-        tokenizer_json=tokenizer_json,
-        chat_template=chat_template,
-        stop_ids=stop_ids,
         name=folder.name,
+        **vars(text),
     )
 
 

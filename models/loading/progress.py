@@ -25,6 +25,9 @@ def byte_progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]
     Yields:
       A function that adds bytes to those loaded.
     """
+    if not shown:
+        yield lambda count: None
+        return
     columns = (
         TextColumn("Loading weights"),
         BarColumn(),
@@ -32,6 +35,6 @@ def byte_progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
         yield lambda count: bar.advance(task, count)

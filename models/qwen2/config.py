@@ -143,9 +143,13 @@ class Qwen2Config:
           CheckpointError: Another architecture, a missing or malformed field, or rope scaling.
         """
         _require_equal(fields, "general.architecture", "qwen2", where)
-        scaling = fields.get("qwen2.rope.scaling.type", "none")
-        if scaling != "none":
-            raise _rope_scaling(where, "qwen2.rope.scaling.type", scaling)
+        kind = fields.get("qwen2.rope.scaling.type")
+        if kind not in (None, "none"):
+            raise _rope_scaling(where, "qwen2.rope.scaling.type", repr(kind))
+        # llama.cpp scales linearly by a factor without a type; 0 and 1 are none.
+        for key in ("qwen2.rope.scaling.factor", "qwen2.rope.scale_linear"):
+            if kind is None and fields.get(key, 0) not in (0, 1):
+                raise _rope_scaling(where, key, f"by {fields[key]!r} without a type")
         read = _Fields(fields, where)
         heads = read.size("qwen2.attention.head_count")
         hidden = read.size("qwen2.embedding_length")
@@ -257,20 +261,30 @@ class _Fields:
 
 
 def _rope_theta(fields: Mapping[str, object], where: str) -> float:
-    # transformers 5 moved `rope_theta` and `rope_scaling` into one object, `rope_parameters`.
-    for key in ("rope_scaling", "rope_parameters"):
+    """Reads the base of the rotary frequencies, and refuses scaled ones.
+
+    transformers 5 moved `rope_theta` and `rope_scaling` into one object, `rope_parameters`, and
+    reads the base there first, under the old name too. An object without a type says nothing else
+    that may be left out.
+    """
+    theta = fields, where
+    for key in ("rope_parameters", "rope_scaling"):
         rope = fields.get(key)
         if rope is None:
             continue
         if not isinstance(rope, Mapping):
             raise _malformed(where, key, rope, "an object or null")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise _rope_scaling(where, key, kind)
-    parameters = fields.get("rope_parameters")
-    if isinstance(parameters, Mapping) and "rope_theta" in parameters:
-        return _Fields(parameters, f"{where}: rope_parameters").positive("rope_theta")
-    return _Fields(fields, where).positive("rope_theta")
+        told = {name: value for name, value in rope.items() if value is not None}
+        kinds = [told.pop(name) for name in ("rope_type", "type") if name in told]
+        for kind in kinds:
+            if kind != "default":
+                raise _rope_scaling(where, key, repr(kind))
+        if "rope_theta" in told:
+            theta = rope, f"{where}: {key}"
+            del told["rope_theta"]
+        if told and not kinds:
+            raise _rope_scaling(where, key, f"by {', '.join(sorted(told))} without a rope_type")
+    return _Fields(*theta).positive("rope_theta")
 
 
 def _from_float32(value: float) -> float:
@@ -292,7 +306,7 @@ def _malformed(where: str, key: str, value: object, expected: str) -> Checkpoint
     return CheckpointError(where, key, f"is {value!r}", f"must be {expected}")
 
 
-def _rope_scaling(where: str, key: str, kind: object) -> CheckpointError:
+def _rope_scaling(where: str, key: str, how: str) -> CheckpointError:
     return CheckpointError(
-        where, key, f"rope scaling {kind!r}", "only unscaled rotary embedding is supported"
+        where, key, f"rope scaling {how}", "only unscaled rotary embedding is supported"
     )

@@ -120,9 +120,55 @@ def test_helpers_of_hugging_face_templates():
     template = (
         "{% set names = namespace(n=0) %}{{ {'a': '<é>'} | tojson }}"
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
-        "{{ m.content | trim }}{% endfor %}{{ tools }}"
+        "{{ m.content | trim }}{% endfor %}"
+        "{% if tools is not none or documents is not none %}tools{% endif %}"
     )
     assert chat_markup(template, 0, 1) == ('{"a": "<é>"}', "")
+
+
+def test_special_tokens_are_written_by_name_and_parsed():
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "names": ("a", "b")}
+    template = (
+        "{{ bos_token }}{{ names[1] }}{{ pad_token }}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
+    )
+    assert chat_markup(template, 0, 1, special) == ("<|endoftext|>b", "<|im_end|>")
+    tokenizer = Tokenizer(demo_tokenizer_json(), template, special_tokens=special)
+    # The same string in an agent's text stays text.
+    task = Segment("task", "t", text="<|endoftext|>")
+    prompt = tokenize_prompt(AgentPrompt("a", (task,)), tokenizer, chat=True)
+    ids = prompt.token_ids.tolist()
+    (bos,) = tokenizer.encode_markup("<|endoftext|>")
+    assert (ids[0], ids[-1], ids.count(bos)) == (bos, 1023, 1)
+
+
+def test_special_tokens_never_hide_the_messages():
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert chat_markup(template, 0, 1, {"messages": "<|im_end|>"}) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [
+        ("{% generation %}a{{ '<' }}\n{% endgeneration %}", "a<\n"),
+        ("{%- generation -%} a {%- endgeneration -%} ", "a"),
+        # A scope of its own, which sees what is around it.
+        ("{% set n = 1 %}{% generation %}{{ n }}{% set n = 2 %}{% endgeneration %}{{ n }}", "11"),
+        (
+            "{% for m in [1, 2] %}{% generation %}{{ loop.index }}{% continue %}"
+            "{% endgeneration %}x{% endfor %}",
+            "12",
+        ),
+        ("{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true) }}", '{"a": "é", "b": 1}'),
+        ("{{ 'é' | tojson(ensure_ascii=true) }}", '"\\u00e9"'),
+        ("{{ [1, {'a': 2}] | tojson(separators=(',', ':')) }}", '[1,{"a":2}]'),
+        ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{% if tools is none and documents is none %}none{% endif %}", "none"),
+    ],
+)
+def test_what_transformers_offers_to_templates(template, before):
+    assert chat_markup(template + "{{ messages[0].content }}", 0, 1) == (before, "")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +184,9 @@ def test_helpers_of_hugging_face_templates():
         ("{{ 1 / 0 }}", "chat template failed: ZeroDivisionError"),
         ("{{ messages.__class__.__mro__ }}", "chat template failed: SecurityError"),
         ("{{ raise_exception.__globals__['secrets'] }}", "chat template failed: SecurityError"),
+        ("{{ strftime_now.__globals__['datetime'] }}", "chat template failed: SecurityError"),
+        ("{% generation %}{{ ''.__class__.__mro__ }}{% endgeneration %}", "failed: SecurityError"),
+        ("{% generation %}", "chat template failed: TemplateSyntaxError"),
         ("{{ messages.clear() }}", "chat template failed: SecurityError"),
         ("{% include '/etc/passwd' %}", "chat template failed: TypeError"),
         ("{{ '%s' | format(x.y) }}", "chat template failed: UndefinedError"),

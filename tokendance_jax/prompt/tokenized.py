@@ -139,7 +139,8 @@ class _Encoder:
         system = kinds.count("system")
         if "system" in kinds[system:]:
             raise PromptError(f"{where}: a system segment follows another kind; put it first")
-        return chat_markup(template, system, len(kinds) - system)
+        special_tokens = self._tokenizer.special_tokens
+        return chat_markup(template, system, len(kinds) - system, special_tokens)
 
     def _content(self, segment: Segment, agent: str) -> list[int] | tuple[int, ...]:
         if segment.text is not None:

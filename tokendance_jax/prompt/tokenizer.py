@@ -1,12 +1,13 @@
 """Text to token ids and back, with a hard line between what agents say and chat markup."""
 
 import json
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
+from tokendance_jax.prompt.chat import SpecialToken
 from tokendance_jax.prompt.round import PromptError, check_integer, check_text
 
 _BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
@@ -27,12 +28,14 @@ class Tokenizer:
     Attributes:
       chat_template: source of the Jinja template; None: the model has none.
       stop_ids: tokens at which the model ends its answer.
+      special_tokens: strings of tokens by the names under which the chat template writes them.
       control_ids: ids of all added tokens, special or not; `encode_text` never gives one of them.
       vocab_size: the highest id plus one.
     """
 
     chat_template: str | None
     stop_ids: tuple[int, ...]
+    special_tokens: dict[str, SpecialToken]
     control_ids: frozenset[int]
     vocab_size: int
 
@@ -41,6 +44,7 @@ class Tokenizer:
         tokenizer_json: str,
         chat_template: str | None = None,
         stop_ids: tuple[int, ...] = (),
+        special_tokens: Mapping[str, SpecialToken] | None = None,
     ):
         """Builds both tokenizers.
 
@@ -48,6 +52,7 @@ class Tokenizer:
           tokenizer_json: the text of a `tokenizer.json`.
           chat_template: source of the model's Jinja chat template.
           stop_ids: tokens at which the model ends its answer.
+          special_tokens: strings of tokens by the names under which the chat template writes them.
 
         Raises:
           PromptError: no valid JSON; no byte-level BPE; a control token that plain text could
@@ -80,6 +85,7 @@ class Tokenizer:
             check_integer(stop_id, "tokenizer: a stop id", 0, self.vocab_size - 1)
         self.chat_template = chat_template
         self.stop_ids = stop_ids
+        self.special_tokens = dict(special_tokens or {})
 
     def encode_text(self, text: str) -> list[int]:
         """Encodes an agent's text; strings of control tokens in it are ordinary characters.
@@ -132,7 +138,8 @@ class TextStream:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
-        self._stream = decoders.DecodeStream([], skip_special_tokens=False)
+        # By its name: the first argument is another one since tokenizers 0.22.
+        self._stream = decoders.DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
         self._given = 0
 

@@ -12,6 +12,11 @@ from tokenizers import Tokenizer
 
 from tests.models.loading import tiny
 from tokendance_jax.models.loading import CheckpointError, gguf_checkpoint, load_checkpoint, stored
+from tokendance_jax.models.loading.gguf_tokenizer import (
+    special_tokens_from_gguf,
+    stop_ids_from_gguf,
+    tokenizer_from_gguf,
+)
 from tokendance_jax.models.qwen2.parameters import gguf_name
 
 PARAMS = tiny.random_params(tiny.CONFIG)
@@ -34,11 +39,13 @@ def test_loads(tmp_path: Path, dtype: str):
     assert checkpoint.name == "tiny"
     assert checkpoint.chat_template == tiny.TEMPLATE
     assert checkpoint.stop_ids == (tiny.ENDOFTEXT, tiny.IM_END)
+    assert checkpoint.special_tokens == {"eos_token": "<|im_end|>"}
     tiny.assert_params(checkpoint.params, PARAMS, dtype)
 
 
-def test_output_matrix_unties(tmp_path: Path):
-    output = PARAMS["embed_tokens.weight"][::-1]
+@pytest.mark.parametrize("step", [-1, 1])  # other values, the same
+def test_output_matrix_is_the_head(tmp_path: Path, step: int):
+    output = PARAMS["embed_tokens.weight"][::step]
     tensors = tiny.gguf_tensors(PARAMS | {"lm_head.weight": output})
     tiny.write_gguf(tmp_path / "a.gguf", tensors)
     checkpoint = load_checkpoint(tmp_path / "a.gguf", dtype=jnp.float32)
@@ -112,6 +119,59 @@ def test_tokenizer(tmp_path: Path):
     assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
 
 
+@pytest.mark.parametrize("name", ["deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"])
+def test_other_names_of_the_pre_tokenizer(name: str):
+    fields = tiny.TOKENIZER_FIELDS | {"tokenizer.ggml.pre": name}
+    assert tokenizer_from_gguf(fields, "a.gguf") == tiny.tokenizer_json()
+
+
+def tokenizer_fields(changes: dict[str, int], **ids: int) -> dict[str, Any]:
+    """Metadata in which tokens have other types, and ids like `eot` are given."""
+    types = [changes.get(token, kind) for token, kind in zip(tiny.TOKENS, tiny.TYPES, strict=True)]
+    given = {f"tokenizer.ggml.{name}_token_id": value for name, value in ids.items()}
+    return tiny.TOKENIZER_FIELDS | {"tokenizer.ggml.token_type": types} | given
+
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+
+
+@pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED])
+def test_ends_by_text_whatever_their_type(kind: int):
+    fields = tokenizer_fields({"<|im_end|>": kind}, eos=tiny.ENDOFTEXT)
+    assert stop_ids_from_gguf(fields, "a.gguf") == (tiny.ENDOFTEXT, tiny.IM_END)
+    tokenizer = Tokenizer.from_str(tokenizer_from_gguf(fields, "a.gguf"))
+    assert tokenizer.encode("<|im_end|>").ids == [tiny.IM_END]
+
+
+def test_ends_by_id():
+    fields = tokenizer_fields({}, eos=tiny.IM_END, eot=tiny.TOOL_CALL, eom=tiny.IM_START)
+    ends = (tiny.ENDOFTEXT, tiny.IM_START, tiny.IM_END, tiny.TOOL_CALL)
+    assert stop_ids_from_gguf(fields, "a.gguf") == ends
+
+
+def test_a_word_that_reads_like_an_end_stays_a_word():
+    tokens = [*tiny.TOKENS]
+    tokens[tokens.index("he")] = "[EOS]"
+    merges = ["[ EOS]", "ll hell"]
+    fields = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
+    assert stop_ids_from_gguf(tiny.TOKENIZER_FIELDS | fields, "a.gguf") == (
+        tiny.ENDOFTEXT,
+        tiny.IM_END,
+    )
+
+
+def test_special_tokens_by_the_names_of_templates():
+    missing = 2**32 - 1
+    fields = tokenizer_fields(
+        {}, bos=tiny.ENDOFTEXT, eos=tiny.IM_END, padding=tiny.TOOL_CALL, unknown=missing
+    )
+    assert special_tokens_from_gguf(fields, "a.gguf") == {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<tool_call>",
+    }
+
+
 def without(fields: dict, key: str) -> dict:
     return {name: value for name, value in fields.items() if name != key}
 
@@ -124,6 +184,11 @@ def without(fields: dict, key: str) -> dict:
             tiny.GGUF_FIELDS | {"qwen2.rope.scaling.type": "yarn"},
             "qwen2.rope.scaling.type: rope scaling 'yarn'",
         ),
+        (
+            tiny.GGUF_FIELDS | {"general.type": "adapter"},
+            "general.type: an adapter; only whole models are supported: merge the adapter into",
+        ),
+        (tiny.GGUF_FIELDS | {"general.type": "mmproj"}, "general.type: is 'mmproj'; only 'model'"),
         (tiny.GGUF_FIELDS | {"split.count": 2}, "split.count: is one of 2 parts"),
         (
             tiny.GGUF_FIELDS | {"tokenizer.ggml.model": "llama"},
@@ -131,7 +196,7 @@ def without(fields: dict, key: str) -> dict:
         ),
         (
             tiny.GGUF_FIELDS | {"tokenizer.ggml.pre": "llama-bpe"},
-            "tokenizer.ggml.pre: is 'llama-bpe'; only 'qwen2'",
+            "tokenizer.ggml.pre: is 'llama-bpe'; only 'qwen2', 'deepseek-r1-qwen', ",
         ),
         (
             without(tiny.GGUF_FIELDS, "tokenizer.ggml.model"),
@@ -167,7 +232,11 @@ def without(fields: dict, key: str) -> dict:
         ),
         (
             tiny.GGUF_FIELDS | {"tokenizer.ggml.eos_token_id": 272},
-            "eos_token_id: is 272; the embedding has 272 rows",
+            "tokenizer.ggml.eos_token_id: is 272; it must be the id of one of 272 tokens",
+        ),
+        (
+            tiny.GGUF_FIELDS | {"tokenizer.ggml.eot_token_id": 300},
+            "tokenizer.ggml.eot_token_id: is 300; it must be the id of one of 272 tokens",
         ),
         (
             tiny.GGUF_FIELDS
@@ -175,7 +244,7 @@ def without(fields: dict, key: str) -> dict:
                 "tokenizer.ggml.tokens": [*tiny.TOKENS, "a b"],
                 "tokenizer.ggml.token_type": [1] * 273,
             },
-            "tokenizer: has 273 tokens; the embedding has 272 rows",
+            "tokenizer: token 'a b' has id 272; the embedding has 272 rows",
         ),
     ],
 )
@@ -206,6 +275,10 @@ def test_other_architecture(tmp_path: Path):
         (
             {"blk.0.attn_q_norm.weight": np.zeros(64, np.float32)},
             r"blk.0.attn_q_norm.weight: unknown tensor \(1 in all\)",
+        ),
+        (
+            {"blk.0.attn_q.weight.lora_a": np.zeros((2, 256), np.float32)},
+            r"blk.0.attn_q.weight.lora_a: a tensor of an adapter; .* merge the adapter",
         ),
         (
             {"output_norm.weight": np.zeros(256, np.int32)},

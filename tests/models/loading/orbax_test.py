@@ -35,6 +35,12 @@ def checkpoint(dtype: Any, params: dict[str, np.ndarray] = PARAMS) -> Checkpoint
         chat_template="a\r\nb\n",
         stop_ids=(tiny.ENDOFTEXT, tiny.IM_END),
         name="saved",
+        special_tokens={
+            "bos_token": "<|im_start|>",
+            "image_token": "<tool_call>",
+            "fim": "<|endoftext|>",
+            "additional_special_tokens": ("<|im_end|>", "<tool_call>"),
+        },
     )
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from tests.models.loading import tiny
 from tokendance_jax.models.loading import (
     CheckpointError,
+    huggingface,
     load,
     load_checkpoint,
     safetensors_file,
@@ -106,15 +107,34 @@ def test_untied(tmp_path: Path):
     )
 
 
-def test_harmless_extra_tensors(tmp_path: Path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored_as", [np.float32, ml_dtypes.bfloat16])
+def test_harmless_extra_tensors(
+    tmp_path: Path, stored_as: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stored, "_SLICE_VALUES", 1000)
     extra = {
-        "lm_head.weight": TENSORS["model.embed_tokens.weight"],
+        "lm_head.weight": TENSORS["model.embed_tokens.weight"].astype(stored_as),
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(32, np.float32),
     }
     tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, [TENSORS | extra])
-    tiny.assert_params(
-        load_checkpoint(tmp_path / "tiny", dtype="float32").params, PARAMS, "float32"
-    )
+    checkpoint = load_checkpoint(tmp_path / "tiny", dtype=dtype)
+    assert checkpoint.config == tiny.CONFIG
+    tiny.assert_params(checkpoint.params, PARAMS, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_that_differs_from_the_embedding_is_used(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stored, "_SLICE_VALUES", 1000)
+    head = PARAMS["embed_tokens.weight"].copy()
+    head[-1, -1] += 1  # in the last slice
+    params = PARAMS | {"lm_head.weight": head}
+    tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, [tiny.hf_tensors(params)])
+    checkpoint = load_checkpoint(tmp_path / "tiny", dtype=dtype)
+    assert checkpoint.config == UNTIED
+    tiny.assert_params(checkpoint.params, params, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "float64"])
@@ -142,6 +162,21 @@ def test_other_target_type(folder: Path, dtype: str):
             {"model.layers.2.mlp.up_proj.weight": np.zeros(8, np.float32)},
             "model.layers.2.mlp.up_proj.weight: unknown tensor (1 in all)",
         ),
+        (
+            tiny.CONFIG,
+            {"lm_head.weight": np.zeros((8, 256), np.float32)},
+            "lm_head.weight: has shape [8, 256]; the configuration asks for [272, 256]",
+        ),
+        (
+            tiny.CONFIG,
+            {"model.layers.0.mlp.up_proj.lora_A.weight": np.zeros((2, 256), np.float32)},
+            "model.layers.0.mlp.up_proj.lora_A.weight: a tensor of an adapter; only whole models",
+        ),
+        (
+            tiny.CONFIG,
+            {"base_model.model.model.norm.weight": np.zeros(256, np.float32)},
+            "base_model.model.model.norm.weight: a tensor of an adapter; only whole models",
+        ),
     ],
 )
 def test_wrong_tensors(tmp_path: Path, config: Any, change: dict, message: str):
@@ -150,12 +185,33 @@ def test_wrong_tensors(tmp_path: Path, config: Any, change: dict, message: str):
     assert load_error(tmp_path / "tiny").startswith(f"{tmp_path / 'tiny'}: {message}")
 
 
-def test_nothing_is_read_before_every_check(folder: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("model", [False, True], ids=["alone", "beside a model"])
+def test_adapter(folder: Path, model: bool):
+    if not model:
+        for file in folder.iterdir():
+            file.unlink()
+    file = folder / "adapter_model.safetensors"
+    save_file({"base_model.model.lora_A.weight": np.zeros((2, 8), np.float32)}, file)
+    assert load_error(folder).startswith(
+        f"{folder}: adapter_model.safetensors: an adapter of its base model; only whole models are "
+        "supported: merge the adapter into its base model first"
+    )
+    config = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base"})
+    (folder / "adapter_config.json").write_text(config)
+    assert load_error(folder).startswith(f"{folder}: adapter_config.json: an adapter of some/base;")
+
+
+def test_nothing_is_read_before_every_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "tiny"
+    head = {"lm_head.weight": TENSORS["model.embed_tokens.weight"]}
+    tiny.write_folder(folder, tiny.CONFIG, [TENSORS | head])
+
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a tensor was read")
 
     (folder / "tokenizer.json").unlink()
     monkeypatch.setattr(stored, "_read", fail)
+    monkeypatch.setattr(huggingface, "equal_values", fail)
     assert "tokenizer.json: the tokenizer: the file is missing" in load_error(folder)
 
 
@@ -269,7 +325,9 @@ def test_tokenizer_of_another_model(tmp_path: Path):
     config = dataclasses.replace(tiny.CONFIG, vocab_size=260)
     params = tiny.hf_tensors(tiny.random_params(config))
     tiny.write_folder(tmp_path / "tiny", config, [params])
-    assert "tokenizer: has 263 tokens; the embedding has 260 rows" in load_error(tmp_path / "tiny")
+    assert "token '<tool_call>' has id 262; the embedding has 260 rows" in load_error(
+        tmp_path / "tiny"
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,17 +355,6 @@ def test_chat_template_file_comes_first(folder: Path):
 def test_malformed_chat_template(folder: Path, template: Any):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert "chat_template: no default template" in load_error(folder)
-
-
-def test_stop_ids_fall_back(folder: Path):
-    (folder / "generation_config.json").write_text("{}")
-    assert load_checkpoint(folder, dtype="float32").stop_ids == (tiny.ENDOFTEXT,)
-    (folder / "config.json").write_text(json.dumps(tiny.CONFIG.to_hf()))
-    for token in ("<|im_end|>", {"content": "<|im_end|>"}):
-        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
-        assert load_checkpoint(folder, dtype="float32").stop_ids == (tiny.IM_END,)
-    (folder / "tokenizer_config.json").unlink()
-    assert "eos_token_id: no file names the token" in load_error(folder)
 
 
 @pytest.mark.parametrize(
@@ -360,6 +407,7 @@ def test_hub_without_its_client(monkeypatch: pytest.MonkeyPatch):
 def test_writes_what_it_reads(tmp_path: Path):
     tiny.write_folder(tmp_path / "tiny", tiny.CONFIG, [TENSORS])
     checkpoint = load_checkpoint(tmp_path / "tiny", dtype="bfloat16")
+    checkpoint = dataclasses.replace(checkpoint, special_tokens={"bos_token": "<|im_start|>"})
     save_huggingface(checkpoint, tmp_path / "again")
     again = load_checkpoint(tmp_path / "again", dtype="bfloat16")
     rounded = {path: np.asarray(a).astype(ml_dtypes.bfloat16) for path, a in PARAMS.items()}
@@ -372,5 +420,6 @@ def test_writes_what_it_reads(tmp_path: Path):
     fields = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
     assert fields["chat_template"] == tiny.TEMPLATE
     assert fields["eos_token"] == "<|im_end|>"
+    assert again.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     with pytest.raises(CheckpointError, match="target: exists already"):
         save_huggingface(checkpoint, tmp_path / "again")

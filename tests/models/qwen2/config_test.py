@@ -60,7 +60,11 @@ def test_hf_round_trip():
     "variant",
     [
         {"rope_scaling": None},
+        {"rope_scaling": {}},
         {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {"type": "default", "rope_type": "default", "factor": 4.0}},
+        {"rope_scaling": {"rope_theta": 1e6, "factor": None}, "rope_theta": 5.0},
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_theta": None},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": None},
         {"head_dim": None},
         {"use_sliding_window": False, "sliding_window": 131072},
@@ -87,6 +91,19 @@ def test_hf_leaves_out_untied():
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: rope scaling 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: rope scaling 'llama3'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: rope scaling 'yarn'"),
+        (
+            {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 128}},
+            "rope_scaling: rope scaling by factor, original_max_position_embeddings without a rope",
+        ),
+        (
+            {"rope_parameters": {"rope_type": None, "rope_theta": 1e6, "factor": 4.0}},
+            "rope_parameters: rope scaling by factor without a rope_type; only unscaled",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default", "type": "yarn", "factor": 4.0}},
+            "rope_scaling: rope scaling 'yarn'",
+        ),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters: rope_theta: is 0; must be"),
         ({"rope_scaling": "linear"}, "rope_scaling: is 'linear'; must be an object"),
         ({"use_sliding_window": True}, "use_sliding_window: sliding-window attention"),
         ({"layer_types": ["sliding_attention"]}, "layer_types: sliding-window attention"),
@@ -147,6 +164,8 @@ def test_gguf_missing_field(key: str):
     [
         ({"general.architecture": "qwen3"}, "general.architecture: is 'qwen3'; only 'qwen2'"),
         ({"qwen2.rope.scaling.type": "yarn"}, "qwen2.rope.scaling.type: rope scaling 'yarn'"),
+        ({"qwen2.rope.scaling.factor": 4.0}, "qwen2.rope.scaling.factor: rope scaling by 4.0"),
+        ({"qwen2.rope.scale_linear": 2.0}, "qwen2.rope.scale_linear: rope scaling by 2.0 without"),
         ({"qwen2.attention.key_length": 128}, "qwen2.attention.value_length: is 64"),
         ({"qwen2.rope.dimension_count": 32}, "qwen2.rope.dimension_count: is 32"),
         ({"qwen2.attention.head_count_kv": 4}, "num_key_value_heads: 4 does not divide"),
@@ -159,8 +178,15 @@ def test_gguf_errors_name_file_and_field(change: dict, message: str):
     assert str(error.value).startswith(f"a.gguf: {message}")
 
 
-def test_gguf_accepts_unscaled_rope():
-    fields = GGUF | {"qwen2.rope.scaling.type": "none", "qwen2.attention.key_length": 64}
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"qwen2.rope.scaling.type": "none", "qwen2.rope.scaling.factor": 4.0},
+        {"qwen2.rope.scaling.factor": 1.0},
+    ],
+)
+def test_gguf_accepts_unscaled_rope(scaling: dict[str, Any]):
+    fields = GGUF | {"qwen2.attention.key_length": 64} | scaling
     config = Qwen2Config.from_gguf(fields, "a.gguf", tied=True, vocab_size=151936)
     assert config.head_dim == 64
 

@@ -1,0 +1,48 @@
+"""Adapters, such as LoRA, are told from models and refused by name."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokendance_jax.models.loading.sidecars import read_json
+from tokendance_jax.models.qwen2.errors import CheckpointError
+
+_CONFIG = "adapter_config.json"
+_FILES = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+# PEFT's wrapper, and its parameters beside those of the model.
+_PREFIX, _INFIX = "base_model.model.", ".lora_"
+
+
+def refuse_adapter_folder(folder: Path) -> None:
+    """Checks that a folder holds no adapter; transformers would apply one that lies by a model.
+
+    Raises:
+      CheckpointError: It does.
+    """
+    for name in _FILES:
+        if (folder / name).exists():
+            config = read_json(folder / _CONFIG) if (folder / _CONFIG).exists() else {}
+            base = config.get("base_model_name_or_path") or "its base model"
+            raise adapter_error(folder, name, f"an adapter of {base}")
+
+
+def refuse_adapter_tensors(names: Iterable[str], where: str | os.PathLike[str]) -> None:
+    """Checks that tensors are those of a model alone.
+
+    Raises:
+      CheckpointError: One of them belongs to an adapter or to a model wrapped for training one.
+    """
+    for name in names:
+        if name.startswith(_PREFIX) or _INFIX in name:
+            raise adapter_error(where, name, "a tensor of an adapter")
+
+
+def adapter_error(where: str | os.PathLike[str], subject: str, problem: str) -> CheckpointError:
+    """Returns the error about an adapter given as a model."""
+    return CheckpointError(
+        where,
+        subject,
+        problem,
+        "only whole models are supported: merge the adapter into its base model first "
+        "(merge_and_unload in PEFT, llama-export-lora for GGUF) and load the result",
+    )
