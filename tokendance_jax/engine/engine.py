@@ -9,7 +9,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32
 
-from tokendance_jax import host
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import OpenRound
@@ -17,7 +16,7 @@ from tokendance_jax.collector.shapes import PACKING, Shapes
 from tokendance_jax.engine.clock import Clock
 from tokendance_jax.engine.decode import Answer, OnToken, generate
 from tokendance_jax.engine.ledger import account
-from tokendance_jax.engine.limits import answer_limits, check_page_size
+from tokendance_jax.engine.limits import answer_limits, check_kv_memory, check_page_size, too_large
 from tokendance_jax.engine.prefill import Cost, Prefill
 from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.engine.result import RoundResult, Timings
@@ -112,9 +111,7 @@ class RoundEngine:
                 f"kv_memory: {kv_memory} bytes hold {pages} pages of {room} bytes; "
                 f"give at least {2 * room}"
             )
-        memory = host.memory()
-        if memory is not None and kv_memory > memory:
-            raise _too_large(kv_memory, f"the device has {memory / 2**30:,.1f} GiB in all")
+        check_kv_memory(kv_memory)
         self.model = model
         self.policy = policy
         self.page_bytes = spec.page_bytes
@@ -409,7 +406,7 @@ class RoundEngine:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             size = self._kv_spec.pages * self.page_bytes
-            raise _too_large(size, "the device has not so much left") from None
+            raise too_large(size, "the device has not so much left") from None
         self.pool = PagePool(self.shapes.pages)
         config = self.model.config
         namespace = f"{self.model.name}/{config}/{self._kv_spec.storage}/{self.model.dtype}"
@@ -480,10 +477,3 @@ class RoundEngine:
         """Starts over if a call that took the pool did not hand it back: an interrupt, say."""
         if self._kv.k.is_deleted() or self._kv.v.is_deleted():
             self._reset()
-
-
-def _too_large(kv_memory: int, why: str) -> ValueError:
-    return ValueError(
-        f"kv_memory: a pool of {kv_memory / 2**30:,.1f} GiB is too large: {why}; give less, or "
-        "serve fewer agents or shorter answers"
-    )

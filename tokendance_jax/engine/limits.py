@@ -1,7 +1,8 @@
-"""What a round may ask for: checked on the host, before a pool is sized or anything is computed."""
+"""What rounds and pools may ask for: checked on the host, before anything is computed."""
 
 from collections.abc import Sequence
 
+from tokendance_jax import host
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.prompt.round import PromptError, Round
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
@@ -48,3 +49,22 @@ def check_page_size(page_size: int) -> None:
     """
     if page_size not in (1 << bit for bit in range(9)):
         raise ValueError(f"page_size: {page_size} is not a power of two of at most 256")
+
+
+def check_kv_memory(kv_memory: int) -> None:
+    """Refuses a page pool that the default device can't hold.
+
+    Raises:
+      ValueError: the device has less memory.
+    """
+    memory = host.memory()
+    if memory is not None and kv_memory > memory:
+        raise too_large(kv_memory, f"the device has {memory / 2**30:,.1f} GiB in all")
+
+
+def too_large(kv_memory: int, why: str) -> ValueError:
+    """The error about a pool for which there is no memory."""
+    return ValueError(
+        f"kv_memory: a pool of {kv_memory / 2**30:,.1f} GiB is too large: {why}; give less, or "
+        "serve fewer agents or shorter answers"
+    )
