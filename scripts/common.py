@@ -267,25 +267,33 @@ def write_json(path: str, content: dict[str, Any]) -> None:
 
 
 def check_json_path(path: str | None) -> None:
-    """Refuses a `--json` that could not be written, before any work is done.
+    """As `check_file`, of `--json`."""
+    if path is not None:
+        check_file(path, "json")
+
+
+def check_file(path: str, flag: str) -> None:
+    """Refuses a path that a file could not be written to, before any work is done.
+
+    Args:
+      path: the path.
+      flag: the flag that names it.
 
     Raises:
       PromptError: the folder does not exist or can't be written to, or the path is no file's.
     """
-    if path is None:
-        return
     target = Path(path).resolve()
     if not target.parent.is_dir():
-        raise PromptError(f"json: the folder {target.parent} does not exist; make it first")
+        raise PromptError(f"{flag}: the folder {target.parent} does not exist; make it first")
     if not path or (target.exists() and not target.is_file()):
-        raise PromptError(f"json: {path!r} is no file; name one in a folder")
+        raise PromptError(f"{flag}: {path!r} is no file; name one in a folder")
     trial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         trial.touch()
         trial.unlink()
     except OSError as error:
         raise PromptError(
-            f"json: {path!r} can't be written ({error.strerror}); name a file in another folder"
+            f"{flag}: {path!r} can't be written ({error.strerror}); name a file in another folder"
         ) from None
 
 
