@@ -15,6 +15,13 @@ from absl.testing import flagsaver
 from scripts import serve_round
 from tokendance_jax.demo import demo_trace, harbour_trace
 from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.result import (
+    AgentLedger,
+    AgentResult,
+    RoundLedger,
+    RoundResult,
+    Timings,
+)
 from tokendance_jax.prompt import AgentPrompt, Round, Segment, Trace, write_trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,27 +157,33 @@ def test_serves_a_file_and_live_rounds(serve, tmp_path):
 
 @pytest.fixture
 def moments(monkeypatch):
-    """The rounds that engines serve."""
-    found, serve = [], RoundEngine.serve
+    """The rounds that engines are asked to serve; agents answer with their name and the round."""
+    found = []
 
-    def kept(engine, moment, **arguments):
+    def answer(engine, moment, **_):
         found.append(moment)
-        return serve(engine, moment, **arguments)
+        own = AgentLedger({}, 1, 1, 0, 1, 1, 1.0, 1)
+        agents = (
+            AgentResult(prompt.agent, f"{prompt.agent}, {moment.index}\n", (1,), "stop", own)
+            for prompt in moment.agents
+        )
+        ledger = RoundLedger({}, 1, 1, 1, 1, 1.0, 1.0, 0, len(moment.agents), 1, 1, 1)
+        return RoundResult(moment.index, tuple(agents), Timings(*[0.0] * 5), ledger)
 
-    monkeypatch.setattr(RoundEngine, "serve", kept)
+    monkeypatch.setattr(RoundEngine, "serve", answer)
     return found
 
 
 def test_live_rounds_hold_nothing_that_was_recorded(serve, moments):
     """The demo's answers end without a newline, its blocks with one; six agents are left out."""
-    arguments = "--noreplay", "--agents=2", "--policy=dense", "--max_new_tokens=3"
-    status, written = serve(*arguments)
+    status, _ = serve("--noreplay", "--agents=2", "--policy=dense")
     assert status == 0
-    for row, moment in zip(written["rounds"], moments[1:], strict=False):
+    assert [moment.index for moment in moments] == [0, 1, 2]
+    first, second = (prompt.agent for prompt in moments[0].agents)
+    for moment in moments[1:]:
+        said = [f"{agent}, {moment.index - 1}\n" for agent in (first, second)]
         for prompt in moment.agents:
-            shared = [s for s in prompt.segments if s.kind == "shared"]
-            assert [s.author.agent for s in shared] == list(row["outputs"])
-            assert [s.text for s in shared] == [f"{text}\n" for text in row["outputs"].values()]
+            assert [s.text for s in prompt.segments if s.kind == "shared"] == said
 
 
 @pytest.mark.parametrize(
@@ -223,7 +236,7 @@ def test_who_has_no_home_folder_is_told_so(serve, capsys, monkeypatch):
     )
 
 
-def test_a_late_error_loses_nothing(serve, capsys, monkeypatch, tmp_path):
+def test_a_late_error_loses_nothing(serve, moments, capsys, monkeypatch, tmp_path):
     inner, kept = RoundEngine.serve, []
 
     def failing(engine, moment, **arguments):
@@ -233,8 +246,9 @@ def test_a_late_error_loses_nothing(serve, capsys, monkeypatch, tmp_path):
         return inner(engine, moment, **arguments)
 
     monkeypatch.setattr(RoundEngine, "serve", failing)
-    status, written = serve("--policy=dense", "--agents=2", "--max_new_tokens=3")
+    status, written = serve("--policy=dense", "--agents=2")
     assert status == 1
+    assert len(moments) == 2
     assert [row["round"] for row in written["rounds"]] == [0, 1]
     assert kept == [written]
     shown = capsys.readouterr()
@@ -256,7 +270,7 @@ def test_a_replay_that_cannot_be_served_whole_is_not_begun(serve, moments, capsy
         assert "serve_round: round 2: agent 'Edda': the prompt has" in capsys.readouterr().err
 
 
-def test_text_of_others_is_shown_harmlessly(serve, capsys, tmp_path):
+def test_text_of_others_is_shown_harmlessly(serve, moments, capsys, tmp_path):
     task = Segment("task", "t", text="\x1b[2J\x1b[31mWhere?\n")
     prompt = AgentPrompt("[red]Ann\x1b]0;renamed\x07\u202e", (task,), 2)
     write_trace(tmp_path / "x.jsonl", Trace("[b]x\x9b", (Round((prompt,), max_new_tokens=2),)))
@@ -266,6 +280,8 @@ def test_text_of_others_is_shown_harmlessly(serve, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert r"[red]Ann\x1b]0;renamed\x07\u202e: \x1b[2J\x1b[31mWhere?" in shown
     assert r"[b]x\x9b: 1 rounds" in shown
+    assert r"  [red]Ann\x1b]0;renamed\x07\u202e, 0" in shown
+    assert len(moments) == 1
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
 
 
