@@ -96,8 +96,17 @@ def sized_model(source: str, dtype: str) -> Model:
 
 
 def trace_of(path: str, name: str | None) -> Trace:
-    """Reads the trace that `--trace` and `--trace_name` name: "demo", or a file."""
-    return demo_trace() if path == DEMO else read_trace(Path(path), name)
+    """Reads the trace that `--trace` and `--trace_name` name: "demo", or a file.
+
+    Raises:
+      PromptError: it can't be read, or there is none of that name.
+    """
+    if path != DEMO:
+        return read_trace(Path(path), name)
+    trace = demo_trace()
+    if name not in (None, trace.name):
+        raise PromptError(f"trace_name: the demo has no trace {name!r}; name a file with --trace")
+    return trace
 
 
 def cut_trace(

@@ -37,20 +37,24 @@ def shared(trace):
 
 
 def test_blocks_of_agents_that_are_left_out():
-    whole = demo_trace()
-    cut = {"rounds": 2, "agents": 3, "max_new_tokens": 7}
-    replayed = common.cut_trace(whole, **cut)
+    def cut(trace, live=False):
+        return common.cut_trace(trace, rounds=2, agents=3, max_new_tokens=7, live=live)
+
+    def authors(trace):
+        return {segment.author and segment.author.agent for segment in shared(trace)}
+
+    replayed = cut(demo_trace())
     assert [len(moment.agents) for moment in replayed.rounds] == [3, 3]
     assert len(shared(replayed)) == 3 * 8
     assert {p.max_new_tokens or m.max_new_tokens for m in replayed.rounds for p in m.agents} == {7}
-    live = common.cut_trace(whole, **cut, live=True)
+    live = cut(demo_trace(), live=True)
     assert len(shared(live)) == 3 * 3
     names = {prompt.agent for prompt in live.rounds[0].agents}
-    assert {segment.author.agent for segment in shared(live)} == names
+    assert authors(live) == names
     # A replay needs no authors, but keeps those that there are.
-    named = common.cut_trace(name_authors(whole), **cut)
+    named = cut(name_authors(demo_trace()))
     assert len(shared(named)) == 3 * 8
-    assert {segment.author and segment.author.agent for segment in shared(named)} == {*names, None}
+    assert authors(named) == {*names, None}
 
 
 def test_the_pool_holds_no_more_than_the_context_allows(small_model):

@@ -191,6 +191,7 @@ def test_live_rounds_hold_nothing_that_was_recorded(serve, moments):
     [
         (("--model=nowhere.gguf",), "nowhere.gguf"),
         (("--model=~nobody at all/x",), "model: ~nobody at all/x: there is no such home folder"),
+        (("--trace_name=other",), "trace_name: the demo has no trace 'other'"),
         (("--page_size=0",), "page_size"),
         (("--row_budget=0",), "row_budget"),
         (("--top_k=3000000000",), "top_k"),
