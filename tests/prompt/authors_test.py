@@ -127,11 +127,16 @@ def test_an_unknown_answer_may_equal_a_known_one():
         (block("to/Cyd", "I agree.\n"), "named after 'Cyd', but has the text of 'Ann'"),
         (block("out/r0/Dan", "Well.\n"), "is named as an answer, but the trace has no such"),
         (block("out/r7/Ann", "Well.\n"), "is named as an answer, but the trace has no such"),
-        (block("log", "Eve: I am tired now.\n"), "holds the answer of 'Eve' in round 0 and more"),
+        (
+            block("log", "Eve: I am tired of waiting.\n"),
+            "holds the answer of 'Eve' in round 0 in part or ",
+        ),
+        (block("cut", "I am tired of"), "holds the answer of 'Eve' in round 0 in part or "),
+        (Segment("shared", "ids", token_ids=(1, 2)), "holds token ids"),
     ],
 )
 def test_what_looks_like_an_answer_and_is_none_is_refused(shared, message):
-    first = moment(0, {**SAID, "Eve": "I am tired now."})
+    first = moment(0, {**SAID, "Eve": "I am tired of waiting."})
     with pytest.raises(PromptError, match=f"round 1: shared segment {shared.id!r} .*{message}"):
         authors(first, moment(1, SAID, shared))
 

@@ -225,6 +225,8 @@ class _RoundNamer:
 
     def _check_nobodys(self, block: Segment) -> None:
         """Refuses a block that looks like an answer, or holds one, but is none that is known."""
+        if block.text is None:
+            raise self._error(block, "holds token ids, which no answer is compared with")
         if _GATHERED.fullmatch(block.id):
             raise self._error(block, "is named as an answer, but the trace has no such answer")
         if unknown := self._unknown():
@@ -233,9 +235,10 @@ class _RoundNamer:
             )
         for index, answers in enumerate(self._recorded):
             for agent, answer in answers.items():
-                if answer is not None and _quotes(block.text or "", _bare(answer)):
+                if answer is not None and _quotes(_bare(block.text), _bare(answer)):
                     raise self._error(
-                        block, f"holds the answer of {_names([Author(index, agent)])} and more"
+                        block,
+                        f"holds the answer of {_names([Author(index, agent)])} in part or more",
                     )
 
     def _unknown(self) -> list[Author]:
@@ -281,10 +284,11 @@ def _named(segment_id: str, agents: Iterable[str]) -> str | None:
 
 
 def _quotes(text: str, answer: str) -> bool:
-    """Whether a text holds an answer that is long enough not to stand there by chance."""
-    if len(answer) < _TELLING or answer not in text:
+    """Whether a text holds an answer, or its beginning, too long to stand there by chance."""
+    if min(len(answer), len(text)) < _TELLING:
         return False
-    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
+    whole = rf"(?<!\w){re.escape(answer)}(?!\w)"
+    return answer.startswith(text) or (answer in text and re.search(whole, text) is not None)
 
 
 def _names(authors: Sequence[Author]) -> str:
