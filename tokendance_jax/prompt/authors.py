@@ -236,10 +236,8 @@ class _RoundNamer:
         for index, answers in enumerate(self._recorded):
             for agent, answer in answers.items():
                 if answer is not None and _quotes(_bare(block.text), _bare(answer)):
-                    raise self._error(
-                        block,
-                        f"holds the answer of {_names([Author(index, agent)])} in part or more",
-                    )
+                    author = _names([Author(index, agent)])
+                    raise self._error(block, f"quotes {author}, but is not that answer alone")
 
     def _unknown(self) -> list[Author]:
         """Who gave answers that are not known, and have no block yet."""
