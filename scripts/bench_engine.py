@@ -10,7 +10,7 @@ timed in turns, and the ratio is the median over the turns, so that a busy machi
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,11 +74,13 @@ def main(argv: Sequence[str]) -> int:
     return measure.run(argv, _measure, json=_JSON.value)
 
 
-def _measure(console: Console) -> dict[str, Any]:
+def _measure(console: Console) -> Iterator[dict[str, Any]]:
     timings: list[Timing] = []
     for dtype in _DTYPE.value:
         model = common.sized_model(_MODEL.value, dtype)
-        timings += [time_prefill(model), time_decode(model)]
+        for time in (time_prefill, time_decode):
+            timings.append(time(model))
+            yield {"timings": [{**dataclasses.asdict(t), "ratio": t.ratio} for t in timings]}
         del model
     table = measure.table("what", "precision", "ms", "products\nalone, ms", "ratio", "tokens/s")
     for timing in timings:
@@ -91,7 +93,6 @@ def _measure(console: Console) -> dict[str, Any]:
             f"{timing.tokens_per_s:,.0f}",
         )
     console.print(table)
-    return {"timings": [{**dataclasses.asdict(t), "ratio": t.ratio} for t in timings]}
 
 
 class Bench:

@@ -10,7 +10,7 @@ their attention alone are timed in turns; the ratio is the median over the turns
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,11 +74,12 @@ def main(argv: Sequence[str]) -> int:
     return measure.run(argv, _measure, json=_JSON.value)
 
 
-def _measure(console: Console) -> dict[str, Any]:
+def _measure(console: Console) -> Iterator[dict[str, Any]]:
     results: list[Result] = []
     for dtype in _DTYPE.value:
         model = common.sized_model(_MODEL.value, dtype)
         results += time_steps(model)
+        yield {"timings": [{**dataclasses.asdict(r), "ratio": r.ratio} for r in results]}
         del model
     title = f"{_AGENTS.value} agents, {_SHARED.value} shared and {_PRIVATE.value} own tokens"
     columns = "precision", "shared, ms", "copies, ms", "ratio", "difference"
@@ -93,7 +94,6 @@ def _measure(console: Console) -> dict[str, Any]:
             f"{result.difference:.1e}",
         )
     console.print(table)
-    return {"timings": [{**dataclasses.asdict(r), "ratio": r.ratio} for r in results]}
 
 
 def time_steps(model: Model) -> list[Result]:

@@ -12,16 +12,15 @@ known. Calls of a kernel that reads one layer follow each other through all laye
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import app, flags
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from scripts import kernel_report, measure
+from scripts import kernel_report, measure, terminal
 from scripts.kernel_subjects import SUBJECTS, Program, Subject
 from scripts.kernel_work import Work
 from tokendance_jax import targets
@@ -63,8 +62,9 @@ def main(argv: Sequence[str]) -> int:
     return measure.run(argv, _measure, json=FLAGS.json, width=110)
 
 
-def _measure(console: Console) -> dict[str, Any]:
+def _measure(console: Console) -> Iterator[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
     for size in FLAGS.model:
         config = Qwen2Config.preset(size)
         layers = min(_LAYERS.value, config.num_hidden_layers) or config.num_hidden_layers
@@ -86,14 +86,15 @@ def _measure(console: Console) -> dict[str, Any]:
                 found += [names | row for row in timed]
             _print(console, found)
             rows += found
-    wrong = [
-        f"{row['kernel']} by {row['implementation']}"
-        for row in rows
-        if row["wrong"] and row["implementation"] in IMPLEMENTATIONS
-    ]
+            wrong += [
+                f"{row['kernel']} by {row['implementation']}"
+                for row in found
+                if row["wrong"] and row["implementation"] in IMPLEMENTATIONS
+            ]
+            if not wrong:
+                yield {"device": jax.devices()[0].device_kind, "kernels": rows}
     if wrong:
         raise WrongValues(f"{', '.join(wrong)}: not the values of the reference; no time is shown")
-    return {"device": jax.devices()[0].device_kind, "kernels": rows}
 
 
 def _implementations() -> list[str]:
@@ -165,7 +166,7 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         if row["reason"]:
             name = f"{row['kernel']}, {row['implementation']}"
-            console.print(escape(f"{name}: {row['reason']}"))
+            console.print(terminal.markup(f"{name}: {row['reason']}"))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:

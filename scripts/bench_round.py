@@ -15,7 +15,7 @@ programs many times in one turn, and is timed once.
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -36,7 +36,9 @@ _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
 _TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
 _TRACE_NAME = flags.DEFINE_string("trace_name", None, "Which trace of a file with several.")
 _ROUND = flags.DEFINE_integer("round", 1, "The round to measure.", lower_bound=0)
-_AGENTS = flags.DEFINE_multi_integer("agents", [0], "The first so many agents; 0: all; repeat.")
+_AGENTS = flags.DEFINE_multi_integer(
+    "agents", [0], "The first so many agents; 0: all; repeat.", lower_bound=0
+)
 _POLICY = flags.DEFINE_multi_enum(
     "policy",
     ["tokendance", "epic", "blend", "blend-batched", "prefix", "dense"],
@@ -44,10 +46,15 @@ _POLICY = flags.DEFINE_multi_enum(
     "Policies to measure; repeat the flag.",
 )
 _HEAD_PAGES = flags.DEFINE_multi_integer(
-    "head_pages", [0, common.HEAD_PAGES], "Heads of tokendance; 0: none; repeat the flag."
+    "head_pages",
+    [0, common.HEAD_PAGES],
+    "Heads of tokendance; 0: none; repeat the flag.",
+    lower_bound=0,
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
-_ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
+_ROW_BUDGET = flags.DEFINE_integer(
+    "row_budget", 2048, "Most rows computed in one prefill call.", lower_bound=1
+)
 _TURNS = flags.DEFINE_integer("turns", 2, "How often each is timed.", lower_bound=1)
 _LONG = flags.DEFINE_float("long", 20, "Seconds of prefill from which one turn is enough.")
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
@@ -58,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     return measure.run(argv, _measure, json=_JSON.value, width=100)
 
 
-def _measure(console: Console) -> dict[str, Any]:
+def _measure(console: Console) -> Iterator[dict[str, Any]]:
     host.cache_compilations(None)
     rows: list[dict[str, Any]] = []
     whole = common.trace_of(_TRACE.value, _TRACE_NAME.value)
@@ -70,7 +77,7 @@ def _measure(console: Console) -> dict[str, Any]:
         measured = time_policies(model, trace)
         console.print(_table(trace, measured))
         rows += measured
-    return {"prefill": rows}
+        yield {"prefill": rows}
 
 
 def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:

@@ -7,14 +7,12 @@ folder, which loads faster. Nothing is left at the target when the conversion fa
   python -m scripts.convert_weights --source=model.gguf --target=weights/coder --dtype=float32
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import app, flags
 
-from scripts import common
-from tokendance_jax.models.loading import CheckpointError, load_checkpoint, save_orbax
+from scripts import common, terminal
+from tokendance_jax.models.loading import load_checkpoint, save_orbax
 from tokendance_jax.models.loading.sidecars import check_target
 
 _SOURCE = flags.DEFINE_string(
@@ -38,16 +36,18 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     common.quiet_logs()
-    target = Path(_TARGET.value).expanduser()
     try:
+        common.path_of(_SOURCE.value, "source")
+        target = common.path_of(_TARGET.value, "target")
         check_target(target)
         checkpoint = load_checkpoint(_SOURCE.value, dtype=_DTYPE.value, progress=True)
         save_orbax(checkpoint, target)
-    except (CheckpointError, OSError) as error:
-        print(f"convert_weights: {error}", file=sys.stderr)
+    except common.ERRORS as error:
+        terminal.complain("convert_weights", error)
         return 1
     size = sum(array.nbytes for array in checkpoint.params.values())
-    print(f"{checkpoint.name}: {len(checkpoint.params)} arrays, {size:,} bytes -> {target}")
+    found = f"{checkpoint.name}: {len(checkpoint.params)} arrays, {size:,} bytes -> {target}"
+    terminal.console().print(terminal.markup(found), soft_wrap=True)
     return 0
 
 

@@ -167,7 +167,7 @@ def measure_variants(
     guided: bool = False,
     audit: bool = False,
     console: Console | None = None,
-) -> list[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Grades variants in settings, one engine for each.
 
     Args:
@@ -179,8 +179,8 @@ def measure_variants(
       audit: whether the first variant that reads bases answers from shuffled ones too.
       console: where progress is printed.
 
-    Returns:
-      A row for each variant, setting and round of the setting.
+    Yields:
+      After each variant and setting, a row for each variant, setting and round so far.
     """
     dense = Variant("dense")
     others = [variant for variant in variants if variant.policy != "dense"]
@@ -189,7 +189,7 @@ def measure_variants(
         todo.append((SHUFFLED, collective))
     memory = _PAGES * model.kv_spec(pages=1, page_size=16).page_bytes
     programs = None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (name, variant), setting in itertools.product(todo, settings):
         if console:
             console.print(f"{setting}: {name}")
@@ -211,7 +211,7 @@ def measure_variants(
             shuffle=name == SHUFFLED,
         )
         rows += [{**row, **variant.choices, "name": name} for row in _rows(setting, graded)]
-    return rows
+        yield rows
 
 
 def _rows(setting: str, graded: Sequence[Graded]) -> Iterator[dict[str, Any]]:

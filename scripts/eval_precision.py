@@ -9,7 +9,7 @@ arithmetic: differences below it mean nothing.
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     return measure.run(argv, _measure, json=_JSON.value)
 
 
-def _measure(console: Console) -> dict[str, Any]:
+def _measure(console: Console) -> Iterator[dict[str, Any]]:
     trace = common.cut_trace(
         common.trace_of(_TRACE.value, _TRACE_NAME.value),
         rounds=_ROUNDS.value,
@@ -50,17 +50,19 @@ def _measure(console: Console) -> dict[str, Any]:
         "float32, KV in bfloat16": ("float32", "bfloat16", 2048),
         "bfloat16": ("bfloat16", "bfloat16", 2048),
     }
-    logits = {}
-    for name, (dtype, kv_dtype, row_budget) in variants.items():
-        console.print(f"Computing: {name}")
-        logits[name] = _logits(trace, dtype, kv_dtype, row_budget)
-    reference = logits.pop("float32")
     columns = "positions", "mean KL", "p95 KL", "top-1"
     table = measure.table("against dense float32", *columns)
+    reference: list[np.ndarray] = []
     rows = []
-    for name, other in logits.items():
-        result = agreement(reference, other)
+    for name, (dtype, kv_dtype, row_budget) in variants.items():
+        console.print(f"Computing: {name}")
+        logits = _logits(trace, dtype, kv_dtype, row_budget)
+        if name == "float32":
+            reference = logits
+            continue
+        result = agreement(reference, logits)
         rows.append({"variant": name, **dataclasses.asdict(result)})
+        yield {"trace": trace.name, "precision": rows}
         table.add_row(
             name,
             str(result.positions),
@@ -69,7 +71,6 @@ def _measure(console: Console) -> dict[str, Any]:
             f"{result.top1:.4f}",
         )
     console.print(table)
-    return {"trace": trace.name, "precision": rows}
 
 
 def _logits(trace: Trace, dtype: str, kv_dtype: str, row_budget: int) -> list[np.ndarray]:

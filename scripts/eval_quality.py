@@ -18,16 +18,15 @@ import dataclasses
 import gc
 import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from scripts import common, demo_probes, measure, pareto
+from scripts import common, demo_probes, measure, pareto, terminal
 from scripts.variants import NOISE, SHUFFLED, UNLIMITED, Variant, audited
 from tokendance_jax import host
 from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
@@ -66,12 +65,17 @@ _SELECTION = flags.DEFINE_multi_enum(
     "selection", ["none", "head"], list(SELECTIONS), "Selections of tokendance; repeat the flag."
 )
 _HEAD_PAGES = flags.DEFINE_multi_integer(
-    "head_pages", [common.HEAD_PAGES], "Pages that limited selections compute; repeat the flag."
+    "head_pages",
+    [common.HEAD_PAGES],
+    "Pages that limited selections compute; repeat the flag.",
+    lower_bound=0,
 )
 _PREAMBLE = flags.DEFINE_string("preamble", None, common.PREAMBLE_HELP)
 _BLEND_RATIO = flags.DEFINE_float("blend_ratio", 0.15, "Share of tokens that blend recomputes.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
-_ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
+_ROW_BUDGET = flags.DEFINE_integer(
+    "row_budget", 2048, "Most rows computed in one prefill call.", lower_bound=4
+)
 _PROBES = flags.DEFINE_bool("probes", False, "Whether to grade answers to probes of the town.")
 _SETTING = flags.DEFINE_multi_enum(
     "setting", list(demo_probes.SETTINGS), list(demo_probes.SETTINGS), "Rounds of probes; repeat."
@@ -101,26 +105,38 @@ def main(argv: Sequence[str]) -> int:
     return measure.run(argv, _measure, json=_JSON.value)
 
 
-def _grade(console: Console) -> dict[str, Any]:
-    host.cache_compilations(None)
-    rows = demo_probes.measure_variants(
-        common.model_of(_MODEL.value, _DTYPE.value),
-        _variants(),
-        _SETTING.value,
-        draws=_DRAWS.value,
-        guided=_GUIDE.value,
-        audit=_AUDIT.value,
-        console=console,
-    )
-    for table in demo_probes.tables(rows):
-        console.print(table)
-    return {"policies": rows}
+def _grade(console: Console) -> Iterator[dict[str, Any]]:
+    _check_flags()
+    rows: list[dict[str, Any]] = []
+    try:
+        for rows in demo_probes.measure_variants(
+            common.model_of(_MODEL.value, _DTYPE.value),
+            _variants(),
+            _SETTING.value,
+            draws=_DRAWS.value,
+            guided=_GUIDE.value,
+            audit=_AUDIT.value,
+            console=console,
+        ):
+            yield {"policies": rows}
+    finally:  # after an error too
+        for table in demo_probes.tables(rows):
+            console.print(table)
 
 
-def _measure(console: Console) -> dict[str, Any]:
-    host.cache_compilations(None)
+def _check_flags() -> None:
+    """Refuses what can be known to be wrong before anything is loaded, and sets up the cache."""
+    for variant in _variants():
+        common.check_policies([variant.policy], variant.options)
+    common.preamble_of(_PREAMBLE.value)
     if _PLOT.value:
-        importlib.import_module("matplotlib")  # that it is missing shows before the work is done
+        importlib.import_module("matplotlib")
+        common.check_file(_PLOT.value, "plot")
+    host.cache_compilations(None)
+
+
+def _measure(console: Console) -> Iterator[dict[str, Any]]:
+    _check_flags()
     trace = common.trace_of(_TRACE.value, _TRACE_NAME.value)
     stop = _FIRST_ROUND.value + _ROUNDS.value if _ROUNDS.value else 0
     trace = common.cut_trace(trace, rounds=stop, agents=_AGENTS.value, max_new_tokens=0)
@@ -128,14 +144,18 @@ def _measure(console: Console) -> dict[str, Any]:
     if not rounds:
         raise PromptError(f"first_round: the trace ends before round {_FIRST_ROUND.value}")
     model = common.model_of(_MODEL.value, _DTYPE.value)
-    measured = compare_variants(model, trace, rounds, _variants(), console)
-    rows = _rows(trace.name, measured)
-    console.print(_table(rows))
-    console.print(_detail(rows))
+    rows: list[dict[str, Any]] = []
+    try:
+        for measured in compare_variants(model, trace, rounds, _variants(), console):
+            rows = _rows(trace.name, measured)
+            yield {"policies": rows}
+    finally:  # after an error too
+        if rows:
+            console.print(_table(rows))
+            console.print(_detail(rows))
     if _PLOT.value:
         pareto.plot([rows], _PLOT.value)
-        console.print(f"Written: {escape(_PLOT.value)}")
-    return {"policies": rows}
+        console.print(f"Written: {terminal.markup(_PLOT.value)}")
 
 
 def _variants() -> list[Variant]:
@@ -157,7 +177,7 @@ def compare_variants(
     rounds: Sequence[Round],
     variants: Sequence[Variant],
     console: Console,
-) -> dict[Variant | str, Measured]:
+) -> Iterator[dict[Variant | str, Measured]]:
     """Measures variants over rounds of a trace, one engine each, so that its caches live on.
 
     Args:
@@ -167,8 +187,9 @@ def compare_variants(
       variants: what to measure.
       console: where progress is printed.
 
-    Returns:
-      What each variant gave, and under names of their own the noise floor and the audit.
+    Yields:
+      After each variant what all gave so far, under names of their own the noise floor and the
+      audit.
     """
     prompts = [tokenize_round(moment, model.tokenizer, chat=False) for moment in rounds]
     most = max(len(p.token_ids) + _TOKENS.value for round_ in prompts for p in round_)
@@ -194,13 +215,14 @@ def compare_variants(
 
     dense = Variant("dense")
     reference = engine(dense)
-    console.print(f"{trace.name}: dense")
+    console.print(f"{terminal.markup(trace.name)}: dense")
     answers = [_continuations(reference, moment) for moment in rounds]
     results: dict[Variant | str, Measured] = {dense: Measured()}
     streams = []
     for moment, prompt, answer in zip(rounds, prompts, answers, strict=True):
         streams.append(_score(reference, results[dense], moment, prompt, answer, None))
     del reference
+    yield results
     everything = list(zip(rounds, prompts, answers, streams, strict=True))
 
     todo: list[tuple[Variant | str, Variant]] = [(variant, variant) for variant in variants]
@@ -209,7 +231,8 @@ def compare_variants(
     if _AUDIT.value and (collective := audited(variants)) is not None:
         todo.append((SHUFFLED, collective))
     for key, variant in todo:
-        console.print(f"{trace.name}: {key if isinstance(key, str) else key.name}")
+        name = key if isinstance(key, str) else key.name
+        console.print(f"{terminal.markup(trace.name)}: {name}")
         results[key] = Measured()
         budget = _ROW_BUDGET.value // 4 if key == NOISE else _ROW_BUDGET.value
         made = engine(variant, budget)
@@ -220,7 +243,7 @@ def compare_variants(
             _score(made, results[key], moment, prompt, answer, expected)
         del made
         gc.collect()
-    return results
+        yield results
 
 
 def _page_bytes(model: Model) -> int:
@@ -309,7 +332,7 @@ def _detail(rows: Sequence[dict[str, Any]]) -> Table:
     by_round, by_agent = rows[0]["kl_by_round"], rows[0]["kl_by_agent"]
     table = measure.table("policy", title="mean KL")
     for name in [*(f"round {index}" for index in by_round), *by_agent]:
-        table.add_column(escape(name), justify="right", overflow="fold")
+        table.add_column(terminal.markup(name), justify="right", overflow="fold")
     for row in rows[1:]:
         values = [*row["kl_by_round"].values(), *row["kl_by_agent"].values()]
         table.add_row(row["name"], *(f"{value:.2g}" for value in values))

@@ -10,7 +10,7 @@ a bound, not a measurement. Needs the `aot` extra.
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 if __name__ == "__main__":
@@ -51,7 +51,9 @@ _TARGET = flags.DEFINE_multi_enum("target", ["h100"], list(targets.TARGETS), "Ta
 _AGENTS = flags.DEFINE_integer("agents", 25, "Agents.", lower_bound=1)
 _SHARED = flags.DEFINE_integer("shared", 2048, "Tokens that all agents share.", lower_bound=256)
 _OWN = flags.DEFINE_integer("own", 256, "Tokens of each agent's own.", lower_bound=256)
-_ROWS = flags.DEFINE_multi_integer("rows", [128, 20], "Rows of each agent in a prefill; repeat.")
+_ROWS = flags.DEFINE_multi_integer(
+    "rows", [128, 20], "Rows of each agent in a prefill; repeat.", lower_bound=1
+)
 _PAGE_SIZE = flags.DEFINE_enum("page_size", "16", ["16", "32"], "Token slots in a page.")
 _JSON = flags.DEFINE_string("json", None, "File to write the results to.")
 
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     return measure.run(argv, _measure, json=_JSON.value, width=132)  # Markdown, as wide as it is
 
 
-def _measure(console: Console) -> dict[str, Any]:
+def _measure(console: Console) -> Iterator[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in _TARGET.value:
         target = targets.TARGETS[name]
@@ -71,7 +73,7 @@ def _measure(console: Console) -> dict[str, Any]:
             found = (report(case, target) for case in of_kernels)
             rows += [{"model": size, "dtype": dtype} | row for row in found]
         console.print(_table(name, [row for row in rows if row["target"] == name]))
-    return {"kernels": rows}
+        yield {"kernels": rows}
 
 
 def cases(

@@ -1,8 +1,7 @@
 """The frame of the scripts that measure: errors, results, calls timed in turns, tables."""
 
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,52 +10,55 @@ import numpy as np
 from absl import app
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from scripts import common
+from scripts import common, terminal
 from tokendance_jax import host
 from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.programs import DecodeState
 from tokendance_jax.engine.sampling import SamplingArrays, sampling_arrays
-from tokendance_jax.paged import OutOfPages
-from tokendance_jax.targets import TargetUnavailable
 
 
 def run(
     argv: Sequence[str],
-    measure: Callable[[Console], dict[str, Any]],
+    measure: Callable[[Console], Iterator[dict[str, Any]]],
     *,
     json: str | None,
     width: int | None = None,
 ) -> int:
-    """Runs a measurement, and writes down what it found.
+    """Runs a measurement, and writes down what it finds as it goes.
 
     Args:
       argv: the script and what flags left of its arguments: nothing.
-      measure: prints what it finds, and returns it for the file.
+      measure: prints what it finds, and yields it for the file: all of it, each time there is more.
       json: the file, or None.
       width: columns of the console; None: the terminal's.
 
     Returns:
-      The exit status: 0, or 1 after an error, of which the message alone is shown.
+      The exit status: 0, 1 after an error, of which the message alone is shown, or 130 after
+      Ctrl-C.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     common.quiet_logs()
     host.tune_allocator()
-    console = Console(highlight=False, width=width)
+    console = terminal.console(width=width)
+    status, written = 0, False
     try:
         common.check_json_path(json)
-        found = measure(console)
-    except (OutOfPages, TargetUnavailable, OSError, ValueError) as error:
-        print(f"{Path(argv[0]).stem}: {error}", file=sys.stderr)
-        return 1
-    if json:
-        common.write_json(json, found)
-        console.print(f"Written: {escape(json)}")
-    return 0
+        for found in measure(console):
+            if json:
+                common.write_json(json, found)
+                written = True
+    except KeyboardInterrupt:
+        status = common.INTERRUPTED
+    except common.ERRORS as error:
+        terminal.complain(Path(argv[0]).stem, error)
+        status = 1
+    if json and written:
+        console.print(f"Written: {terminal.markup(json)}")
+    return status
 
 
 def in_turns(
@@ -85,8 +87,8 @@ def in_turns(
 def table(first: str, *others: str, title: str | None = None, caption: str | None = None) -> Table:
     """An empty table of names, and of figures to the right of them."""
     made = Table(
-        title=title and escape(title),
-        caption=caption and escape(caption),
+        title=title and terminal.markup(title),
+        caption=caption and terminal.markup(caption),
         box=box.SIMPLE_HEAD,
         padding=0,
         show_edge=False,

@@ -52,11 +52,11 @@ def plot(
 def lines(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     """The points of each line by their work, each with a short name.
 
-    What checks the measurement is left out.
+    What checks the measurement is left out, and so are numbers that were not finite.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows[1:]:
-        if row["policy"] in (NOISE, SHUFFLED, "dense"):
+        if row["policy"] in (NOISE, SHUFFLED, "dense") or None in (row["kl_mean"], row["top1"]):
             continue
         label = row["policy"] if row["base"] is None else f"{row['policy']}, {row['base']}"
         name = row["name"].removeprefix("tokendance ").split(",")[0]

@@ -5,12 +5,12 @@ python -m scripts.plot_quality --out=quality.png --kl=0.02 --top1=0.97 rounds.js
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags
 
+from scripts import common, terminal
 from scripts.pareto import Rows, plot
 
 _OUT = flags.DEFINE_string("out", "quality.png", "The PNG file.")
@@ -23,11 +23,12 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) < 2:
         raise app.UsageError("name at least one file that eval_quality --json wrote")
     try:
+        common.check_file(_OUT.value, "out")
         plot([read(Path(name)) for name in argv[1:]], _OUT.value, kl=_KL.value, top1=_TOP1.value)
-    except (OSError, ValueError) as error:
-        print(f"{Path(argv[0]).stem}: {error}", file=sys.stderr)
+    except common.ERRORS as error:
+        terminal.complain(Path(argv[0]).stem, error)
         return 1
-    print(f"Written: {_OUT.value}")
+    terminal.console().print(f"Written: {terminal.markup(_OUT.value)}", soft_wrap=True)
     return 0
 
 

@@ -11,7 +11,6 @@ extra.
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,10 +21,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 from absl import app, flags
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from scripts import common
+from scripts import common, terminal
 from tokendance_jax import targets
 from tokendance_jax.engine.ahead import NAMES, RoundSize, compile_round
 from tokendance_jax.models.qwen2.config import Qwen2Config
@@ -47,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     common.quiet_logs()
-    console = Console(highlight=False, width=140)  # Markdown, as wide as it is
+    console = terminal.console(width=140)  # Markdown, as wide as it is
     rows: list[dict[str, Any]] = []
     try:
         common.check_json_path(_JSON.value)
@@ -62,14 +60,16 @@ def main(argv: Sequence[str]) -> int:
             console.print(_table(name, found))
             for row in found:
                 if "refused" in row:
-                    console.print(f"{row['model']} {row['program']}: {row['refused']}")
+                    refused = f"{row['model']} {row['program']}: {row['refused']}"
+                    console.print(terminal.markup(refused))
             rows += found
-    except (targets.TargetUnavailable, ValueError, OSError) as error:
-        print(f"program_report: {error}", file=sys.stderr)
+            if _JSON.value:
+                common.write_json(_JSON.value, {"programs": rows})
+    except common.ERRORS as error:
+        terminal.complain("program_report", error)
         return 1
     if _JSON.value:
-        common.write_json(_JSON.value, {"programs": rows})
-        console.print(f"Written: {_JSON.value}")
+        console.print(f"Written: {terminal.markup(_JSON.value)}")
     return 0
 
 

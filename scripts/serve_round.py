@@ -15,25 +15,22 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from absl import app, flags
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from scripts import common
+from scripts import common, terminal
 from scripts.served import Served, comparison_table, rounds_table, work_table
 from tokendance_jax import host
 from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.limits import check_kv_memory, check_page_size
 from tokendance_jax.engine.result import RoundResult
 from tokendance_jax.model import Model
-from tokendance_jax.models.loading import CheckpointError
-from tokendance_jax.paged import OutOfPages
-from tokendance_jax.prompt import PromptError, Round, Sampling, Trace, tokenize_round
+from tokendance_jax.prompt import Round, Sampling, Trace, tokenize_round
 from tokendance_jax.quality import compare
 
 _MODEL = flags.DEFINE_string(
@@ -115,7 +112,6 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 _JSON = flags.DEFINE_string("json", None, "File to write configuration and results to.")
 
 _QUALITY_TOKENS, _QUALITY_AGENTS = 32, 8
-_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def main(argv: Sequence[str]) -> int:
@@ -124,31 +120,59 @@ def main(argv: Sequence[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     common.quiet_logs()
     host.tune_allocator()
-    if _COMPILATION_CACHE.value != "off":
-        folder = _COMPILATION_CACHE.value
-        host.cache_compilations(None if folder == "auto" else folder)
-    console = Console(highlight=False)
+    console = terminal.console()
+    served = Served.under(_POLICY.value)
+    error: BaseException | None = None
     try:
-        common.check_json_path(_JSON.value)
+        _check_flags()
         trace = _trace()
-        model = common.model_of(_MODEL.value, _DTYPE.value)
-        served = _serve(model, trace, console)
-    except (CheckpointError, PromptError, OutOfPages, OSError, ValueError) as error:
-        print(f"serve_round: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # while loading, or the second one
-        return _INTERRUPTED
-    if any(served.results.values()):
+        if _TRACE.value == common.DEMO and _REPLAY.value:
+            served.asked = trace
+        _serve(common.model_of(_MODEL.value, _DTYPE.value), trace, served, console)
+    except (*common.ERRORS, KeyboardInterrupt) as raised:
+        error = raised
+    interrupted = isinstance(error, KeyboardInterrupt)
+    done = any(served.results.values())
+    if done:
         console.print(rounds_table(served, cold=_COLD.value))
         console.print(work_table(served))
         console.print(comparison_table(served))
-    if _JSON.value:
-        common.write_json(_JSON.value, _json(served))
-        console.print(f"Written: {escape(_JSON.value)}")
-    if served.interrupted:
+    if _JSON.value and (done or interrupted):
+        try:
+            _write(served)
+            console.print(f"Written: {terminal.markup(_JSON.value)}")
+        except OSError as raised:
+            error = error or raised
+    if interrupted:
         console.print("Interrupted: what is shown is what was done.")
-        return _INTERRUPTED
-    return 0
+        return common.INTERRUPTED
+    if error is not None:
+        terminal.complain("serve_round", error)
+    return int(error is not None)
+
+
+def _check_flags() -> None:
+    """Refuses what can be known to be wrong before anything is loaded, and sets up the cache."""
+    common.check_json_path(_JSON.value)
+    check_page_size(_PAGE_SIZE.value)
+    if _ROW_BUDGET.value < 1:
+        raise ValueError(f"row_budget: {_ROW_BUDGET.value} is too small; give at least 1")
+    if _KV_MEMORY.value != "auto":
+        check_kv_memory(common.parse_bytes(_KV_MEMORY.value))
+    common.check_policies(_POLICY.value, _options())
+    common.preamble_of(_PREAMBLE.value)
+    if _COMPILATION_CACHE.value != "off":
+        folder = _COMPILATION_CACHE.value
+        host.cache_compilations(None if folder == "auto" else folder)
+
+
+def _options() -> PolicyOptions:
+    return PolicyOptions(
+        base=_BASE.value,
+        selection=_SELECTION.value,
+        head_pages=_HEAD_PAGES.value,
+        blend_ratio=_BLEND_RATIO.value,
+    )
 
 
 def _trace() -> Trace:
@@ -157,12 +181,21 @@ def _trace() -> Trace:
         rounds=_ROUNDS.value,
         agents=_AGENTS.value,
         max_new_tokens=_MAX_NEW_TOKENS.value,
+        live=not _REPLAY.value,
     )
     sampling = Sampling(
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value
     )
     rounds = tuple(dataclasses.replace(moment, sampling=sampling) for moment in trace.rounds)
     return dataclasses.replace(trace, rounds=rounds)
+
+
+def _write(served: Served) -> None:
+    """Writes what was done so far to `--json`, if it is given."""
+    if _JSON.value is None:
+        return
+    own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])
+    common.write_json(_JSON.value, served.json({flag.name: flag.value for flag in own}))
 
 
 def _chat(model: Model) -> bool:
@@ -173,32 +206,29 @@ def _chat(model: Model) -> bool:
     return wanted and model.tokenizer.chat_template is not None
 
 
-def _serve(model: Model, trace: Trace, console: Console) -> Served:
-    """Serves the trace under every policy."""
+def _serve(model: Model, trace: Trace, served: Served, console: Console) -> None:
+    """Serves the trace under every policy; adds results to `served`, and writes them as they come.
+
+    Raises:
+      KeyboardInterrupt: after Ctrl-C.
+    """
     chat = _chat(model)
-    if _KV_MEMORY.value == "auto":
-        kv_memory = common.needed_kv_memory(model, trace, page_size=_PAGE_SIZE.value, chat=chat)
-    else:
+    # Worked out in any case: it also checks the prompts.
+    kv_memory = common.needed_kv_memory(
+        model, trace, page_size=_PAGE_SIZE.value, chat=chat, live=not _REPLAY.value
+    )
+    if _KV_MEMORY.value != "auto":
         kv_memory = common.parse_bytes(_KV_MEMORY.value)
+    check_kv_memory(kv_memory)
     console.print(
-        f"[bold]{escape(trace.name)}[/]: {len(trace.rounds)} rounds of up to "
+        f"[bold]{terminal.markup(trace.name)}[/]: {len(trace.rounds)} rounds of up to "
         f"{max(len(moment.agents) for moment in trace.rounds)} agents; "
-        f"[bold]{escape(model.name)}[/] in {model.dtype.name}; "
+        f"[bold]{terminal.markup(model.name)}[/] in {model.dtype.name}; "
         f"KV pool {kv_memory / 2**20:,.0f} MiB"
     )
-    policies = list(dict.fromkeys(_POLICY.value))
-    served = Served(
-        results={policy: [] for policy in policies},
-        compared={policy: [] for policy in policies[1:]},
-        asked=trace if _TRACE.value == common.DEMO and _REPLAY.value else None,
-    )
+    policies = list(served.results)
     first = served.results[served.first]
-    options = PolicyOptions(
-        base=_BASE.value,
-        selection=_SELECTION.value,
-        head_pages=_HEAD_PAGES.value,
-        blend_ratio=_BLEND_RATIO.value,
-    )
+    options = _options()
     preamble = common.preamble_of(_PREAMBLE.value)
     programs = None
     streams: list[list[np.ndarray]] = []  # what the first policy computed along its own answers
@@ -217,7 +247,7 @@ def _serve(model: Model, trace: Trace, console: Console) -> Served:
             check()
             progress.advance(bar)
 
-        with _deferred_interrupt(console) as check, contextlib.suppress(KeyboardInterrupt):
+        with _deferred_interrupt(console) as check:
             for policy in policies:
                 engine = RoundEngine(
                     model,
@@ -250,9 +280,8 @@ def _serve(model: Model, trace: Trace, console: Console) -> Served:
                             served.compared[policy] += [
                                 compare(engine.logits(a), engine.logits(b)) for a, b in pairs
                             ]
+                    _write(served)
                 del engine, rounds  # its pool, before the next one is made
-            served.interrupted = False
-    return served
 
 
 def _follow(
@@ -299,12 +328,14 @@ def _tell(
     if policy == served.first:
         for index, (prompt, agent) in enumerate(zip(moment.agents, result.agents, strict=True)):
             question = "".join(s.text or "" for s in prompt.segments if s.kind == "task").strip()
-            lines = [escape(agent.text.strip())]
+            lines = [terminal.markup(agent.text.strip(), lines=True)]
             if right and not right[index]:
-                lines.append(f"[red]Right:[/] {escape((prompt.recorded_output or '').strip())}")
+                expected = (prompt.recorded_output or "").strip()
+                lines.append(f"[red]Right:[/] {terminal.markup(expected, lines=True)}")
             # Longer tasks are instructions more than questions.
             asked = question if "\n" not in question else ""
-            console.print(f"[cyan]{escape(agent.agent)}[/]: [dim]{escape(asked)}[/]")
+            name, asked = terminal.markup(agent.agent), terminal.markup(asked)
+            console.print(f"[cyan]{name}[/]: [dim]{asked}[/]")
             console.print(Padding("\n".join(lines), (0, 0, 0, 2), expand=False))
     else:
         pairs = zip(result.agents, served.results[served.first][result.index].agents, strict=True)
@@ -314,26 +345,6 @@ def _tell(
         counts.append(f"{sum(right)} {of_all} are right")
     if counts:
         console.print(f"{', '.join(counts)}.")
-
-
-def _json(served: Served) -> dict[str, Any]:
-    own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])
-    config = {flag.name: flag.value for flag in own}
-    rows = [
-        {
-            "policy": policy,
-            "round": result.index,
-            "agents": len(result.agents),
-            **dataclasses.asdict(result.ledger),
-            **dataclasses.asdict(result.timings),
-            "outputs": result.texts,
-            "output_ids": {agent.agent: list(agent.token_ids) for agent in result.agents},
-            "finish_reasons": {agent.agent: agent.finish_reason for agent in result.agents},
-        }
-        for policy, rounds in served.results.items()
-        for result in rounds
-    ]
-    return {"config": config, "rounds": rows, "policies": served.summaries()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What serve_round served: sums over the rounds of each policy, and tables of them."""
+"""What serve_round served: sums over the rounds of each policy, tables of them, and JSON."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -13,19 +14,23 @@ from tokendance_jax.quality import Comparison, summarise
 
 @dataclasses.dataclass
 class Served:
-    """What was served so far, and whether something is left to serve.
+    """What was served so far.
 
     Attributes:
       results: policy to the results of its rounds.
       compared: policy to comparisons with the first policy, of all rounds.
       asked: the trace, if its recorded answers are the right ones.
-      interrupted: whether something is left.
     """
 
     results: dict[str, list[RoundResult]]
     compared: dict[str, list[Comparison]]
     asked: Trace | None = None
-    interrupted: bool = True
+
+    @classmethod
+    def under(cls, policies: Sequence[str]) -> "Served":
+        """Nothing yet, under each of these policies."""
+        first, *others = dict.fromkeys(policies)
+        return cls({policy: [] for policy in (first, *others)}, {policy: [] for policy in others})
 
     @property
     def first(self) -> str:
@@ -63,6 +68,24 @@ class Served:
                 "agreement": dataclasses.asdict(summarise(compared)) if compared else None,
             }
         return summaries
+
+    def json(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The results for a file, beside the values of the flags."""
+        rows = [
+            {
+                "policy": policy,
+                "round": result.index,
+                "agents": len(result.agents),
+                **dataclasses.asdict(result.ledger),
+                **dataclasses.asdict(result.timings),
+                "outputs": result.texts,
+                "output_ids": {agent.agent: list(agent.token_ids) for agent in result.agents},
+                "finish_reasons": {agent.agent: agent.finish_reason for agent in result.agents},
+            }
+            for policy, rounds in self.results.items()
+            for result in rounds
+        ]
+        return {"config": dict(config), "rounds": rows, "policies": self.summaries()}
 
 
 def rounds_table(served: Served, *, cold: bool) -> Table:

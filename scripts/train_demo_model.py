@@ -11,16 +11,14 @@ held-out probes are right. A run that was stopped goes on where its last checkpo
 import dataclasses
 import importlib.util
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from absl import app, flags
-from rich.console import Console
 
-from scripts import common, demo_probes, demo_tokenizer
+from scripts import common, demo_probes, demo_tokenizer, terminal
 from scripts.demo_data import tokenizer_texts
 from scripts.demo_run import Run
 from scripts.demo_training import Recipe, Stage, start, train_step
@@ -31,17 +29,26 @@ from tokendance_jax.models.qwen2.config import Qwen2Config
 _OUT = flags.DEFINE_string("out", None, "Folder of the run; made if missing.", required=True)
 _RESUME = flags.DEFINE_bool("resume", True, "Whether to go on with a run that the folder holds.")
 _MINUTES = flags.DEFINE_float(
-    "minutes", 110.0, "Time for the steps: how many follows from the time of the first ones."
+    "minutes",
+    110.0,
+    "Time for the steps: how many follows from the time of the first ones.",
+    lower_bound=0,
 )
-_STEPS = flags.DEFINE_integer("steps", 0, "Number of steps; 0: as many as fit in --minutes.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and data.")
+_STEPS = flags.DEFINE_integer(
+    "steps", 0, "Number of steps; 0: as many as fit in --minutes.", lower_bound=0
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and data.", lower_bound=0)
 _LAYERS = flags.DEFINE_integer("layers", 6, "Decoder layers.", lower_bound=1)
 _WIDTH = flags.DEFINE_integer("width", 256, "Width; heads are 64 wide, two to a KV head.")
-_INNER = flags.DEFINE_integer("inner", 512, "Width of the MLP.")
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1.5e-3, "Peak of the learning rate.")
-_WARMUP = flags.DEFINE_integer("warmup", 100, "Steps of warm-up.")
-_WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "Weight decay of matrices.")
-_TEXT_WEIGHT = flags.DEFINE_float("text_weight", 0.1, "Weight of tokens that are no answer.")
+_INNER = flags.DEFINE_integer("inner", 512, "Width of the MLP.", lower_bound=1)
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", 1.5e-3, "Peak of the learning rate.", lower_bound=0
+)
+_WARMUP = flags.DEFINE_integer("warmup", 100, "Steps of warm-up.", lower_bound=0)
+_WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "Weight decay of matrices.", lower_bound=0)
+_TEXT_WEIGHT = flags.DEFINE_float(
+    "text_weight", 0.1, "Weight of tokens that are no answer.", lower_bound=0
+)
 _STAGES = flags.DEFINE_multi_string(
     "stage",
     ["0.02:256:8:0", "0.38:512:4:5", "0.35:768:4:10", "0.25:1024:4:16"],
@@ -49,9 +56,15 @@ _STAGES = flags.DEFINE_multi_string(
     "repeat the flag.",
 )
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of products.")
-_SAVE_MINUTES = flags.DEFINE_float("save_minutes", 5.0, "Minutes between checkpoints.")
-_EVAL_STEPS = flags.DEFINE_integer("eval_steps", 250, "Steps between checks on held-out towns.")
-_DRAWS = flags.DEFINE_integer("draws", 20, "Draws of rounds of probes in each setting.")
+_SAVE_MINUTES = flags.DEFINE_float(
+    "save_minutes", 5.0, "Minutes between checkpoints.", lower_bound=0
+)
+_EVAL_STEPS = flags.DEFINE_integer(
+    "eval_steps", 250, "Steps between checks on held-out towns.", lower_bound=1
+)
+_DRAWS = flags.DEFINE_integer(
+    "draws", 20, "Draws of rounds of probes in each setting.", lower_bound=1
+)
 
 _CONTEXT = 8192
 _TIMED_STEPS = 3
@@ -76,10 +89,10 @@ def open_run(folder: Path, *, resume: bool) -> Run:
         recipe = Recipe(**fields["recipe"], stages=stages)
         config = Qwen2Config(**fields["config"])
         return Run(folder, config, recipe, (folder / "tokenizer.json").read_text())
+    config, recipe = _config(), _recipe()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_json = demo_tokenizer.train(tokenizer_texts())
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-    config, recipe = _config(), _recipe()
     if not recipe.steps:
         recipe = _timed(Run(folder, config, recipe, tokenizer_json), _MINUTES.value * 60)
     # Last, so that a folder without it is begun anew.
@@ -89,6 +102,8 @@ def open_run(folder: Path, *, resume: bool) -> Run:
 
 
 def _config() -> Qwen2Config:
+    if _WIDTH.value < 128 or _WIDTH.value % 128:
+        raise ValueError(f"width: {_WIDTH.value} is no multiple of 128; heads come in pairs")
     heads = _WIDTH.value // 64
     return Qwen2Config(
         vocab_size=demo_tokenizer.VOCAB_SIZE,
@@ -108,8 +123,11 @@ def _config() -> Qwen2Config:
 def _recipe() -> Recipe:
     stages = []
     for text in _STAGES.value:
-        share, length, rows, agents = text.split(":")
-        stages.append(Stage(float(share), int(length), int(rows), int(agents)))
+        try:
+            share, length, rows, agents = text.split(":")
+            stages.append(Stage(float(share), int(length), int(rows), int(agents)))
+        except ValueError:
+            raise ValueError(f"stage: {text!r} is not share:tokens:rows:agents") from None
     return Recipe(
         steps=_STEPS.value,
         learning_rate=_LEARNING_RATE.value,
@@ -150,19 +168,20 @@ def main(argv: Sequence[str]) -> int:
     common.quiet_logs()
     host.tune_allocator()
     try:
-        run = open_run(Path(_OUT.value).expanduser(), resume=_RESUME.value)
+        run = open_run(common.path_of(_OUT.value, "out"), resume=_RESUME.value)
         params = run.train(save_minutes=_SAVE_MINUTES.value, eval_steps=_EVAL_STEPS.value)
         if importlib.util.find_spec("matplotlib"):
             run.plot()
         model = run.export(params)
-        found = demo_probes.measure_variants(
+        found: list[dict[str, Any]] = []
+        for found in demo_probes.measure_variants(
             load_model(model, dtype="float32"), [], list(demo_probes.SETTINGS), draws=_DRAWS.value
-        )
-        common.write_json(str(run.folder / "probes.json"), {"policies": found})
+        ):
+            common.write_json(str(run.folder / "probes.json"), {"policies": found})
         for table in demo_probes.tables(found):
-            Console(highlight=False).print(table)
-    except (OSError, ValueError) as error:
-        print(f"train_demo_model: {error}", file=sys.stderr)
+            terminal.console().print(table)
+    except common.ERRORS as error:
+        terminal.complain("train_demo_model", error)
         return 1
     return 0
 

@@ -10,6 +10,7 @@ from tokendance_jax.models.loading import CheckpointError
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.prompt import (
     AgentPrompt,
+    Author,
     PromptError,
     Round,
     Sampling,
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AgentPrompt",
+    "Author",
     "CheckpointError",
     "Model",
     "NotFiniteError",

@@ -1,5 +1,6 @@
-"""Settings of the host process that the speed of JAX on a CPU depends on."""
+"""Settings of the process that speed up JAX on a CPU, and how much memory there is."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -36,10 +37,33 @@ def cache_compilations(folder: str | os.PathLike[str] | None = None) -> Path:
 
     Returns:
       The folder.
+
+    Raises:
+      ValueError: if there is no cache folder, because the user has no home folder.
     """
     if folder is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        try:
+            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        except RuntimeError:  # neither HOME nor an entry in the password file, as in containers
+            raise ValueError(
+                "compilation_cache: the user has no home folder; name a folder for compiled "
+                "programs, or set HOME or XDG_CACHE_HOME"
+            ) from None
         folder = Path(home) / "tokendance-jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return Path(folder)
+
+
+def memory() -> int | None:
+    """Bytes of memory of the default device; on a CPU what the process may use; None: unknown."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    found = []
+    with contextlib.suppress(ValueError, OSError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of containers
+        with contextlib.suppress(ValueError, OSError):
+            found.append(int((Path("/sys/fs/cgroup") / limit).read_text()))
+    return min(found, default=None)

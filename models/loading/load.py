@@ -39,7 +39,12 @@ def load_checkpoint(
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, jnp.bfloat16):
         raise ValueError(f"load_checkpoint: dtype is {dtype}; float32 and bfloat16 are supported")
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:
+        raise CheckpointError(
+            os.fspath(source), "source", "there is no such home folder", "write the folder out"
+        ) from None
     if path.is_file():
         return load_gguf(path, dtype=dtype, progress=progress)
     if not path.exists():

@@ -10,6 +10,7 @@ from tests.engine.rounds import agent, three
 from tokendance_jax.demo import harbour_trace
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.paged import OutOfPages
+from tokendance_jax.paged.kv import KVSpec
 from tokendance_jax.prompt import AgentPrompt, PromptError, Round, Segment
 
 # Two sizes of rows: every program is compiled once for each.
@@ -293,6 +294,31 @@ def test_a_prompt_longer_than_the_context_is_refused(engine):
         engine.serve(Round((prompt,)))
 
 
+def test_all_rounds_of_a_trace_are_checked_before_the_first(engine):
+    long = (5,) * engine.model.config.max_position_embeddings
+    late = AgentPrompt("Edda", (Segment("task", "t", token_ids=long),))
+    served = []
+    trace = harbour_trace()
+    rounds = (*trace.rounds[:2], dataclasses.replace(trace.rounds[2], agents=(late,)))
+    with pytest.raises(PromptError, match="round 2: agent 'Edda': the prompt has 8192 tokens"):
+        served += engine.run(dataclasses.replace(trace, rounds=rounds))
+    blocks = (Segment("shared", "out/r1/Nobody", text="Who am I?\n"), *late.segments)
+    unclear = dataclasses.replace(
+        trace.rounds[2], agents=(dataclasses.replace(late, segments=blocks),)
+    )
+    rounds = (*trace.rounds[:2], unclear)
+    with pytest.raises(PromptError, match="round 2: shared segment 'out/r1/Nobody'"):
+        served += engine.run(dataclasses.replace(trace, rounds=rounds), replay=False)
+    assert not served
+
+
+def test_too_many_stop_tokens_are_refused_before_the_prefill(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_prefill", None)
+    moment = three(stop_token_ids=tuple(range(17)))
+    with pytest.raises(ValueError, match=r"stop_token_ids: .* at most 16"):
+        engine.serve(moment)
+
+
 def test_a_token_outside_of_the_vocabulary_is_refused(engine):
     prompt = AgentPrompt("Edda", (Segment("task", "t", token_ids=(1 << 20,)),))
     with pytest.raises(PromptError, match="token"):
@@ -309,6 +335,7 @@ def test_more_agents_than_lanes_are_refused(small_model):
     ("argument", "value"),
     [
         ("kv_memory", 1000),
+        ("kv_memory", 1 << 60),
         ("page_size", 24),
         ("page_size", 0),
         ("row_budget", 0),
@@ -320,6 +347,17 @@ def test_more_agents_than_lanes_are_refused(small_model):
 def test_bad_arguments_are_named(small_model, argument, value):
     with pytest.raises(ValueError, match=argument):
         RoundEngine(small_model, **SIZES | {argument: value})
+
+
+def test_a_pool_that_the_device_cannot_hold_is_named(small_model, monkeypatch):
+    def full(spec):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+    monkeypatch.setattr(KVSpec, "zeros", full)
+    with pytest.raises(
+        ValueError, match=r"kv_memory: a pool of 0\.0 GiB .* not so much left; give"
+    ):
+        RoundEngine(small_model, **SIZES)
 
 
 def test_a_context_that_ends_ends_the_answer(small_model):

@@ -1,5 +1,6 @@
 """Traces: lossless in both directions, damage named by file and line; live runs of recordings."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -10,6 +11,7 @@ import pytest
 from tokendance_jax.demo import harbour_trace
 from tokendance_jax.prompt import (
     AgentPrompt,
+    Author,
     PromptError,
     Round,
     Segment,
@@ -35,6 +37,13 @@ def _line(**changes) -> str:
     }
     fields |= changes
     return json.dumps({key: value for key, value in fields.items() if value != "absent"})
+
+
+def _by(author, kind="shared", **changes) -> str:
+    """A line with a block by somebody."""
+    block = {"kind": kind, "id": "s", "text": "x", "author": author}
+    task = {"kind": "task", "id": "t", "text": "go\n"}
+    return _line(**{"agent": "c", "segments": [block, task], **changes})
 
 
 def _file(folder: pathlib.Path, *lines: str) -> pathlib.Path:
@@ -90,6 +99,49 @@ def test_the_limit_of_the_round_is_written_where_an_agent_has_none(tmp_path):
     assert read_trace(tmp_path / "x.jsonl").rounds[0].agents[0].max_new_tokens == 5
 
 
+def test_everything_but_the_sampling_is_kept(tmp_path):
+    """A field that is added to prompts or segments must be added here, and to the format."""
+    assert [field.name for field in dataclasses.fields(AgentPrompt)] == [
+        *("agent", "segments", "max_new_tokens", "recorded_output", "fidelity")
+    ]
+    assert [field.name for field in dataclasses.fields(Segment)] == [
+        *("kind", "id", "text", "token_ids", "author")
+    ]
+    assert [field.name for field in dataclasses.fields(Round)] == [
+        *("agents", "max_new_tokens", "sampling", "index")
+    ]
+    task = Segment("task", "t", text="go\n")
+    judge = AgentPrompt("judge", (task,), 3, recorded_output="x", fidelity="exact")
+    first = Round((AgentPrompt("a", (task,), 5, recorded_output="no\n"), judge), max_new_tokens=5)
+    blocks = gather({"a": "no\n"}, 0)
+    second = Round((AgentPrompt("a", (*blocks, task), 4),), max_new_tokens=4, index=1)
+    trace = Trace("x", (first, second))
+    write_trace(tmp_path / "x.jsonl", trace)
+    assert read_trace(tmp_path / "x.jsonl") == trace
+
+
+def test_what_is_wrong_with_one_trace_does_not_hurt_the_others(tmp_path):
+    path = _file(tmp_path, _line(), _line(round=1), _line(trace="y", round=7), _line(trace="z"))
+    assert len(read_trace(path).rounds) == 2
+    assert read_trace(path, "z").name == "z"
+    for read in (read_traces, lambda path: read_trace(path, "y")):
+        with pytest.raises(PromptError, match=r"trace\.jsonl:3: trace 'y': starts with round 7"):
+            read(path)
+
+
+def test_a_line_that_names_no_trace_may_be_of_those_beside_it(tmp_path):
+    path = _file(tmp_path, _line(), _line(trace="y"), '{"trace": "y', _line(trace="z"))
+    assert read_trace(path).name == "x"
+    for name in "yz":
+        with pytest.raises(PromptError, match=r"trace\.jsonl:3: not a JSON line"):
+            read_trace(path, name)
+    for lines in (["[]", _line()], [_line(), "[]"], ["[]"]):
+        with pytest.raises(PromptError, match=r":\d: a line must be a JSON object, got list"):
+            read_trace(_file(tmp_path, *lines))
+    with pytest.raises(PromptError, match="the file holds no lines"):
+        read_trace(_file(tmp_path))
+
+
 def test_one_of_several_traces(tmp_path):
     path = _file(tmp_path, _line(trace="y"), _line(), _line(trace="y", round=1))
     assert list(read_traces(path)) == ["y", "x"]
@@ -119,8 +171,8 @@ def test_unusual_line_separators_are_text(tmp_path):
         (_line(trace=1), "trace: expected a string"),
         (_line(round="1"), "round must be an integer >= 0"),
         (_line(round=True), "round must be an integer >= 0"),
-        (_line(round=2), "round 2 of trace 'x' follows round 0"),
-        (_line(trace="y", round=1), "trace 'y' starts with round 1"),
+        (_line(round=2), "trace 'x': round 2 follows round 0"),
+        (_line(trace="y", round=1), "trace 'y': starts with round 1"),
         (_line(), "agent 'a' occurs twice in round 0"),
         (_line(agent=5), "the name of an agent: expected a string"),
         (_line(max_new_tokens=0), "max_new_tokens must be an integer >= 1"),
@@ -131,6 +183,14 @@ def test_unusual_line_separators_are_text(tmp_path):
         (_line(segments=["go"]), "segment 0 must be a JSON object, got str"),
         (_line(segments=[{"kind": "task", "id": "t"}]), "segment 0 lacks the field 'text'"),
         (_line(segments=[{"kind": "x", "id": "t", "text": ""}]), "kind 'x' is none of"),
+        (_line(fidelity="precise"), "trace 'x': agent 'a': fidelity 'precise' is none of"),
+        (_by("Ann"), "trace 'x': segment 0: author must be a JSON object, got str"),
+        (_by({"round": 0}), "segment 0: author lacks the field 'agent'"),
+        (_by({"round": "0", "agent": "a"}), "author: round must be an integer >= 0"),
+        (_by({"round": 0, "agent": ""}), "author: agent is empty"),
+        (_by({"round": 0, "agent": "a"}, "task"), "a task segment has no author"),
+        (_by({"round": 0, "agent": "b"}, round=1), "'s': its author 'b' takes no part in an earl"),
+        (_by({"round": 1, "agent": "a"}, round=1), "'s': its author 'a' takes no part in an earl"),
         (_line(segments=[{"kind": "task", "id": "t", "text": "\ud800"}]), "lone surrogate"),
     ],
 )
@@ -148,7 +208,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 def test_rounds_do_not_come_back(tmp_path):
     path = _file(tmp_path, _line(), _line(round=1), _line(agent="b"))
-    with pytest.raises(PromptError, match=r"trace\.jsonl:3: round 0 of trace 'x' follows round 1"):
+    with pytest.raises(PromptError, match=r"trace\.jsonl:3: trace 'x': round 0 follows round 1"):
         read_traces(path)
 
 
@@ -158,7 +218,7 @@ def test_a_shared_id_with_two_texts_is_named_with_its_round(tmp_path):
         return _line(round=1, agent=agent, segments=[shared, {**shared, "kind": "task"}])
 
     path = _file(tmp_path, _line(), line("a", "one"), line("b", "two"))
-    message = r"trace\.jsonl:2: round 1: agent 'b': shared segment 's' had another content"
+    message = r"trace\.jsonl:2: trace 'x': round 1: agent 'b': shared segment 's' had another c"
     with pytest.raises(PromptError, match=message):
         read_traces(path)
 
@@ -217,9 +277,11 @@ def test_rounds_of_a_trace_are_numbered():
 def test_gather_makes_the_next_rounds_blocks():
     blocks = gather({"Ann": "hi\n\n", "Bob": "a\0b"}, 3)
     assert blocks == (
-        Segment("shared", "out/r3/Ann", text="hi\n"),
-        Segment("shared", "out/r3/Bob", text="a\ufffdb\n"),
+        Segment("shared", "out/r3/Ann", text="hi\n", author=Author(3, "Ann")),
+        Segment("shared", "out/r3/Bob", text="a\ufffdb\n", author=Author(3, "Bob")),
     )
+    with pytest.raises(PromptError, match="author: round must be an integer >= 0, got -1"):
+        gather({"Ann": "hi"}, -1)
 
 
 def test_relive_replaces_every_block_of_a_recording():
@@ -231,7 +293,8 @@ def test_relive_replaces_every_block_of_a_recording():
         for old, segment in zip(old_prompt.segments, new_prompt.segments, strict=True):
             if old.kind == "shared":
                 agent = old.id.rsplit("/", 1)[1]
-                assert segment == Segment("shared", f"live/{old.id}", text=f"{live[agent]}\n")
+                text = f"{live[agent]}\n"
+                assert segment == Segment("shared", f"live/{old.id}", text, None, Author(0, agent))
             else:
                 assert segment == old
     assert (new.index, new.max_new_tokens) == (second.index, second.max_new_tokens)

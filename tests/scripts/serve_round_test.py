@@ -1,17 +1,28 @@
+import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from scripts import common, serve_round
+from scripts import serve_round
 from tokendance_jax.demo import demo_trace, harbour_trace
-from tokendance_jax.prompt import write_trace
+from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.result import (
+    AgentLedger,
+    AgentResult,
+    RoundLedger,
+    RoundResult,
+    Timings,
+)
+from tokendance_jax.prompt import AgentPrompt, Round, Segment, Trace, write_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 # One size of pool: what several tests compile is compiled once.
@@ -144,10 +155,57 @@ def test_serves_a_file_and_live_rounds(serve, tmp_path):
     assert live["rounds"][1]["prompt_tokens"] != replayed["rounds"][1]["prompt_tokens"]
 
 
+@pytest.fixture
+def moments(monkeypatch):
+    """The rounds that engines are asked to serve; agents answer with their name and the round."""
+    found = []
+
+    def answer(engine, moment, **_):
+        found.append(moment)
+        own = AgentLedger({}, 1, 1, 0, 1, 1, 1.0, 1)
+        agents = (
+            AgentResult(prompt.agent, f"{prompt.agent}, {moment.index}\n", (1,), "stop", own)
+            for prompt in moment.agents
+        )
+        ledger = RoundLedger({}, 1, 1, 1, 1, 1.0, 1.0, 0, len(moment.agents), 1, 1, 1)
+        return RoundResult(moment.index, tuple(agents), Timings(*[0.0] * 5), ledger)
+
+    monkeypatch.setattr(RoundEngine, "serve", answer)
+    return found
+
+
+def test_live_rounds_hold_nothing_that_was_recorded(serve, moments):
+    """The demo's answers end without a newline, its blocks with one; six agents are left out."""
+    status, _ = serve("--noreplay", "--agents=2", "--policy=dense")
+    assert status == 0
+    assert [moment.index for moment in moments] == [0, 1, 2]
+    first, second = (prompt.agent for prompt in moments[0].agents)
+    for moment in moments[1:]:
+        said = [f"{agent}, {moment.index - 1}\n" for agent in (first, second)]
+        for prompt in moment.agents:
+            assert [s.text for s in prompt.segments if s.kind == "shared"] == said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--model=nowhere.gguf",), "nowhere.gguf"),
+        (("--model=~nobody at all/x",), "~nobody at all/x: source: there is no such home folder"),
+        (("--trace_name=other",), "trace_name: the demo has no trace 'other'"),
+        (("--page_size=0",), "page_size"),
+        (("--row_budget=0",), "row_budget"),
+        (("--top_k=3000000000",), "top_k"),
+        (("--temperature=nan",), "temperature"),
+        (("--temperature=1e300",), "temperature"),
+        (("--seed=-1",), "seed"),
+        (("--kv_memory=99999999GiB",), "kv_memory: a pool of 99,999,999.0 GiB is too large"),
+        (("--policy=dense", "--policy=blend", "--blend_ratio=7"), "blend_ratio"),
+        (("--blend_ratio=nan", "--policy=blend"), "blend_ratio"),
+        (("--base=joint-agent", "--selection=deviation"), "selection"),
+        (("--preamble=/nowhere",), "preamble"),
+        (("--json=/",), "json: '/' is no file"),
+        (("--json=/dev/null",), "json: '/dev/null' is no file"),
+        (("--json=/proc/self/x.json",), "json: '/proc/self/x.json' can't be written"),
         (("--trace=nowhere.jsonl",), "nowhere.jsonl"),
         (("--kv_memory=much",), "kv_memory"),
         (("--kv_memory=64KiB",), "kv_memory"),
@@ -156,11 +214,76 @@ def test_serves_a_file_and_live_rounds(serve, tmp_path):
         (("--json=/nowhere/at/all.json",), "json"),
     ],
 )
-def test_names_what_is_wrong(serve, capsys, arguments, message):
+def test_names_what_is_wrong(serve, moments, capsys, arguments, message):
     status, written = serve(*arguments)
     assert status == 1
     assert written is None
-    assert message in capsys.readouterr().err
+    assert not moments
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("serve_round: ")
+    assert message in line
+
+
+def test_who_has_no_home_folder_is_told_so(serve, capsys, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    status, _ = serve("--compilation_cache=auto")
+    assert status == 1
+    assert capsys.readouterr().err.startswith(
+        "serve_round: compilation_cache: the user has no home"
+    )
+
+
+def test_a_late_error_loses_nothing(serve, moments, capsys, monkeypatch, tmp_path):
+    inner, kept = RoundEngine.serve, []
+
+    def failing(engine, moment, **arguments):
+        if moment.index == 2:
+            kept.append(json.loads((tmp_path / "result.json").read_text()))
+            raise jax.errors.JaxRuntimeError("INTERNAL: the device\nis \x1b[2Jgone")
+        return inner(engine, moment, **arguments)
+
+    monkeypatch.setattr(RoundEngine, "serve", failing)
+    status, written = serve("--policy=dense", "--agents=2")
+    assert status == 1
+    assert len(moments) == 2
+    assert [row["round"] for row in written["rounds"]] == [0, 1]
+    assert kept == [written]
+    shown = capsys.readouterr()
+    assert shown.err == "serve_round: INTERNAL: the device is \\x1b[2Jgone\n"
+    assert "Work of all rounds" in shown.out
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_replay_that_cannot_be_served_whole_is_not_begun(serve, moments, capsys, tmp_path):
+    *rounds, last = harbour_trace().rounds
+    long = Segment("history", "h", text="Ann visits Jade Inn at noon.\n" * 1500)
+    first, *others = last.agents
+    first = dataclasses.replace(first, segments=(long, *first.segments))
+    last = dataclasses.replace(last, agents=(first, *others))
+    write_trace(tmp_path / "x.jsonl", Trace("x", (*rounds, last)))
+    for memory in ("16MiB", "auto"):
+        status, written = serve(f"--trace={tmp_path / 'x.jsonl'}", f"--kv_memory={memory}")
+        assert (status, written, moments) == (1, None, [])
+        assert "serve_round: round 2: agent 'Edda': the prompt has" in capsys.readouterr().err
+
+
+def test_text_of_others_is_shown_harmlessly(serve, moments, capsys, tmp_path):
+    task = Segment("task", "t", text="\x1b[2J\x1b[31mWhere?\n")
+    prompt = AgentPrompt("[red]Ann\x1b]0;renamed\x07\u202e", (task,), 2)
+    write_trace(tmp_path / "x.jsonl", Trace("[b]x\x9b", (Round((prompt,), max_new_tokens=2),)))
+    status, written = serve(f"--trace={tmp_path / 'x.jsonl'}", "--policy=dense")
+    assert status == 0
+    assert list(written["rounds"][0]["outputs"]) == [prompt.agent]
+    shown = capsys.readouterr().out
+    assert r"[red]Ann\x1b]0;renamed\x07\u202e: \x1b[2J\x1b[31mWhere?" in shown
+    assert r"[b]x\x9b: 1 rounds" in shown
+    assert r"  [red]Ann\x1b]0;renamed\x07\u202e, 0" in shown
+    assert len(moments) == 1
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
 
 
 def test_unknown_trace_field_is_named_with_its_line(serve, capsys, tmp_path):
@@ -171,13 +294,6 @@ def test_unknown_trace_field_is_named_with_its_line(serve, capsys, tmp_path):
     status, _ = serve(f"--trace={path}")
     assert status == 1
     assert "temprature" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("12", 12), ("2KiB", 2048), ("1.5GiB", 3 << 29), ("3 MiB", 3 << 20)]
-)
-def test_sizes(text, size):
-    assert common.parse_bytes(text) == size
 
 
 def test_ctrl_c_ends_cleanly_with_what_was_done(tmp_path):

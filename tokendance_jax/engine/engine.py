@@ -17,19 +17,26 @@ from tokendance_jax.engine.clock import Clock
 from tokendance_jax.engine.decode import Answer, OnToken, generate, take
 from tokendance_jax.engine.errors import NotFiniteError
 from tokendance_jax.engine.ledger import account
+from tokendance_jax.engine.limits import answer_limits, check_kv_memory, check_page_size, too_large
 from tokendance_jax.engine.prefill import Cost, Prefill
 from tokendance_jax.engine.programs import DecodeState, Programs
 from tokendance_jax.engine.result import RoundResult, Timings
-from tokendance_jax.engine.sampling import SamplingArrays, agent_key, sampling_arrays
+from tokendance_jax.engine.sampling import (
+    SamplingArrays,
+    agent_key,
+    check_stop_ids,
+    sampling_arrays,
+)
 from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.mirror import MasterMirror, Quantised, decode_pages, encode
 from tokendance_jax.model import Model
 from tokendance_jax.paged.kv import PagedKV, pool_format
 from tokendance_jax.paged.page_pool import PagePool
-from tokendance_jax.prompt.live import relive
+from tokendance_jax.prompt.authors import name_authors
+from tokendance_jax.prompt.live import put_answers
 from tokendance_jax.prompt.preamble import DEFAULT_PREAMBLE
-from tokendance_jax.prompt.round import AgentPrompt, PromptError, Round
+from tokendance_jax.prompt.round import PromptError, Round
 from tokendance_jax.prompt.tokenized import TokenizedPrompt, tokenize_round
 from tokendance_jax.prompt.trace import Trace
 
@@ -84,7 +91,7 @@ class RoundEngine:
             compiled.
 
         Raises:
-          ValueError: if an argument is out of its range.
+          ValueError: if an argument is out of its range, or the device has no room for the pool.
         """
         for name, value in (
             ("row_budget", row_budget),
@@ -93,8 +100,7 @@ class RoundEngine:
         ):
             if value < 1:
                 raise ValueError(f"{name}: {value} is too small; give at least 1")
-        if page_size not in (1 << bit for bit in range(9)):
-            raise ValueError(f"page_size: {page_size} is not a power of two of at most 256")
+        check_page_size(page_size)
         spec = model.kv_spec(
             pages=1, page_size=page_size, dtype=kv_dtype, implementation=implementation
         )
@@ -106,6 +112,7 @@ class RoundEngine:
                 f"kv_memory: {kv_memory} bytes hold {pages} pages of {room} bytes; "
                 f"give at least {2 * room}"
             )
+        check_kv_memory(kv_memory)
         self.model = model
         self.policy = policy
         self.page_bytes = spec.page_bytes
@@ -176,6 +183,7 @@ class RoundEngine:
         prompts = tokenize_round(moment, self.model.tokenizer, chat=chat)
         limits = self._admit(moment, prompts)
         stop_ids = (*self.model.tokenizer.stop_ids, *moment.sampling.stop_token_ids)
+        check_stop_ids(stop_ids)
         sampling_of = self._sampling_of(moment, limits, stop_ids)
         # The last token of an answer is never computed, so it needs no slot.
         opened = self._policy.open(prompts, [limit - 1 for limit in limits])
@@ -298,27 +306,31 @@ class RoundEngine:
 
         Args:
           trace: the rounds.
-          replay: whether shared blocks are the recorded answers; else each round's shared blocks
-            are the answers that this engine gave the round before.
+          replay: whether shared blocks are the recorded answers; else those that are answers of
+            earlier rounds (`name_authors`) are the ones that this engine gave.
           chat: whether to set the segments into chat markup; None: not in replays, whose prompts
             stand as they were recorded, else as in `serve`.
           on_token: see `serve`.
 
         Yields:
           One result per round.
+
+        Raises:
+          PromptError: before anything is served, if a round of a replay can't be, or if it can't be
+            told whose answers the shared blocks are that a live run replaces.
         """
         if chat is None and replay:
             chat = False
-        answers: dict[str, str] = {}
-        recorded: dict[str, str] = {}
+        if replay:
+            for moment in trace.rounds:
+                self._admit(moment, tokenize_round(moment, self.model.tokenizer, chat=bool(chat)))
+        else:
+            trace = name_authors(trace)
+        answers: list[dict[str, str]] = []
         for moment in trace.rounds:
-            result = self.serve(
-                moment if replay else relive(moment, answers, recorded),
-                chat=chat,
-                on_token=on_token,
-            )
-            answers = result.texts
-            recorded = {p.agent: p.recorded_output or "" for p in moment.agents}
+            served = moment if replay else put_answers(moment, answers)
+            result = self.serve(served, chat=chat, on_token=on_token)
+            answers.append(result.texts)
             yield result
 
     def follow(
@@ -416,7 +428,13 @@ class RoundEngine:
 
     def _reset(self) -> None:
         """Starts over with an empty pool."""
-        self._kv = self._kv_spec.zeros()
+        try:
+            self._kv = jax.block_until_ready(self._kv_spec.zeros())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            size = self._kv_spec.pages * self.page_bytes
+            raise too_large(size, "the device has not so much left") from None
         self.pool = PagePool(self.shapes.pages)
         config = self.model.config
         namespace = f"{self.model.name}/{config}/{self._kv_spec.storage}/{self.model.dtype}"
@@ -437,22 +455,7 @@ class RoundEngine:
                 f"round {moment.index}: {len(prompts)} agents, the engine serves at most "
                 f"{self.shapes.lanes.budget}; raise max_agents"
             )
-        context, vocab = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        limits = []
-        for agent, prompt in zip(moment.agents, prompts, strict=True):
-            tokens = len(prompt.token_ids)
-            if tokens >= context:
-                raise PromptError(
-                    f"agent {agent.agent!r}: the prompt has {tokens} tokens, the model's context "
-                    f"{context}; shorten the prompt"
-                )
-            if prompt.token_ids.max() >= vocab:
-                raise PromptError(
-                    f"agent {agent.agent!r}: token id {prompt.token_ids.max()} is outside of the "
-                    f"model's vocabulary of {vocab}"
-                )
-            limits.append(min(_limit(agent, moment), context - tokens))
-        return limits
+        return answer_limits(moment, prompts, self.model.config)
 
     def _mirror_form(self, mirrors: str | None) -> Quantised | None:
         """How pages are stored in mirrors of a name."""
@@ -502,10 +505,6 @@ class RoundEngine:
         """Starts over if a call that took the pool did not hand it back: an interrupt, say."""
         if self._kv.k.is_deleted() or self._kv.v.is_deleted():
             self._reset()
-
-
-def _limit(agent: AgentPrompt, moment: Round) -> int:
-    return moment.max_new_tokens if agent.max_new_tokens is None else agent.max_new_tokens
 
 
 def _check_finite(x: np.ndarray, where: str, what: str) -> None:

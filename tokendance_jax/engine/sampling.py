@@ -53,6 +53,19 @@ def agent_key(seed: int, round_index: int, agent: str) -> UInt32[np.ndarray, "2"
     return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), np.uint32).copy()
 
 
+def check_stop_ids(stop_ids: Sequence[int]) -> None:
+    """Refuses more stop tokens than lanes have places for.
+
+    Raises:
+      ValueError: if there are more than `MAX_STOP_IDS`.
+    """
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise ValueError(
+            f"stop_token_ids: {len(stop_ids)} given, at most {MAX_STOP_IDS} are served, those of "
+            "the model included"
+        )
+
+
 def sampling_arrays(
     lanes: int,
     *,
@@ -66,12 +79,9 @@ def sampling_arrays(
     """Stacks the settings of `len(keys)` agents into `lanes` lanes.
 
     Raises:
-      ValueError: if there are more than `MAX_STOP_IDS` stop tokens.
+      ValueError: as `check_stop_ids`.
     """
-    if len(stop_ids) > MAX_STOP_IDS:
-        raise ValueError(
-            f"stop_token_ids: {len(stop_ids)} given, at most {MAX_STOP_IDS} are served"
-        )
+    check_stop_ids(stop_ids)
     key = np.zeros((lanes, 2), np.uint32)
     for lane, own in enumerate(keys):
         key[lane] = own

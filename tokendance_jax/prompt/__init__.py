@@ -1,8 +1,17 @@
 """Prompts on the host: rounds, segments, tokenizer, chat markup and traces. No device work."""
 
+from tokendance_jax.prompt.authors import name_authors
 from tokendance_jax.prompt.chat import chat_markup
-from tokendance_jax.prompt.live import gather, relive
-from tokendance_jax.prompt.round import AgentPrompt, Kind, PromptError, Round, Sampling, Segment
+from tokendance_jax.prompt.live import gather, put_answers, relive
+from tokendance_jax.prompt.round import (
+    AgentPrompt,
+    Author,
+    Kind,
+    PromptError,
+    Round,
+    Sampling,
+    Segment,
+)
 from tokendance_jax.prompt.separator import SEPARATOR, escape, split_prompt
 from tokendance_jax.prompt.tokenized import (
     SpanKind,
@@ -17,6 +26,7 @@ from tokendance_jax.prompt.trace import Trace, read_trace, read_traces, write_tr
 __all__ = [
     "SEPARATOR",
     "AgentPrompt",
+    "Author",
     "Kind",
     "PromptError",
     "Round",
@@ -31,6 +41,8 @@ __all__ = [
     "chat_markup",
     "escape",
     "gather",
+    "name_authors",
+    "put_answers",
     "read_trace",
     "read_traces",
     "relive",

@@ -1,9 +1,10 @@
 """From answers to the shared segments of the next round."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from tokendance_jax.prompt.round import AgentPrompt, PromptError, Round, Segment
+from tokendance_jax.prompt.authors import Namer
+from tokendance_jax.prompt.round import AgentPrompt, Author, PromptError, Round, Segment
 
 
 def gather(outputs: Mapping[str, str], round_index: int) -> tuple[Segment, ...]:
@@ -11,64 +12,87 @@ def gather(outputs: Mapping[str, str], round_index: int) -> tuple[Segment, ...]:
 
     Args:
       outputs: agent name to answer, in the order in which the blocks shall stand.
-      round_index: number of the round that gave the answers; part of the ids.
+      round_index: number of the round that gave the answers; part of the ids and of the authors.
 
     Returns:
       One shared segment per agent, each ended by exactly one newline.
 
     Raises:
-      PromptError: an empty name, or text that no prompt may hold.
+      PromptError: an empty name, a negative number, or text that no prompt may hold.
     """
     return tuple(
-        Segment("shared", f"out/r{round_index}/{agent}", text=_block(output))
+        Segment(
+            "shared",
+            f"out/r{round_index}/{agent}",
+            text=_block(output),
+            author=Author(round_index, agent),
+        )
         for agent, output in outputs.items()
     )
 
 
-def relive(moment: Round, previous: Mapping[str, str], recorded: Mapping[str, str]) -> Round:
-    """Puts the answers of a live run into a recorded round.
+def put_answers(moment: Round, answers: Sequence[Mapping[str, str]]) -> Round:
+    """Puts the answers of a live run in the place of recorded ones.
 
-    A shared segment whose text is an answer of the recorded round before is replaced by what the
-    same agent answered in the live run. Its id gets the prefix "live/", so that one id keeps one
-    text. All other segments stay: histories are the recording's.
+    Every shared segment that has an author gets what this agent answered in the live run. Its id
+    gets the prefix "live/", so that one id keeps one text. All other segments stay: histories are
+    the recording's.
 
     Args:
-      moment: the recorded round.
-      previous: agent name to live answer of the round before.
-      recorded: agent name to recorded answer of the round before.
+      moment: the recorded round; `name_authors` names the authors of a trace.
+      answers: agent name to live answer, for each round before this one.
 
     Returns:
       The round with live shared blocks.
 
     Raises:
-      PromptError: `previous` lacks an agent whose block the round holds.
+      PromptError: the answer of an author is missing.
     """
-    authors: dict[str, list[str]] = {}
-    for agent, text in recorded.items():
-        authors.setdefault(text, []).append(agent)
 
-    def revive(segment: Segment) -> Segment:
-        if segment.kind != "shared" or segment.text not in authors:
+    def live(segment: Segment) -> Segment:
+        author = segment.author
+        if author is None:
             return segment
-        agent = _author(segment.id, authors[segment.text])
-        if agent not in previous:
+        given = answers[author.round] if author.round < len(answers) else {}
+        if author.agent not in given:
             raise PromptError(
-                f"round {moment.index}: segment {segment.id!r} is by agent {agent!r}, who has no "
-                "answer in the round before; run the rounds in order"
+                f"round {moment.index}: segment {segment.id!r} is by agent {author.agent!r}, who "
+                f"has no answer in round {author.round}; run the rounds in order"
             )
-        return Segment("shared", f"live/{segment.id}", text=_block(previous[agent]))
+        return Segment(
+            "shared", f"live/{segment.id}", text=_block(given[author.agent]), author=author
+        )
 
-    def revive_all(prompt: AgentPrompt) -> AgentPrompt:
-        return dataclasses.replace(prompt, segments=tuple(map(revive, prompt.segments)))
+    def all_live(prompt: AgentPrompt) -> AgentPrompt:
+        return dataclasses.replace(prompt, segments=tuple(map(live, prompt.segments)))
 
-    return dataclasses.replace(moment, agents=tuple(map(revive_all, moment.agents)))
+    return dataclasses.replace(moment, agents=tuple(map(all_live, moment.agents)))
 
 
-def _author(segment_id: str, agents: list[str]) -> str:
-    """Of agents with equal answers, the one whose name ends the id, else the first."""
-    named = [agent for agent in agents if segment_id.endswith(agent)]
-    # "Ann" ends "out/Joann" too: the longest name is meant.
-    return max(named, key=len) if named else agents[0]
+def relive(moment: Round, previous: Mapping[str, str], recorded: Mapping[str, str | None]) -> Round:
+    """Puts the answers of a live run into a recorded round, given the round before alone.
+
+    Whole traces are better served with `name_authors` and `put_answers`, which also know who wrote
+    the blocks of older rounds.
+
+    Args:
+      moment: the recorded round.
+      previous: agent name to live answer of the round before.
+      recorded: agent name to recorded answer of the round before; None where it is not known.
+
+    Returns:
+      The round with live shared blocks, as of `put_answers`.
+
+    Raises:
+      PromptError: it can't be told whose answer a block is, or `previous` lacks the author.
+    """
+    if moment.index == 0:
+        if previous or recorded:
+            raise PromptError("round 0 has no round before it; number the rounds from 0 in order")
+        return moment
+    older: list[Mapping[str, str]] = [{}] * (moment.index - 1)
+    named = Namer([*older, recorded]).name(moment)
+    return put_answers(named, [*older, previous])
 
 
 def _block(output: str) -> str:

@@ -11,9 +11,10 @@ from typing import Literal, get_args
 Kind = Literal["system", "history", "shared", "task"]
 Fidelity = Literal["collective", "exact"]
 
-# Token ids travel as int32, seeds as uint32.
-_MAX_TOKEN_ID = 2**31 - 1
+# Token ids and numbers of tokens travel as int32, seeds as uint32, temperatures as float32.
+_MAX_INT = 2**31 - 1
 _MAX_SEED = 2**32 - 1
+_MAX_TEMPERATURE = 3.4e38
 
 
 class PromptError(ValueError):
@@ -77,13 +78,34 @@ def check_integer(value: object, what: str, low: int, high: int | None = None) -
 
 
 def _check_real(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    real = type(value) is int or (isinstance(value, float) and math.isfinite(value))
+    if not real:
         raise PromptError(f"{what} must be a finite number, got {value!r}")
 
 
 def _check_tuple(value: object, element: type, what: str) -> None:
     if not isinstance(value, tuple) or not all(isinstance(item, element) for item in value):
         raise PromptError(f"{what} must be a tuple of {element.__name__}, got {value!r:.80}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Author:
+    """Whose answer a shared block is.
+
+    Attributes:
+      round: number of the round that gave the answer, from 0.
+      agent: name of the agent.
+
+    Raises:
+      PromptError: a negative number, an empty name.
+    """
+
+    round: int
+    agent: str
+
+    def __post_init__(self) -> None:
+        check_integer(self.round, "author: round", 0)
+        check_name(self.agent, "author: agent")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,16 +118,19 @@ class Segment:
       id: name of the segment. Within a round, shared segments of one id have one content.
       text: the content as text; control strings in it are ordinary characters.
       token_ids: the content as token ids, used as they are. Exactly one of both is given.
+      author: of a shared block that is an answer of an earlier round: whose. Live runs put the
+        author's live answer in its place.
 
     Raises:
       PromptError: unknown kind, empty id, both or neither content, NUL or lone surrogate, an id
-        out of range.
+        out of range, an author of a segment that is not shared.
     """
 
     kind: Kind
     id: str
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
+    author: Author | None = None
 
     def __post_init__(self) -> None:
         check_name(self.id, "the id of a segment")
@@ -119,7 +144,14 @@ class Segment:
         if self.token_ids is not None:
             _check_tuple(self.token_ids, int, f"{where}: token_ids")
             for token_id in self.token_ids:
-                check_integer(token_id, f"{where}: a token id", 0, _MAX_TOKEN_ID)
+                check_integer(token_id, f"{where}: a token id", 0, _MAX_INT)
+        if self.author is not None:
+            if not isinstance(self.author, Author):
+                raise PromptError(f"{where}: author must be an Author, got {self.author!r:.80}")
+            if self.kind != "shared":
+                raise PromptError(
+                    f"{where}: a {self.kind} segment has no author; make it shared, or leave it out"
+                )
 
     @property
     def empty(self) -> bool:
@@ -203,7 +235,9 @@ class Sampling:
         _check_real(self.temperature, "sampling: temperature")
         if self.temperature < 0:
             raise PromptError(f"sampling: temperature must be >= 0, got {self.temperature!r}")
-        check_integer(self.top_k, "sampling: top_k", 0)
+        if self.temperature > _MAX_TEMPERATURE:
+            raise PromptError(f"sampling: temperature must be at most {_MAX_TEMPERATURE}")
+        check_integer(self.top_k, "sampling: top_k", 0, _MAX_INT)
         _check_real(self.top_p, "sampling: top_p")
         if not 0 < self.top_p <= 1:
             raise PromptError(f"sampling: top_p must be in (0, 1], got {self.top_p!r}")
@@ -213,7 +247,7 @@ class Sampling:
         for string in self.stop:
             check_name(string, "sampling: a stop string")
         for token_id in self.stop_token_ids:
-            check_integer(token_id, "sampling: a stop token id", 0, _MAX_TOKEN_ID)
+            check_integer(token_id, "sampling: a stop token id", 0, _MAX_INT)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -227,7 +261,8 @@ class Round:
       index: number of the round, from 0.
 
     Raises:
-      PromptError: no agents, two agents of one name, a limit below 1, two contents of a shared id.
+      PromptError: no agents, two agents of one name, a limit below 1, two contents or authors of a
+        shared id.
     """
 
     agents: tuple[AgentPrompt, ...]
@@ -252,5 +287,5 @@ class Round:
                 if segment.kind == "shared" and shared.setdefault(segment.id, segment) != segment:
                     raise PromptError(
                         f"{where}: agent {prompt.agent!r}: shared segment {segment.id!r} "
-                        "had another content before; give one id to one content"
+                        "had another content or author before; give one id to one content"
                     )

@@ -1,7 +1,9 @@
 """Traces of rounds as JSON lines: one line per agent and round, in the order round, then agent.
 
-A line holds `trace`, `round`, `agent`, `segments` (a list of `kind`, `id`, `text`),
-`max_new_tokens` and, for replays, `recorded_output`. How answers are drawn is not part of a trace.
+A line holds `trace`, `round`, `agent`, `segments` (a list of `kind`, `id`, `text`) and
+`max_new_tokens`; for replays `recorded_output`; and `fidelity` where it is not the default. A
+shared segment that is an answer may name its `author` by `round` and `agent`. How answers are drawn
+is not part of a trace.
 """
 
 import dataclasses
@@ -11,11 +13,12 @@ import os
 import pathlib
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokendance_jax.prompt.round import (
     AgentPrompt,
+    Author,
     PromptError,
     Round,
     Segment,
@@ -25,6 +28,7 @@ from tokendance_jax.prompt.round import (
 
 _LINE_FIELDS = ("trace", "round", "agent", "segments", "max_new_tokens")
 _SEGMENT_FIELDS = ("kind", "id", "text")
+_AUTHOR_FIELDS = ("round", "agent")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,7 +40,8 @@ class Trace:
       rounds: the rounds; their indices are 0, 1, 2, ...
 
     Raises:
-      PromptError: empty name, no rounds, indices out of order.
+      PromptError: empty name, no rounds, indices out of order, an author of a shared segment who
+        takes part in no earlier round of that number.
     """
 
     name: str
@@ -54,6 +59,10 @@ class Trace:
                     f"trace {self.name!r}: round {moment.index} stands where {index} belongs; "
                     "number the rounds from 0 in order"
                 )
+            try:
+                _check_authors(moment, self.rounds[:index])
+            except PromptError as error:
+                raise PromptError(f"trace {self.name!r}: {error}") from None
 
 
 def read_traces(path: str | os.PathLike[str]) -> dict[str, Trace]:
@@ -66,45 +75,25 @@ def read_traces(path: str | os.PathLike[str]) -> dict[str, Trace]:
       The traces by name, in the order in which the file names them first.
 
     Raises:
-      PromptError: the file cannot be read or a line is not as the format wants it; names file and
-        line.
+      PromptError: the file cannot be read or a line is not as the format wants it; names file, line
+        and trace.
     """
-    drafts: dict[str, list[_Draft]] = {}
-    for number, line in _lines(path):
-        where = f"{os.fspath(path)}:{number}"
-        try:
-            name, index, prompt = _parse(line)
-            rounds = drafts.setdefault(name, [])
-            if index == len(rounds):
-                rounds.append(_Draft(number))
-            elif index != len(rounds) - 1:
-                raise PromptError(
-                    f"round {index} of trace {name!r} follows round {len(rounds) - 1}; rounds "
-                    "start at 0 and each one's lines stand together"
-                    if rounds
-                    else f"trace {name!r} starts with round {index}; rounds start at 0"
-                )
-            if prompt.agent in rounds[-1].prompts:
-                raise PromptError(f"agent {prompt.agent!r} occurs twice in round {index}")
-            rounds[-1].prompts[prompt.agent] = prompt
-        except PromptError as error:
-            raise PromptError(f"{where}: {error}") from None
-    if not drafts:
+    lines: dict[str, list[_Line]] = {}
+    for line in _lines(path):
+        if line.trace is None:
+            _parse(line)  # says what is wrong with it
+        else:
+            lines.setdefault(line.trace, []).append(line)
+    if not lines:
         raise PromptError(f"{os.fspath(path)}: the file holds no lines; give a trace")
-    traces = {}
-    for name, rounds in drafts.items():
-        done = []
-        for index, draft in enumerate(rounds):
-            try:
-                done.append(draft.round(index))
-            except PromptError as error:
-                raise PromptError(f"{os.fspath(path)}:{draft.line}: {error}") from None
-        traces[name] = Trace(name, tuple(done))
-    return traces
+    return {name: _trace(name, found) for name, found in lines.items()}
 
 
 def read_trace(path: str | os.PathLike[str], name: str | None = None) -> Trace:
-    """Reads one trace of a file.
+    """Reads one trace of a file, whatever the lines of other traces hold.
+
+    A line that does not say which trace it is of, such as one that was cut off, may belong to the
+    trace of the lines beside it: it is an error where one of them is of the wanted trace.
 
     Args:
       path: a JSON lines file, compressed if its name ends in ".gz".
@@ -114,14 +103,33 @@ def read_trace(path: str | os.PathLike[str], name: str | None = None) -> Trace:
       The trace.
 
     Raises:
-      PromptError: as `read_traces`, or the file has no trace of that name.
+      PromptError: the file cannot be read, has no trace of that name, or a line of the trace is not
+        as the format wants it; names file, line and trace.
     """
-    traces = read_traces(path)
-    if name is None:
-        return next(iter(traces.values()))
-    if name not in traces:
-        raise PromptError(f"{os.fspath(path)}: no trace {name!r}; the file has {', '.join(traces)}")
-    return traces[name]
+    known: list[str] = []
+    wanted: list[_Line] = []
+    strays: list[_Line] = []  # behind the last line that names its trace
+    before = None
+    for line in _lines(path):
+        if line.trace is None:
+            strays.append(line)
+            continue
+        if line.trace not in known:
+            known.append(line.trace)
+        if name is None:
+            name = before = line.trace
+        if strays and name in (before, line.trace):
+            _parse(strays[0])
+        strays, before = [], line.trace
+        if line.trace == name:
+            wanted.append(line)
+    if strays and before in (None, name):
+        _parse(strays[0])
+    if not known:
+        raise PromptError(f"{os.fspath(path)}: the file holds no lines; give a trace")
+    if name is None or not wanted:
+        raise PromptError(f"{os.fspath(path)}: no trace {name!r}; the file has {', '.join(known)}")
+    return _trace(name, wanted)
 
 
 def write_trace(path: str | os.PathLike[str], trace: Trace) -> None:
@@ -152,57 +160,138 @@ def write_trace(path: str | os.PathLike[str], trace: Trace) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@dataclasses.dataclass(slots=True)
-class _Draft:
-    """A round while its lines are read: where it starts, and its prompts by agent."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Line:
+    """A line of a file.
 
-    line: int
-    prompts: dict[str, AgentPrompt] = dataclasses.field(default_factory=dict)
+    Attributes:
+      where: file and number of the line, from 1.
+      trace: the trace that it is of; None: it does not say so.
+      value: what its JSON holds; a `PromptError` if it is no JSON.
+    """
 
-    def round(self, index: int) -> Round:
-        prompts = tuple(self.prompts.values())
-        limits = [prompt.max_new_tokens for prompt in prompts if prompt.max_new_tokens is not None]
-        return Round(prompts, max_new_tokens=max(limits), index=index)
+    where: str
+    trace: str | None
+    value: object
 
 
-def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Numbers the lines of a file from 1; only a newline ends a line, not U+2028 and its kin."""
+def _lines(path: str | os.PathLike[str]) -> Iterator[_Line]:
+    """Reads the lines of a file; only a newline ends a line, not U+2028 and its kin."""
     number = 0
     try:
         opener = gzip.open if os.fspath(path).endswith(".gz") else open
         with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                yield number, line.decode()
+                value = _json(line)
+                name = value.get("trace") if isinstance(value, dict) else None
+                name = name if isinstance(name, str) and name else None
+                yield _Line(f"{os.fspath(path)}:{number}", name, value)
     except OSError as error:
         raise PromptError(f"{os.fspath(path)}: cannot be read: {error.strerror or error}") from None
     except (EOFError, zlib.error) as error:
         raise PromptError(
             f"{os.fspath(path)}:{number + 1}: damaged gzip data ({error}); fetch the file again"
         ) from None
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{os.fspath(path)}:{number}: not UTF-8: {error.reason}") from None
 
 
-def _parse(line: str) -> tuple[str, int, AgentPrompt]:
-    """One line as trace name, round index and prompt."""
+def _json(line: bytes) -> object:
     try:
-        fields = json.loads(line)
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return PromptError(f"not UTF-8: {error.reason}")
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"not a JSON line: {error}") from None
-    fields = _object(fields, "a line", _LINE_FIELDS, ("recorded_output",))
-    check_name(fields["trace"], "trace")
-    check_integer(fields["round"], "round", 0)
-    check_integer(fields["max_new_tokens"], "max_new_tokens", 1)
-    if not isinstance(fields["segments"], list):
-        raise PromptError("segments must be a list")
-    segments = tuple(
-        Segment(**_object(segment, f"segment {position}", _SEGMENT_FIELDS))
-        for position, segment in enumerate(fields["segments"])
-    )
-    prompt = AgentPrompt(
-        fields["agent"], segments, fields["max_new_tokens"], fields.get("recorded_output")
-    )
-    return fields["trace"], fields["round"], prompt
+        return PromptError(f"not a JSON line: {error}")
+
+
+def _parse(line: _Line) -> tuple[int, AgentPrompt]:
+    """One line as round index and prompt.
+
+    Raises:
+      PromptError: it is not as the format wants it; names file, line and trace.
+    """
+    try:
+        if isinstance(line.value, PromptError):
+            raise line.value
+        fields = _object(line.value, "a line", _LINE_FIELDS, ("recorded_output", "fidelity"))
+        check_name(fields["trace"], "trace")
+        check_integer(fields["round"], "round", 0)
+        check_integer(fields["max_new_tokens"], "max_new_tokens", 1)
+        if not isinstance(fields["segments"], list):
+            raise PromptError("segments must be a list")
+        prompt = AgentPrompt(
+            fields["agent"],
+            tuple(_segment(value, number) for number, value in enumerate(fields["segments"])),
+            fields["max_new_tokens"],
+            fields.get("recorded_output"),
+            fields.get("fidelity", "collective"),
+        )
+        return fields["round"], prompt
+    except PromptError as error:
+        raise _located(line, error) from None
+
+
+def _segment(value: object, number: int) -> Segment:
+    fields = _object(value, f"segment {number}", _SEGMENT_FIELDS, ("author",))
+    if "author" in fields:
+        author = _object(fields["author"], f"segment {number}: author", _AUTHOR_FIELDS)
+        fields = {**fields, "author": Author(**author)}
+    return Segment(**fields)
+
+
+def _located(line: _Line, error: PromptError) -> PromptError:
+    """An error with the place and the trace of a line."""
+    trace = "" if line.trace is None else f"trace {line.trace!r}: "
+    return PromptError(f"{line.where}: {trace}{error}")
+
+
+def _trace(name: str, lines: Sequence[_Line]) -> Trace:
+    """A trace of its lines."""
+    drafts: list[tuple[_Line, dict[str, AgentPrompt]]] = []  # of each round its first line
+    for line in lines:
+        index, prompt = _parse(line)
+        last = len(drafts) - 1
+        if index == last + 1:
+            drafts.append((line, {}))
+        elif index != last:
+            follows = (
+                f"round {index} follows round {last}; rounds start at 0 and each one's lines stand "
+                "together"
+            )
+            starts = f"starts with round {index}; rounds start at 0"
+            raise _located(line, PromptError(follows if drafts else starts))
+        prompts = drafts[-1][1]
+        if prompt.agent in prompts:
+            raise _located(
+                line, PromptError(f"agent {prompt.agent!r} occurs twice in round {index}")
+            )
+        prompts[prompt.agent] = prompt
+    rounds: list[Round] = []
+    for index, (line, prompts) in enumerate(drafts):
+        agents = tuple(prompts.values())
+        most = max(prompt.max_new_tokens or 1 for prompt in agents)
+        try:
+            moment = Round(agents, max_new_tokens=most, index=index)
+            _check_authors(moment, rounds)
+        except PromptError as error:
+            raise _located(line, error) from None
+        rounds.append(moment)
+    return Trace(name, tuple(rounds))
+
+
+def _check_authors(moment: Round, before: Sequence[Round]) -> None:
+    """Refuses a block whose author takes part in no earlier round of that number."""
+    agents = [{prompt.agent for prompt in earlier.agents} for earlier in before]
+    for prompt in moment.agents:
+        for segment in prompt.segments:
+            author = segment.author
+            if author is None or (
+                author.round < len(agents) and author.agent in agents[author.round]
+            ):
+                continue
+            raise PromptError(
+                f"round {moment.index}: shared segment {segment.id!r}: its author {author.agent!r} "
+                f"takes no part in an earlier round {author.round}; name another, or none"
+            )
 
 
 def _object(
@@ -232,9 +321,18 @@ def _fields(trace: Trace, moment: Round, prompt: AgentPrompt) -> dict[str, objec
         "trace": trace.name,
         "round": moment.index,
         "agent": prompt.agent,
-        "segments": [{"kind": s.kind, "id": s.id, "text": s.text} for s in prompt.segments],
+        "segments": [_segment_fields(segment) for segment in prompt.segments],
         "max_new_tokens": prompt.max_new_tokens or moment.max_new_tokens,
     }
     if prompt.recorded_output is not None:
         fields["recorded_output"] = prompt.recorded_output
+    if prompt.fidelity != "collective":
+        fields["fidelity"] = prompt.fidelity
+    return fields
+
+
+def _segment_fields(segment: Segment) -> dict[str, object]:
+    fields: dict[str, object] = {name: getattr(segment, name) for name in _SEGMENT_FIELDS}
+    if segment.author is not None:
+        fields["author"] = dataclasses.asdict(segment.author)
     return fields

@@ -375,6 +375,10 @@ def test_missing_source(source: str):
     assert load_error(source).startswith(f"{source}: source: there is no such file or folder; ")
 
 
+def test_no_such_home_folder():
+    assert load_error("~nobody at all/x").startswith("~nobody at all/x: source: there is no such")
+
+
 def test_hub(folder: Path, monkeypatch: pytest.MonkeyPatch):
     hub = pytest.importorskip("huggingface_hub")
     asked = {}

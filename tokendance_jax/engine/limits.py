@@ -1,0 +1,70 @@
+"""What rounds and pools may ask for: checked on the host, before anything is computed."""
+
+from collections.abc import Sequence
+
+from tokendance_jax import host
+from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.prompt.round import PromptError, Round
+from tokendance_jax.prompt.tokenized import TokenizedPrompt
+
+
+def answer_limits(
+    moment: Round, prompts: Sequence[TokenizedPrompt], config: Qwen2Config
+) -> list[int]:
+    """Checks prompts against a model, and limits answers to what its context leaves them.
+
+    Args:
+      moment: the round.
+      prompts: its prompts as tokens.
+      config: the model's sizes.
+
+    Returns:
+      Most tokens of each agent's answer.
+
+    Raises:
+      PromptError: a prompt fills the context, or holds a token that the model does not have.
+    """
+    context, limits = config.max_position_embeddings, []
+    for agent, prompt in zip(moment.agents, prompts, strict=True):
+        where, tokens = f"round {moment.index}: agent {agent.agent!r}", len(prompt.token_ids)
+        if tokens >= context:
+            raise PromptError(
+                f"{where}: the prompt has {tokens} tokens, the model's context {context}; shorten "
+                "the prompt"
+            )
+        if prompt.token_ids.max() >= config.vocab_size:
+            raise PromptError(
+                f"{where}: token id {prompt.token_ids.max()} is outside of the model's vocabulary "
+                f"of {config.vocab_size}"
+            )
+        limits.append(min(agent.max_new_tokens or moment.max_new_tokens, context - tokens))
+    return limits
+
+
+def check_page_size(page_size: int) -> None:
+    """Refuses sizes of pages that block tables can't have.
+
+    Raises:
+      ValueError: it is not a power of two of at most 256.
+    """
+    if page_size not in (1 << bit for bit in range(9)):
+        raise ValueError(f"page_size: {page_size} is not a power of two of at most 256")
+
+
+def check_kv_memory(kv_memory: int) -> None:
+    """Refuses a page pool that the default device can't hold.
+
+    Raises:
+      ValueError: the device has less memory.
+    """
+    memory = host.memory()
+    if memory is not None and kv_memory > memory:
+        raise too_large(kv_memory, f"the device has {memory / 2**30:,.1f} GiB in all")
+
+
+def too_large(kv_memory: int, why: str) -> ValueError:
+    """The error about a pool for which there is no memory."""
+    return ValueError(
+        f"kv_memory: a pool of {kv_memory / 2**30:,.1f} GiB is too large: {why}; give less, or "
+        "serve fewer agents or shorter answers"
+    )
