@@ -25,8 +25,8 @@ from tokendance_jax.engine.result import (
 from tokendance_jax.prompt import AgentPrompt, Round, Segment, Trace, write_trace
 
 ROOT = Path(__file__).resolve().parents[2]
-# One size of pool: what several tests compile is compiled once.
-SETTINGS = "--compilation_cache=off", "--kv_memory=16MiB"
+# One size of pool and one of calls: what several tests compile is compiled once.
+SETTINGS = "--compilation_cache=off", "--kv_memory=16MiB", "--row_budget=64"
 FIELDS = {
     "policy": str,
     "round": int,
