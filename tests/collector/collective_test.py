@@ -29,8 +29,17 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def collective(pool, pair=("joint", "head"), pages=2):
     base, selection = pair
-    chosen = make_selection(selection, pages)
-    return Collective(pool, PAGE_SIZE, "model", base=base, selection=chosen, preamble=PREAMBLE)
+    # Shares whatever it costs: these rounds are tiny.
+    return Collective(
+        pool,
+        PAGE_SIZE,
+        "model",
+        base=base,
+        selection=make_selection(selection, pages),
+        preamble=PREAMBLE,
+        least_saving=None,
+        context=4096,
+    )
 
 
 def entries_of(lane, chosen):

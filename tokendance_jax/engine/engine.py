@@ -399,6 +399,7 @@ class RoundEngine:
             namespace,
             options=self._options,
             preamble=self._preamble,
+            context=config.max_position_embeddings,
             salt=self._salt,
         )
 

@@ -7,7 +7,7 @@ live under kinds of their own, and no kind ever finds a page of another.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,6 +139,33 @@ class PrefixCache:
         matched = np.array(pages, np.int32)
         self._pool.retain(matched)
         return matched
+
+    def peek(self, blocks: Sequence[bytes]) -> int:
+        """How many leading blocks are cached; as `count`, for one chain."""
+        key = self._root
+        for found, tokens in enumerate(blocks):
+            key = self._digest(key + tokens)
+            if key not in self._by_key:
+                return found
+        return len(blocks)
+
+    def count(self, chains: Iterable[Sequence[bytes]]) -> list[int]:
+        """How many blocks of each chain would be found, were they matched and inserted in turn.
+
+        Nothing is taken or registered, and colliding digests are not told apart.
+        """
+        fresh: set[bytes] = set()
+        counts = []
+        for blocks in chains:
+            found, key = 0, self._root
+            for index, tokens in enumerate(blocks):
+                key = self._digest(key + tokens)
+                if found == index and (key in self._by_key or key in fresh):
+                    found += 1
+                else:
+                    fresh.add(key)
+            counts.append(found)
+        return counts
 
     def insert(
         self, token_ids: Int32[np.ndarray, " tokens"], pages: Int[np.ndarray, " pages"]
