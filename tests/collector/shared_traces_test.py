@@ -119,7 +119,7 @@ def collective(name):
         pool,
         PAGE_SIZE,
         "test",
-        options=PolicyOptions(selection="none"),
+        options=PolicyOptions(selection="none", least_saving=None),
         preamble=np.array(tokenizer().encode_text(DEFAULT_PREAMBLE), np.int32),
     )
     counted = []

@@ -303,7 +303,8 @@ def test_bases_hold_no_private_text(make, base):
     ids=str,
 )
 def test_steady_state_traces_nothing(policy, options):
-    engine = RoundEngine(tiny(), policy=policy, options=PolicyOptions(**options), **SMALL)
+    options = PolicyOptions(**options, least_saving=None)
+    engine = RoundEngine(tiny(), policy=policy, options=options, **SMALL)
     assert engine.warm_up(agents=4, tokens=300) > 0
     with jax.no_tracing(True):
         # Own blocks first, others left out: tables whose frames change several times.
