@@ -148,6 +148,24 @@ def collective(name):
     return counted
 
 
+@pytest.mark.parametrize("name", TRACES)
+def test_no_round_computes_more_than_prefix(name):
+    # Both serve the same rounds, each with its own caches.
+    preamble = np.array(tokenizer().encode_text(DEFAULT_PREAMBLE), np.int32)
+    policies = [
+        make_policy(policy, PagePool(1 << 18), PAGE_SIZE, "test", preamble=preamble)
+        for policy in ("tokendance", "prefix")
+    ]
+    for prompts in rounds_of(name)[:5]:
+        computed = []
+        for policy in policies:
+            opened = policy.open(prompts, [0] * len(prompts))
+            computed.append(sum(len(p.computed) for p in [*opened.lanes, *opened.bases]))
+            policy.close(opened, [prompt.token_ids for prompt in prompts])
+        ours, exact = computed
+        assert ours == exact or ours <= 0.8 * exact
+
+
 def compare(name, what, reached, ceiling):
     """Prints what is reached beside its ceiling, and returns the one over the other."""
     print(f"{name:15} {what:26} {reached:6.2f} of {ceiling:6.2f}: {reached / ceiling:.3f}")

@@ -11,6 +11,7 @@ from tokendance_jax.demo import harbour_trace
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.prompt import AgentPrompt, PromptError, Round, Segment
+from tokendance_jax.prompt.tokenized import tokenize_round
 
 # Two sizes of rows: every program is compiled once for each.
 SIZES: dict[str, Any] = {"kv_memory": 8 << 20, "row_budget": 128}
@@ -291,6 +292,13 @@ def test_a_prompt_longer_than_the_context_is_refused(engine):
     prompt = AgentPrompt("Edda", (Segment("task", "t", token_ids=ids_),))
     with pytest.raises(PromptError, match=r"Edda.*context"):
         engine.serve(Round((prompt,)))
+
+
+def test_an_answer_to_follow_beyond_the_context_is_refused(engine):
+    prompts = tokenize_round(three(), engine.model.tokenizer, chat=False)
+    answers = [np.full(engine.model.config.max_position_embeddings, 5, np.int32)] * len(prompts)
+    with pytest.raises(PromptError, match=r"Edda.*context"):
+        engine.score(prompts, answers)
 
 
 def test_a_token_outside_of_the_vocabulary_is_refused(engine):
