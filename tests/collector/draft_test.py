@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.collector.device import Device, check_lanes, drawn, exact_sources, serve
+from tests.collector.device import Device, check_lanes, drawn, exact_sources, patches_of, serve
 from tests.collector.rounds import PAGE_SIZE, common_round, ids, made, prompt, rounds
 from tokendance_jax.collector.collective import BASES
 from tokendance_jax.collector.groups import group_tables
@@ -379,6 +379,41 @@ def test_blocks_that_no_base_holds_together_lie_in_several():
         check_lanes(device)(opened, prompts, [0] * 4)
         policy.close(opened, None)
         assert device.pool.live == 0
+
+
+def test_patches_are_reserved_for_every_time_that_a_page_is_shown():
+    # Blocks that begin alike lie in one page, though each has a base of its own.
+    stem = list(range(10, 10 + 2 * PAGE_SIZE))
+    blocks = [("shared", f"out/{n}", [*stem, *[30 + n] * 5]) for n in range(3)]
+    whole = prompt("a", ("system", "s", [1] * 9), *blocks, ("task", "t", [7] * 9))
+    for later in (blocks, blocks[:2]):  # then the last one is a quote
+        quote = [("history", "said", some[2]) for some in blocks if some not in later]
+        again = prompt("a", ("system", "s", [1] * 9), *later, *quote, ("task", "t", [7] * 9))
+        device = Device(1000)
+        policy = policy_of(
+            device.pool,
+            context=4096,
+            base="alone",
+            selection="query",
+            head_pages=1,
+            least_saving=None,
+        )
+        random = np.random.default_rng(0)
+        serve(device, policy, [whole], random)
+        opened = policy.open([again], [0])
+        base = opened.lanes[0].base
+        first = int(np.argmax(base > 0))
+        # Attention to the first page alone: it is chosen, all three times that it is shown.
+        device.run(
+            opened, lambda _, shape, at=first: (np.arange(shape[0]) == at).astype(np.float32)
+        )
+        check_lanes(device)(opened, [again], [0])
+        assert (
+            np.flatnonzero(patches_of(opened.lanes[0])).tolist()
+            == np.flatnonzero(base == base[first]).tolist()
+        )
+        assert (base == base[first]).sum() == 3
+        policy.close(opened, None)
 
 
 def test_a_pool_that_does_not_hold_the_bases_serves_exactly():

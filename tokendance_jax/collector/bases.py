@@ -50,6 +50,7 @@ class Layout:
     Attributes:
       token_ids: the context and the segments behind it.
       blocks: the content of each page, as bytes.
+      keys: the key of each page: pages of several bases that have one key are one.
       slots: slots in use of each page.
       placed: the place of each segment. Its pages are still numbers below 0, counted down:
         -1 - (`before` + the page's index in the base).
@@ -58,6 +59,7 @@ class Layout:
 
     token_ids: Int32[np.ndarray, " tokens"]
     blocks: list[bytes]
+    keys: list[bytes]
     slots: Int32[np.ndarray, " pages"]
     placed: list[Placed]
     before: int
@@ -148,9 +150,11 @@ class BaseStore:
             number = np.int32(-1 - before - skip) - entry
             placed.append(Placed(segment, number, first, last - first, len(context) + start))
             start = stop
+        blocks = [run.tobytes() for run in runs]
         return Layout(
             token_ids=np.concatenate([context, whole]),
-            blocks=[run.tobytes() for run in runs],
+            blocks=blocks,
+            keys=list(self._cache.keys(blocks)),
             slots=np.array([len(run) for run in runs], np.int32),
             placed=placed,
             before=before,
@@ -183,6 +187,10 @@ class BaseStore:
         if place is None or not self._alive(place, keys):
             return None
         return place if np.array_equal(place.token_ids, token_ids) else None
+
+    def key(self, page: int) -> bytes | None:
+        """The key of a page that a place which was found names."""
+        return self._cache.held(page)
 
     def close(self, lane: LanePlan, *, failed: bool, left: int = 0) -> None:
         """Gives a base lane's references back; its pages stay findable until they are evicted.

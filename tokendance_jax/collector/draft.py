@@ -1,6 +1,7 @@
 """What the agents of a round share, decided before any page is taken."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -111,7 +112,8 @@ class Drafter:
 
         An agent is served exactly where sharing saves it nothing, and the whole round where it
         saves less than the least saving. Counted are the tokens that agents, bases and preamble
-        compute, with what the caches hold now.
+        compute, with what the caches hold now: a pool that runs short while the round opens may
+        evict some of it.
 
         Args:
           prompts: the agents' prompts.
@@ -184,15 +186,16 @@ class Drafter:
         sequences = shared_keys(together)
         while True:
             preamble, bases, placed = self._lay_out(together, sequences)
+            keys = [key for layout in bases for key in layout.keys]
             lanes = [
-                self._lane(prompt, room, placed) if shares else None
+                self._lane(prompt, room, placed, keys) if shares else None
                 for prompt, room, shares in zip(prompts, rooms, sharing, strict=True)
             ]
             read = {id(part.placed) for lane in lanes if lane for part in lane.parts}
-            keys = {key for key, place in placed.items() if id(place) in read}
-            if len(keys) == len(placed):
+            kept = {key for key, place in placed.items() if id(place) in read}
+            if len(kept) == len(placed):
                 return Draft(lanes, bases, preamble)
-            sequences = [[key for key in keys_of if key in keys] for keys_of in sequences]
+            sequences = [[key for key in some if key in kept] for some in sequences]
 
     def _lay_out(
         self, prompts: Sequence[TokenizedPrompt], sequences: Sequence[Sequence[bytes]]
@@ -253,9 +256,20 @@ class Drafter:
         return self._preamble
 
     def _lane(
-        self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
+        self,
+        prompt: TokenizedPrompt,
+        room: int,
+        placed: Mapping[bytes, Placed],
+        keys: Sequence[bytes],
     ) -> LaneDraft | None:
-        """What an agent reads from bases, and which part of it the agent computes all the same."""
+        """What an agent reads from bases, and which part of it the agent computes all the same.
+
+        Args:
+          prompt: the agent's prompt.
+          room: how many more tokens its lane must have room for.
+          placed: where the segments of the bundle lie.
+          keys: the keys of the pages that the layouts number.
+        """
         size, ids = self._page_size, prompt.token_ids
 
         def place(span: TokenSpan, key: bytes, token_ids: Int32[np.ndarray, " _"]) -> Placed | None:
@@ -288,8 +302,9 @@ class Drafter:
             blocks += [_patch_block(ids, run, entry) for entry in range(head)]
         later = 0
         if self._selection.look is not None:  # a page may be shown several times
-            times = np.sort(np.unique(run.page, return_counts=True)[1])[::-1]
-            later = int(times[: self._selection.pages].sum())
+            pages = run.page.tolist()
+            times = Counter(keys[-1 - p] if p < 0 else self._store.key(p) for p in pages)
+            later = sum(count for _, count in times.most_common(self._selection.pages))
         return LaneDraft(parts, run, chosen, private, blocks, head, later)
 
 

@@ -7,8 +7,9 @@ live under kinds of their own, and no kind ever finds a page of another.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -142,12 +143,14 @@ class PrefixCache:
 
     def peek(self, blocks: Sequence[bytes]) -> int:
         """How many leading blocks are cached; as `count`, for one chain."""
+        return sum(1 for _ in takewhile(self._by_key.__contains__, self.keys(blocks)))
+
+    def keys(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """The keys under which the blocks of a chain are, or would be, cached."""
         key = self._root
-        for found, tokens in enumerate(blocks):
+        for tokens in blocks:
             key = self._digest(key + tokens)
-            if key not in self._by_key:
-                return found
-        return len(blocks)
+            yield key
 
     def count(self, chains: Iterable[Sequence[bytes]]) -> list[int]:
         """How many blocks of each chain would be found, were they matched and inserted in turn.
@@ -157,9 +160,8 @@ class PrefixCache:
         fresh: set[bytes] = set()
         counts = []
         for blocks in chains:
-            found, key = 0, self._root
-            for index, tokens in enumerate(blocks):
-                key = self._digest(key + tokens)
+            found = 0
+            for index, key in enumerate(self.keys(blocks)):
                 if found == index and (key in self._by_key or key in fresh):
                     found += 1
                 else:
