@@ -107,7 +107,9 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
         engine = RoundEngine(
             model,
             policy=policy,
-            options=PolicyOptions(selection="head" if pages else "none", head_pages=pages),
+            options=PolicyOptions(
+                selection="head" if pages else "none", head_pages=pages, least_saving=None
+            ),
             kv_memory=memory,
             row_budget=_ROW_BUDGET.value,
             programs=programs,

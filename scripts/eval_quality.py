@@ -166,7 +166,9 @@ def _variants() -> list[Variant]:
             continue
         for base, selection in itertools.product(_BASE.value, _SELECTION.value):
             for pages in _HEAD_PAGES.value[: 1 if selection in UNLIMITED else None]:
-                options = PolicyOptions(base=base, selection=selection, head_pages=pages)
+                options = PolicyOptions(
+                    base=base, selection=selection, head_pages=pages, least_saving=None
+                )
                 variants.append(Variant(policy, options))
     return variants
 

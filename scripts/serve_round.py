@@ -75,6 +75,13 @@ _HEAD_PAGES = flags.DEFINE_integer(
     "How many pages these are, but for none and all.",
     lower_bound=0,
 )
+_LEAST_SAVING = flags.DEFINE_float(
+    "least_saving",
+    PolicyOptions().least_saving,
+    "Share of the tokens of a round that tokendance must save, else it serves it exactly.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 _PREAMBLE = flags.DEFINE_string("preamble", None, common.PREAMBLE_HELP)
 _BLEND_RATIO = flags.DEFINE_float(
     "blend_ratio", PolicyOptions().blend_ratio, "Share of shared tokens that blend recomputes."
@@ -171,6 +178,7 @@ def _options() -> PolicyOptions:
         base=_BASE.value,
         selection=_SELECTION.value,
         head_pages=_HEAD_PAGES.value,
+        least_saving=_LEAST_SAVING.value,
         blend_ratio=_BLEND_RATIO.value,
     )
 

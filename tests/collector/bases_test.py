@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tests.collector.device import Device, drawn, exact_sources
 from tests.collector.rounds import PAGE_SIZE, TEXTS, ids
-from tokendance_jax.collector.bases import BaseStore, content_key
+from tokendance_jax.collector.bases import BaseStore, content_key, paged
 from tokendance_jax.collector.policy import NOBODY, Compute, OpenRound
 from tokendance_jax.paged import OutOfPages, PagePool
 
@@ -105,6 +105,24 @@ def test_the_same_base_is_found_again():
     for one, other in zip(placed, placed_again, strict=True):
         assert one.slot(PAGE_SIZE).tolist() == other.slot(PAGE_SIZE).tolist()
     assert (pool.live, pool.evictable) == (0, len(first.page))
+
+
+def test_layouts_take_nothing_and_say_what_is_computed():
+    pool = PagePool(40)
+    bases = store(pool)
+    make(bases, CONTEXT, A)
+    layouts = [bases.lay_out(ids(CONTEXT), [ids(A), ids(B)])]
+    layouts.append(bases.lay_out(ids(CONTEXT), [ids(B)], before=len(layouts[0].slots)))
+    assert pool.live == 0
+    assert bases.to_compute(layouts) == [1 + len(B), len(B)]
+    taken = [bases.take(layout) for layout in layouts]
+    assert [len(lane.computed) for lane, _ in taken] == [1 + len(B), len(B)]
+    # The numbers of all layouts stand for the pages of their lanes.
+    pages = np.concatenate([lane.page for lane, _ in taken])
+    for layout, (_, placed) in zip(layouts, taken, strict=True):
+        for number, place in zip(layout.placed, placed, strict=True):
+            assert paged(number.page, pages).tolist() == place.page.tolist()
+    assert paged(ids([7, -1]), pages).tolist() == [7, pages[0]]
 
 
 def test_the_first_segment_begins_a_page():

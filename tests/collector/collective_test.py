@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.collector.device import Device, drawn, exact_sources, serve
+from tests.collector.device import Device, check_lanes, drawn, patches_of, serve
 from tests.collector.rounds import PAGE_SIZE, common_round, ids, made, prompt, rounds
 from tokendance_jax.collector.collective import BASES, Collective
 from tokendance_jax.collector.parts import TAIL_TOKENS
@@ -29,42 +29,17 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def collective(pool, pair=("joint", "head"), pages=2):
     base, selection = pair
-    chosen = make_selection(selection, pages)
-    return Collective(pool, PAGE_SIZE, "model", base=base, selection=chosen, preamble=PREAMBLE)
-
-
-def entries_of(lane, chosen):
-    """The positions of some entries' slots."""
-    return set(np.flatnonzero(np.repeat(chosen, lane.slots)).tolist())
-
-
-def patches_of(lane):
-    return (lane.base != 0) & (lane.page != lane.base)
-
-
-def check_lanes(device):
-    """What holds for the lanes of any round once it is computed."""
-
-    def check(opened, prompts, rooms):
-        for seat, (lane, whole, room) in enumerate(zip(opened.lanes, prompts, rooms, strict=True)):
-            tokens, hits = whole.token_ids.tolist(), opened.exact_hits[seat]
-            assert lane.token_ids.tolist() == tokens
-            assert lane.slots.sum() >= len(tokens) + room
-            found, exact = device.sources(lane), exact_sources(tokens)
-            assert found[:hits] == exact[:hits]
-            if whole.fidelity == "exact":
-                assert found == exact
-                assert not lane.base.any()
-            # Own text and patches are computed here or read from pages of exactly this prefix, and
-            # nothing else is computed.
-            own = entries_of(lane, (lane.base == 0) | patches_of(lane))
-            computed = set(range(len(tokens))) & own - set(range(hits))
-            assert lane.computed.tolist() == sorted(computed)
-            # A patch has the slots, the frame and the tokens of the base entry that it replaces.
-            shown = np.where(lane.base == 0, lane.page, lane.base)
-            device.sources(dataclasses.replace(lane, page=shown))
-
-    return check
+    # Shares whatever it costs: these rounds are tiny.
+    return Collective(
+        pool,
+        PAGE_SIZE,
+        "model",
+        base=base,
+        selection=make_selection(selection, pages),
+        preamble=PREAMBLE,
+        least_saving=None,
+        context=4096,
+    )
 
 
 @given(

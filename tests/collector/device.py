@@ -247,3 +247,37 @@ def serve(device, policy, prompts, random, *, check=None, fails=False):
     assert device.pool.live == 0
     device.pool.check()
     return opened
+
+
+def entries_of(lane, chosen):
+    """The positions of some entries' slots."""
+    return set(np.flatnonzero(np.repeat(chosen, lane.slots)).tolist())
+
+
+def patches_of(lane):
+    return (lane.base != 0) & (lane.page != lane.base)
+
+
+def check_lanes(device):
+    """What holds for the lanes of any round once it is computed."""
+
+    def check(opened, prompts, rooms):
+        for seat, (lane, whole, room) in enumerate(zip(opened.lanes, prompts, rooms, strict=True)):
+            tokens, hits = whole.token_ids.tolist(), opened.exact_hits[seat]
+            assert lane.token_ids.tolist() == tokens
+            assert lane.slots.sum() >= len(tokens) + room
+            found, exact = device.sources(lane), exact_sources(tokens)
+            assert found[:hits] == exact[:hits]
+            if whole.fidelity == "exact":
+                assert found == exact
+                assert not lane.base.any()
+            # Own text and patches are computed here or read from pages of exactly this prefix, and
+            # nothing else is computed.
+            own = entries_of(lane, (lane.base == 0) | patches_of(lane))
+            computed = set(range(len(tokens))) & own - set(range(hits))
+            assert lane.computed.tolist() == sorted(computed)
+            # A patch has the slots, the frame and the tokens of the base entry that it replaces.
+            shown = np.where(lane.base == 0, lane.page, lane.base)
+            device.sources(dataclasses.replace(lane, page=shown))
+
+    return check

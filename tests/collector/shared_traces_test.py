@@ -119,7 +119,7 @@ def collective(name):
         pool,
         PAGE_SIZE,
         "test",
-        options=PolicyOptions(selection="none"),
+        options=PolicyOptions(selection="none", least_saving=None),
         preamble=np.array(tokenizer().encode_text(DEFAULT_PREAMBLE), np.int32),
     )
     counted = []
@@ -146,6 +146,24 @@ def collective(name):
         policy.close(opened, written)
     assert pool.live == 0
     return counted
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_no_round_computes_more_than_prefix(name):
+    # Both serve the same rounds, each with its own caches.
+    preamble = np.array(tokenizer().encode_text(DEFAULT_PREAMBLE), np.int32)
+    policies = [
+        make_policy(policy, PagePool(1 << 18), PAGE_SIZE, "test", preamble=preamble)
+        for policy in ("tokendance", "prefix")
+    ]
+    for prompts in rounds_of(name)[:5]:
+        computed = []
+        for policy in policies:
+            opened = policy.open(prompts, [0] * len(prompts))
+            computed.append(sum(len(p.computed) for p in [*opened.lanes, *opened.bases]))
+            policy.close(opened, [prompt.token_ids for prompt in prompts])
+        ours, exact = computed
+        assert ours == exact or ours <= 0.8 * exact
 
 
 def compare(name, what, reached, ceiling):

@@ -12,6 +12,7 @@ from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.paged.kv import KVSpec
 from tokendance_jax.prompt import AgentPrompt, PromptError, Round, Segment
+from tokendance_jax.prompt.tokenized import tokenize_round
 
 # One size of calls: every program is compiled once.
 SIZES: dict[str, Any] = {"kv_memory": 8 << 20, "row_budget": 64}
@@ -83,7 +84,8 @@ def test_seed_and_round_change_the_draws(engine):
 
 
 def test_chunks_of_a_round_give_the_tokens_of_one_call(small_model, dense):
-    small = RoundEngine(small_model, policy="prefix", **SIZES | {"row_budget": 32})
+    smaller: dict[str, Any] = SIZES | {"row_budget": 32}
+    small = RoundEngine(small_model, policy="prefix", **smaller)
     moment = three()
     result = small.serve(moment)
     assert result.ledger.computed_tokens > 4 * 32
@@ -317,6 +319,13 @@ def test_too_many_stop_tokens_are_refused_before_the_prefill(engine, monkeypatch
     moment = three(stop_token_ids=tuple(range(17)))
     with pytest.raises(ValueError, match=r"stop_token_ids: .* at most 16"):
         engine.serve(moment)
+
+
+def test_an_answer_to_follow_beyond_the_context_is_refused(engine):
+    prompts = tokenize_round(three(), engine.model.tokenizer, chat=False)
+    answers = [np.full(engine.model.config.max_position_embeddings, 5, np.int32)] * len(prompts)
+    with pytest.raises(PromptError, match=r"Edda.*context"):
+        engine.score(prompts, answers)
 
 
 def test_a_token_outside_of_the_vocabulary_is_refused(engine):

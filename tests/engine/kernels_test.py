@@ -57,7 +57,7 @@ def engine_of(model, implementation, policy="tokendance"):
     return td.RoundEngine(
         model,
         policy=policy,
-        options=PolicyOptions(selection="head", head_pages=1),
+        options=PolicyOptions(selection="head", head_pages=1, least_saving=None),
         # The simulator takes long for every row, and XLA for every bucket.
         preamble="You live by the sea.\n",
         kv_memory=1 << 20,

@@ -38,9 +38,8 @@ def score(model):
             np.array(model.tokenizer.encode_text(agent.recorded_output)[:24], np.int32)
             for agent in moment.agents
         ]
-        engine = RoundEngine(
-            model, policy=policy, options=PolicyOptions(**options), kv_memory=KV, programs=programs
-        )
+        chosen = PolicyOptions(**options, least_saving=None)
+        engine = RoundEngine(model, policy=policy, options=chosen, kv_memory=KV, programs=programs)
         return engine.score(prompts, answers)[0]
 
     return run

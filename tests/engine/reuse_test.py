@@ -205,6 +205,17 @@ def test_exact_agents_are_exact_whatever_the_others_do(make, dense, policy, opti
         assert distance({name: found[name] for name in names}, dense) < 1e-4
 
 
+def test_a_round_that_is_too_small_to_share_is_that_of_prefix(make):
+    prefix = make("prefix")
+    # With the default least saving: the preamble costs more than these blocks.
+    engine = RoundEngine(tiny(), policy="tokendance", programs=prefix.programs, **SMALL)
+    for index in range(2):
+        moment = dataclasses.replace(gathering(), index=index)
+        found, expected = (some.serve(moment, chat=False) for some in (engine, prefix))
+        assert ids(found) == ids(expected)
+        assert found.ledger == expected.ledger
+
+
 def test_reuse_is_not_exact_where_it_is_not_asked_for(make, dense):
     found, _ = score(make(selection="none"), mixed())
     assert distance({name: found[name] for name in "abcd"}, dense) > 1e-2
@@ -303,7 +314,8 @@ def test_bases_hold_no_private_text(make, base):
     ids=str,
 )
 def test_steady_state_traces_nothing(policy, options):
-    engine = RoundEngine(tiny(), policy=policy, options=PolicyOptions(**options), **SMALL)
+    options = PolicyOptions(**options, least_saving=None)
+    engine = RoundEngine(tiny(), policy=policy, options=options, **SMALL)
     assert engine.warm_up(agents=4, tokens=300) > 0
     with jax.no_tracing(True):
         # Own blocks first, others left out: tables whose frames change several times.

@@ -1,5 +1,6 @@
 """Small rounds for the engine's tests, and sizes that need few programs."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -29,7 +30,8 @@ def small_programs():
 
 
 def small_engine(policy, options):
-    """An engine of these sizes; its pool is full of NaN."""
+    """An engine of these sizes that shares whatever it costs; its pool is full of NaN."""
+    options = dataclasses.replace(options, least_saving=None)
     programs = small_programs()
     engine = RoundEngine(tiny(), policy=policy, options=options, programs=programs, **SMALL)
     engine._kv = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), engine._kv)

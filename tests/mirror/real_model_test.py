@@ -85,7 +85,7 @@ def live(model, request):
         PagePool(spec.pages),
         size,
         "test",
-        options=PolicyOptions(selection="none"),
+        options=PolicyOptions(selection="none", least_saving=None),
         preamble=np.array(model.tokenizer.encode_text(DEFAULT_PREAMBLE), np.int32),
     )
     opened = policy.open(prompts, [0] * AGENTS)

@@ -2,7 +2,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -159,6 +159,33 @@ TestConstant.settings = settings(max_examples=10, stateful_step_count=30)
 def make(pages=PAGES, **kwargs):
     pool = PagePool(pages)
     return pool, PrefixCache(pool, SIZE, "model", **kwargs)
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([b"a", b"b"]), max_size=4), max_size=8),
+    st.integers(0, 8),
+)
+def test_a_count_is_what_would_be_found_in_turn(chains, inserted):
+    pool = PagePool(100)
+    cache = PrefixCache(pool, 2, "model")
+
+    def find(blocks):
+        held = cache.match_blocks(blocks)
+        pages = pool.extend(held, len(blocks) - len(held))
+        cache.insert_blocks(blocks, pages)
+        pool.release(pages)
+        return len(held)
+
+    for blocks in chains[:inserted]:
+        find(blocks)
+    before = len(cache), pool.free, pool.evictable
+    expected, alone = cache.count(chains), [cache.peek(blocks) for blocks in chains]
+    assert (len(cache), pool.free, pool.evictable) == before
+    for blocks, found in zip(chains, alone, strict=True):
+        held = cache.match_blocks(blocks)
+        assert len(held) == found
+        pool.release(held)
+    assert [find(blocks) for blocks in chains] == expected
 
 
 def test_at_least_one_token_is_computed():

@@ -71,7 +71,7 @@ def answers(model, setting: Setting, *, draws: int, policy="tokendance", shuffle
     engine = RoundEngine(
         model,
         policy=policy,
-        options=PolicyOptions(**options),
+        options=PolicyOptions(**options, least_saving=None),
         kv_memory=2048 * model.kv_spec(pages=1, page_size=16).page_bytes,
         row_budget=512,  # fewer programs
         max_agents=16,

@@ -43,6 +43,42 @@ class Placed:
         return (self.page[entry] * page_size + offset).astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """A base before it has pages: segments that are computed together, one after the other.
+
+    Attributes:
+      token_ids: the context and the segments behind it.
+      blocks: the content of each page, as bytes.
+      keys: the key of each page: pages of several bases that have one key are one.
+      slots: slots in use of each page.
+      placed: the place of each segment. Its pages are still numbers below 0, counted down:
+        -1 - (`before` + the page's index in the base).
+      before: pages of the layouts before this one, so that numbers of one round differ.
+    """
+
+    token_ids: Int32[np.ndarray, " tokens"]
+    blocks: list[bytes]
+    keys: list[bytes]
+    slots: Int32[np.ndarray, " pages"]
+    placed: list[Placed]
+    before: int
+
+
+def paged(
+    number: Int32[np.ndarray, " entries"], page: Int32[np.ndarray, " pages"]
+) -> Int32[np.ndarray, " entries"]:
+    """Puts pages in place of the numbers of layouts; pages that are known already stay.
+
+    Args:
+      number: pages, or numbers below 0.
+      page: the pages of all layouts, one after the other.
+    """
+    known = number.copy()
+    known[number < 0] = page[-1 - number[number < 0]]
+    return known
+
+
 class BaseStore:
     """Lays segments into base pages, and remembers them for as long as their pages live.
 
@@ -86,30 +122,63 @@ class BaseStore:
         Raises:
           OutOfPages: if the pool cannot give the pages; nothing is held then.
         """
+        return self.take(self.lay_out(context, segments))
+
+    def lay_out(
+        self,
+        context: Int32[np.ndarray, " context"],
+        segments: Sequence[Int32[np.ndarray, " _"]],
+        *,
+        before: int = 0,
+    ) -> Layout:
+        """Lays segments out as `open` does, without taking a page.
+
+        Args:
+          context: see `open`.
+          segments: see `open`.
+          before: pages of the round's layouts before this one.
+        """
         size, whole = self._page_size, np.concatenate(segments)
         runs = [part[i : i + size] for part in (context, whole) for i in range(0, len(part), size)]
-        blocks = [run.tobytes() for run in runs]
-        slots = np.array([len(run) for run in runs], np.int32)
-        hit = self._cache.match_blocks(blocks)
-        page = self._pool.extend(hit, len(blocks) - len(hit))
-        self._cache.insert_blocks(blocks, page)
-
-        zeros = np.zeros_like(page)
-        token_ids = np.concatenate([context, whole])
-        computed = np.arange(slots[: len(hit)].sum(), len(token_ids), dtype=np.int32)
-        lane = LanePlan(token_ids, computed, page, zeros, zeros, slots, base=zeros)
         skip = -(-len(context) // size)
         placed, start = [], 0
         for segment in segments:
             stop = start + len(segment)
-            entry = np.arange(start // size, -(-stop // size))
+            entry = np.arange(start // size, -(-stop // size), dtype=np.int32)
             first = np.maximum(start - entry * size, 0).astype(np.int32)
             last = np.minimum(stop - entry * size, size).astype(np.int32)
-            place = Placed(segment, page[skip + entry], first, last - first, len(context) + start)
-            placed.append(place)
-            keys = [self._cache.held(int(p)) for p in place.page]
-            self._placed[content_key(segment)] = (place, keys)
+            number = np.int32(-1 - before - skip) - entry
+            placed.append(Placed(segment, number, first, last - first, len(context) + start))
             start = stop
+        blocks = [run.tobytes() for run in runs]
+        return Layout(
+            token_ids=np.concatenate([context, whole]),
+            blocks=blocks,
+            keys=list(self._cache.keys(blocks)),
+            slots=np.array([len(run) for run in runs], np.int32),
+            placed=placed,
+            before=before,
+        )
+
+    def to_compute(self, layouts: Sequence[Layout]) -> list[int]:
+        """Tokens that each lane would compute if these layouts were taken one after the other."""
+        hits = self._cache.count([layout.blocks for layout in layouts])
+        return [int(layout.slots[hit:].sum()) for layout, hit in zip(layouts, hits, strict=True)]
+
+    def take(self, layout: Layout) -> tuple[LanePlan, list[Placed]]:
+        """Takes the pages of a layout; see `open`."""
+        hit = self._cache.match_blocks(layout.blocks)
+        page = self._pool.extend(hit, len(layout.blocks) - len(hit))
+        self._cache.insert_blocks(layout.blocks, page)
+        placed = []
+        for place in layout.placed:
+            pages = paged(place.page + np.int32(layout.before), page)
+            placed.append(dataclasses.replace(place, page=pages))
+            keys = [self._cache.held(int(p)) for p in pages]
+            self._placed[content_key(place.token_ids)] = (placed[-1], keys)
+        zeros, tokens = np.zeros_like(page), layout.token_ids
+        computed = np.arange(layout.slots[: len(hit)].sum(), len(tokens), dtype=np.int32)
+        lane = LanePlan(tokens, computed, page, zeros, zeros, layout.slots, base=zeros)
         return lane, placed
 
     def find(self, token_ids: Int32[np.ndarray, " tokens"]) -> Placed | None:
@@ -118,6 +187,10 @@ class BaseStore:
         if place is None or not self._alive(place, keys):
             return None
         return place if np.array_equal(place.token_ids, token_ids) else None
+
+    def key(self, page: int) -> bytes | None:
+        """The key of a page that a place which was found names."""
+        return self._cache.held(page)
 
     def close(self, lane: LanePlan, *, failed: bool, left: int = 0) -> None:
         """Gives a base lane's references back; its pages stay findable until they are evicted.

@@ -5,20 +5,21 @@ a bundle, which is computed once behind a neutral preamble; agents read the base
 (page, frame) of their block tables, so no key is rotated again and no page is copied.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32
 
-from tokendance_jax.collector.bases import Placed, content_key
+from tokendance_jax.collector.bases import paged
+from tokendance_jax.collector.draft import Draft, Drafter, LaneDraft
 from tokendance_jax.collector.exact import pages_for
 from tokendance_jax.collector.lane import LanePlan, with_rows
-from tokendance_jax.collector.order import canonical_order
-from tokendance_jax.collector.parts import Part, Run, asked_until, parts_of, run_of, shared_keys
+from tokendance_jax.collector.parts import Run, asked_until
 from tokendance_jax.collector.policy import (
     NOBODY,
     Compute,
@@ -31,15 +32,13 @@ from tokendance_jax.collector.policy import (
 from tokendance_jax.collector.reuse import BaseReuse
 from tokendance_jax.collector.selection import Scored, Selection, deviations
 from tokendance_jax.collector.table import agent_table
-from tokendance_jax.paged.page_pool import PagePool
-from tokendance_jax.prompt.tokenized import TokenizedPrompt, TokenSpan
+from tokendance_jax.paged.page_pool import OutOfPages, PagePool
+from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
 Base = Literal["joint", "joint-agent", "alone", "isolated"]
 BASES: tuple[str, ...] = get_args(Base)
 
-# Fewer tokens in common than this are no preamble: they name the first agent or quote a template.
-_LEAST_PREAMBLE = 16
-_NO_TOKENS = _NO_PAGES = np.zeros(0, np.int32)
+_NO_PAGES = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -86,6 +85,8 @@ class Collective(BaseReuse):
         base: str,
         selection: Selection,
         preamble: Int32[np.ndarray, " preamble"],
+        least_saving: float | None,
+        context: int,
         salt: bytes = b"",
     ):
         """Makes the policy with empty caches.
@@ -100,10 +101,15 @@ class Collective(BaseReuse):
             least from the joint base: the paper's request Master).
           selection: which pages agents compute themselves.
           preamble: tokens in front of the bases where agents have no leading text in common.
+          least_saving: share of the tokens which the round would compute exactly, from 0 to 1, that
+            sharing must save, preamble and bases counted; else the round is served exactly. None:
+            shares whatever it costs.
+          context: most tokens of a lane, prompt and answer together.
           salt: secret of a tenant.
 
         Raises:
-          ValueError: if there is no such base, or it does not go with the selection.
+          ValueError: if there is no such base, it does not go with the selection, or the least
+            saving is no share.
         """
         if base not in BASES:
             raise ValueError(f"base: {base!r} is unknown; choose one of {', '.join(BASES)}")
@@ -111,25 +117,59 @@ class Collective(BaseReuse):
             raise ValueError(
                 "selection: base 'joint-agent' has a look of its own; choose head, none, own or all"
             )
+        if least_saving is not None and not 0 <= least_saving <= 1:
+            raise ValueError(f"least_saving: {least_saving} is no share; give a number from 0 to 1")
         kind = "joint" if base == "joint-agent" else base
         super().__init__(pool, page_size, namespace, kind=kind, salt=salt)
         self._base = base
         self._selection = selection
-        self._preamble = preamble
+        self._context = context
+        self._drafter = Drafter(
+            self._store,
+            self._cache,
+            page_size,
+            base=base,
+            selection=selection,
+            preamble=preamble,
+            least_saving=least_saving,
+            context=context,
+        )
         look = "deviation" if base == "joint-agent" else selection.look
         self.programs = ("prefill",) if look is None else ("prefill", look)
         self.bases = 1 if base.startswith("joint") else sys.maxsize
 
     def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
-        """Takes the bases' pages, then every agent's; see `Policy.open`."""
-        opened = _OpenCollective([], [], [], 0, no_steps())
+        """Takes the bases' pages, then every agent's; see `Policy.open`.
+
+        A round that the pool does not hold with its bases is served exactly.
+        """
+        draft = self._drafter.draft(prompts, rooms)
+        if draft.shares:
+            with contextlib.suppress(OutOfPages):
+                return self._open(draft, prompts, rooms)
+        return self._open(Draft([None] * len(prompts)), prompts, rooms)
+
+    def _open(
+        self, draft: Draft, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]
+    ) -> OpenRound:
+        """Takes the pages of a draft; holds nothing if the pool cannot give them."""
+        opened = _OpenCollective([], [], [], draft.preamble_tokens, no_steps())
+        # Quoted bases may be evictable: they are held while new pages are taken, those that patches
+        # replace as well, as no patch is the page that it replaces.
+        pages = [lane.run.page for lane in draft.lanes if lane is not None]
+        quoted = np.concatenate([_NO_PAGES, *pages])
+        quoted = quoted[quoted > 0]
+        self._pool.retain(quoted)
         try:
-            together = [prompt for prompt in prompts if prompt.fidelity == "collective"]
-            placed = self._open_bases(opened, together)
+            for layout in draft.bases:
+                opened.bases.append(self._store.take(layout)[0])
+            if self._base == "joint-agent" and draft.bases:
+                context = pages_for(draft.preamble_tokens, self._page_size)
+                opened.reserved = self._pool.allocate(len(opened.bases[0].page) - context)
             for seat, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
-                parts = self._parts(prompt, placed) if prompt.fidelity == "collective" else []
-                if any(part.placed is not None for part in parts):
-                    opened.lanes.append(self._open_lane(opened, seat, prompt, room, parts))
+                lane = draft.lanes[seat]
+                if lane is not None:
+                    opened.lanes.append(self._open_lane(opened, seat, prompt, room, lane))
                 else:
                     opened.lanes.append(
                         self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
@@ -140,6 +180,8 @@ class Collective(BaseReuse):
         except BaseException:
             self.close(opened, None)
             raise
+        finally:
+            self._pool.release(quoted)
 
     def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
         """Keeps bases and exact pages findable, and gives every reference back."""
@@ -153,109 +195,37 @@ class Collective(BaseReuse):
         assert isinstance(opened, _OpenCollective)
         return {lane.seat for lane in opened.collective}
 
-    def _open_bases(
-        self, opened: _OpenCollective, prompts: Sequence[TokenizedPrompt]
-    ) -> dict[bytes, Placed]:
-        """Opens the base lanes of the round's bundle; gives the place of each of its segments."""
-        sequences = shared_keys(prompts)
-        segments = {
-            content_key(ids): ids
-            for prompt in prompts
-            for span in prompt.spans
-            for ids in [prompt.token_ids[span.start : span.stop]]
-        }
-        order = canonical_order(sequences)
-        if not order:
-            return {}
-        preamble = _NO_TOKENS if self._base == "isolated" else self._preamble_of(prompts)
-        opened.preamble_tokens = len(preamble)
-        together = self._base.startswith("joint")
-        placed: dict[bytes, Placed] = {}
-        for group in [order] if together else [[key] for key in order]:
-            lane, places = self._store.open(preamble, [segments[key] for key in group])
-            opened.bases.append(lane)
-            placed.update(zip(group, places, strict=True))
-        if self._base == "joint-agent":
-            context = pages_for(len(preamble), self._page_size)
-            opened.reserved = self._pool.allocate(len(opened.bases[0].page) - context)
-        return placed
-
-    def _preamble_of(self, prompts: Sequence[TokenizedPrompt]) -> Int32[np.ndarray, " preamble"]:
-        """The leading system text that all agents have in common, else the configured one.
-
-        Nothing stands in front of the bases where all prompts begin with shared text: then they
-        are computed where the agents have them.
-        """
-        leading = [_leading_system(prompt) for prompt in prompts]
-        if all(prompt.spans[0].kind == "shared" for prompt in prompts):
-            return _NO_TOKENS
-        least = min(map(len, leading))
-        equal = np.all([ids[:least] == leading[0][:least] for ids in leading], axis=0)
-        common = least if equal.all() else int(np.argmin(equal))
-        # The leading text of one agent is not neutral.
-        if len(prompts) > 1 and common >= _LEAST_PREAMBLE:
-            return leading[0][:common]
-        return self._preamble
-
-    def _parts(self, prompt: TokenizedPrompt, placed: Mapping[bytes, Placed]) -> list[Part]:
-        def place(span: TokenSpan, key: bytes, token_ids: Int32[np.ndarray, " _"]) -> Placed | None:
-            if span.kind in ("shared", "task"):
-                return placed.get(key)
-            if span.kind == "history":  # a quote of what was shared, in this round or an older one
-                return placed.get(key) or self._store.find(token_ids)
-            return None
-
-        return parts_of(prompt, place)
-
     def _open_lane(
         self,
         opened: _OpenCollective,
         seat: int,
         prompt: TokenizedPrompt,
         room: int,
-        parts: Sequence[Part],
+        draft: LaneDraft,
     ) -> LanePlan:
         """Takes an agent's pages: exact hits, new pages of its own, patches, and base pages."""
         size, ids = self._page_size, prompt.token_ids
-        private = parts[0].stop if parts[0].placed is None else 0
-        run = run_of(parts)
-        chosen = self._selection.pick(run, size)
-        # Patches that go on where the private text ends are exact, and may be found again.
-        # Behind more of the agent's own text, or where a Master moves them, they are not found.
-        first = np.cumsum(run.offset == 0) == 1
-        head = 0 if self._base == "joint-agent" else _leading(chosen[first])
+        parts, private, chosen, head = draft.parts, draft.private, draft.chosen, draft.head
+        bases = np.concatenate([_NO_PAGES, *(lane.page for lane in opened.bases)])
+        run = dataclasses.replace(draft.run, page=paged(draft.run.page, bases))
         full, rest = divmod(private, size)
-        blocks = self._cache.split(ids[:private])
-        if head:
-            blocks += [ids[private - rest : private].tobytes()] * (rest > 0)
-            blocks += [_patch_block(ids, run, entry) for entry in range(head)]
-        hit = self._cache.match_blocks(blocks)
+        hit = self._cache.match_blocks(draft.blocks)
 
         own = sum(part.stop - part.start for part in parts if part.placed is None) + room
         # A partial page that is found again is not written: own text goes on in a new page.
         gap = size - rest if rest and len(hit) > full else 0
         own_hits = min(len(hit), full + (gap > 0))
         own_pages = pages_for(own + gap, size)
-        spare = 0
-        if self._selection.look is not None:  # a page may be shown several times
-            times = np.sort(np.unique(run.page, return_counts=True)[1])[::-1]
-            spare = int(times[: self._selection.pages].sum())
         patches = int(chosen.sum())
-        fresh = own_pages - own_hits + patches - (len(hit) - own_hits) + spare
-        # Quoted bases may be evictable: hold them before new pages are taken, those that patches
-        # replace as well, as no patch is the page that it replaces.
-        self._pool.retain(run.page)
-        try:
-            page = self._pool.extend(hit, fresh)
-        except BaseException:
-            self._pool.release(run.page)
-            raise
-        self._pool.release(run.page[chosen])
+        fresh = own_pages - own_hits + patches - (len(hit) - own_hits) + draft.later
+        page = self._pool.extend(hit, fresh)
+        self._pool.retain(run.page[~chosen])
         own_page = np.concatenate([page[:own_hits], page[len(hit) :][: own_pages - own_hits]])
         page = np.concatenate([page[own_hits : len(hit)], page[len(hit) + own_pages - own_hits :]])
         patch_page, spare_page = page[:patches], page[patches:]
         self._cache.insert_blocks(
-            blocks, np.concatenate([own_page[: full + (head > 0 and rest > 0)], patch_page[:head]])
+            draft.blocks,
+            np.concatenate([own_page[: full + (head > 0 and rest > 0)], patch_page[:head]]),
         )
 
         shown = run.page.copy()
@@ -263,10 +233,7 @@ class Collective(BaseReuse):
         table, at = agent_table(
             parts, run, shown, own_page, room=room, gap_at=private, gap=gap, page_size=size
         )
-        hit_tokens = min(len(hit), full) * size
-        if len(hit) > full:
-            found = len(hit) - full - (rest > 0)
-            hit_tokens = private + int(run.slots[:found].sum())
+        hit_tokens = draft.hit_tokens(len(hit), size)
         computed = np.ones(len(ids), np.bool_)
         computed[:hit_tokens] = False
         computed[run.positions(~chosen)] = False
@@ -290,19 +257,23 @@ class Collective(BaseReuse):
 
     def _steps(self, opened: _OpenCollective) -> Steps:
         lanes, collective = opened.lanes, opened.collective
-        nobody = [NOBODY] * len(opened.bases)
+        # Bases beyond those that programs are compiled for are computed one by one.
+        for base in opened.bases[: -self.bases]:
+            yield Compute([base], [NOBODY])
+        bases = opened.bases[-self.bases :]
+        nobody = [NOBODY] * len(bases)
         look = self._selection.look
         if self._base == "joint-agent" and opened.bases:
             look = "deviation"
         if look is None or not collective:
-            yield Compute([*opened.bases, *lanes], [*nobody, *range(len(lanes))])
+            yield Compute([*bases, *lanes], [*nobody, *range(len(lanes))])
             return
         # First what does not depend on the choice: bases, private text, exact agents.
         first = list(lanes)
         for lane in collective:
             plan = lanes[lane.seat]
             first[lane.seat] = with_rows(plan, plan.computed[plan.computed < lane.private])
-        yield Compute([*opened.bases, *first], [*nobody, *range(len(lanes))])
+        yield Compute([*bases, *first], [*nobody, *range(len(lanes))])
         seats = [lane.seat for lane in collective]
         if look == "deviation":  # everything up to the end of the shared text, over bases alone
             looked = [
@@ -327,7 +298,7 @@ class Collective(BaseReuse):
                 ]
             )
         if self._base == "joint-agent":
-            before = [self._rebase(opened, scores)]
+            before = self._rebase(opened, scores)
         else:
             self._patch(opened, scores)
             before = []
@@ -361,21 +332,30 @@ class Collective(BaseReuse):
             self._pool.release(lane.run.page[pick])
             lane.spare = lane.spare[count:]
 
-    def _rebase(self, opened: _OpenCollective, scores: Scores) -> LanePlan:
+    def _rebase(self, opened: _OpenCollective, scores: Scores) -> list[LanePlan]:
         """Makes the agent of the lowest summed deviation the Master; gives its base's lane.
 
         The Master's base goes on where the Master's private text ends. Everybody's entries move
-        over to its pages, in the frames of its positions.
+        over to its pages, in the frames of its positions. There is no Master, and no lane, where
+        the context holds nobody's private text and the bundle.
         """
+        bundle = opened.bases[0].token_ids[opened.preamble_tokens :]
+        most = self._context - len(bundle)
+        fitting = [
+            (score, lane)
+            for score, lane in zip(scores, opened.collective, strict=True)
+            if lane.private <= most
+        ]
+        if not fitting:
+            return []
         # Of equal sums the lowest seat's (papers leave it open).
-        sums = [math.fsum(score.tolist()) for score in scores]
-        master = opened.collective[int(np.argmin(sums))]
+        sums = [math.fsum(score.tolist()) for score, _ in fitting]
+        _, master = fitting[int(np.argmin(sums))]
         plan, neutral = opened.lanes[master.seat], opened.bases[0]
         context = pages_for(opened.preamble_tokens, self._page_size)
         private = int(np.searchsorted(np.cumsum(plan.slots), master.private, side="right"))
         page = np.concatenate([plan.page[:private], opened.reserved])
         slots = np.concatenate([plan.slots[:private], neutral.slots[context:]])
-        bundle = neutral.token_ids[opened.preamble_tokens :]
         token_ids = np.concatenate([plan.token_ids[: master.private], bundle])
         computed = np.arange(master.private, len(token_ids), dtype=np.int32)
         zeros = np.zeros_like(page)
@@ -399,31 +379,9 @@ class Collective(BaseReuse):
                 frame=np.where(moves, plan.frame + shift, plan.frame),
                 base=to,
             )
-        return base
-
-
-def _leading_system(prompt: TokenizedPrompt) -> Int32[np.ndarray, " leading"]:
-    """A prompt's tokens up to the first that is neither system text nor markup."""
-    stop = 0
-    for span in prompt.spans:
-        if span.kind not in ("system", "markup"):
-            break
-        stop = span.stop
-    return prompt.token_ids[:stop]
-
-
-def _leading(chosen: Bool[np.ndarray, " entries"]) -> int:
-    """How many entries at the beginning are chosen."""
-    return len(chosen) if chosen.all() else int(np.argmin(chosen))
+        return [base]
 
 
 def _without_patches(plan: LanePlan) -> LanePlan:
     """The same lane as it reads bases alone."""
     return dataclasses.replace(plan, page=np.where(plan.base > 0, plan.base, plan.page))
-
-
-def _patch_block(ids: Int32[np.ndarray, " tokens"], run: Run, entry: int) -> bytes:
-    """What a patch of the exact head depends on beside the tokens before it."""
-    start, slots = int(run.start[entry]), int(run.slots[entry])
-    where = np.array([run.frame[entry], run.first[entry]], np.int32)
-    return b"patch" + where.tobytes() + ids[start : start + slots].tobytes()

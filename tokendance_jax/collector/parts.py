@@ -81,9 +81,10 @@ def shared_keys(prompts: Sequence[TokenizedPrompt]) -> list[list[bytes]]:
         [
             (span.kind, _key(prompt, span))
             for span in prompt.spans
-            if span.kind in ("shared", "task") and span.start < asked_until(prompt) - TAIL_TOKENS
+            if span.kind in ("shared", "task") and span.start < end
         ]
         for prompt in prompts
+        for end in [asked_until(prompt) - TAIL_TOKENS]
     ]
     tasks = Counter(key for some in found for kind, key in set(some) if kind == "task")
     return [[key for kind, key in some if kind == "shared" or tasks[key] > 1] for some in found]

@@ -26,6 +26,9 @@ class PolicyOptions:
       base: how `tokendance` conditions its bases: one of `BASES`.
       selection: which shared pages its agents compute themselves: one of `SELECTIONS`.
       head_pages: how many pages that are, where the selection is limited.
+      least_saving: share of the tokens which a round would compute exactly, from 0 to 1, that
+        `tokendance` must save by sharing, preamble and bases counted; else it serves the round as
+        `prefix` does. None: it shares whatever that costs, for studies of reuse.
       blend_ratio: share of the shared tokens that `blend` recomputes.
       epic_tokens: tokens of each segment that `epic` recomputes.
     """
@@ -33,6 +36,7 @@ class PolicyOptions:
     base: str = "joint"
     selection: str = "head"
     head_pages: int = 4
+    least_saving: float | None = 0.2
     blend_ratio: float = 0.15
     epic_tokens: int = 16
 
@@ -45,6 +49,7 @@ def make_policy(
     *,
     options: PolicyOptions | None = None,
     preamble: Int32[np.ndarray, " preamble"] | None = None,
+    context: int = 1 << 30,
     salt: bytes = b"",
 ) -> Policy:
     """Builds a policy by its name.
@@ -56,6 +61,7 @@ def make_policy(
       namespace: what K and V depend on beside the tokens (model, precision, rotary embedding).
       options: choices within the policies.
       preamble: tokens in front of bases where agents have no leading text in common.
+      context: most tokens of a lane, prompt and answer together.
       salt: secret of a tenant, whose pages no other tenant finds.
 
     Raises:
@@ -78,6 +84,8 @@ def make_policy(
             base=options.base,
             selection=make_selection(options.selection, options.head_pages),
             preamble=np.zeros(0, np.int32) if preamble is None else preamble,
+            least_saving=options.least_saving,
+            context=context,
             salt=salt,
         )
     raise ValueError(f"policy: {name!r} is unknown; choose one of {', '.join(POLICIES)}")

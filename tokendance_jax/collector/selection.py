@@ -18,12 +18,14 @@ class Selection(abc.ABC):
     Attributes:
       look: what the device has to score before the choice; None: the choice needs no scores.
       pages: pages that each agent computes, as far as the selection is limited.
+      head: pages that each agent computes at the beginning of every run of shared text.
     """
 
     look: Literal["deviation", "attention"] | None = None
 
     def __init__(self, pages: int):
         self.pages = pages
+        self.head = 0
 
     @abc.abstractmethod
     def pick(self, run: Run, page_size: int) -> Bool[np.ndarray, " entries"]:
@@ -45,6 +47,10 @@ class Head(Selection):
     That is where a base differs most from what the agent would have computed. The first run's head
     continues the agent's own prefix, so it is exact.
     """
+
+    def __init__(self, pages: int):
+        super().__init__(pages)
+        self.head = pages
 
     def pick(self, run: Run, page_size: int) -> Bool[np.ndarray, " entries"]:
         """The entries that begin within so many pages; see `Selection.pick`."""

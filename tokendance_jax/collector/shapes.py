@@ -34,6 +34,11 @@ PACKING = {
 }
 
 
+# Key blocks of a table beyond those that a whole context fills in one frame: private text, shared
+# text and the task with room for an answer up to the end of the context each end within one.
+SPARE_BLOCKS = 2
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shapes:
     """The static shapes that programs are compiled for.
@@ -67,7 +72,7 @@ class Shapes:
     ) -> "Shapes":
         """Buckets up to the given budgets, for contexts of at most `max_tokens`."""
         block = block_pages(page_size)
-        most = cls.entries_of(max_tokens, page_size)
+        most = cls.most_entries(max_tokens, page_size)
         return cls(
             rows=Buckets(min(64, row_budget), row_budget),
             # Four lanes decode in the time of one: one-row bfloat16 products are slow on CPU.
@@ -83,6 +88,12 @@ class Shapes:
         """Table entries that hold so many tokens in one frame: whole key blocks."""
         block = block_pages(page_size)
         return -(-tokens // (block * page_size)) * block
+
+    @staticmethod
+    def most_entries(max_tokens: int, page_size: int) -> int:
+        """The largest bucket of table entries for contexts of at most so many tokens."""
+        entries = Shapes.entries_of(max_tokens, page_size)
+        return entries + SPARE_BLOCKS * block_pages(page_size)
 
     def packing_of(self, rows: int) -> Packing | None:
         """How a plan of so many rows packs them; None: it packs none."""

@@ -1,11 +1,94 @@
 """The block table of an agent whose prompt is its own text and text of a base in turns."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import chain, pairwise
 
 import numpy as np
 from jaxtyping import Int32
 
 from tokendance_jax.collector.parts import Part, Run
+from tokendance_jax.kernels.flash import block_pages
+
+
+def fitting_parts(
+    parts: Sequence[Part], *, room: int, least: int, entries: int, page_size: int
+) -> list[Part]:
+    """Leaves shared text to the agent that is too short to be read from a base.
+
+    First these are the runs of fewer than `least` tokens. Then, as every frame takes key blocks of
+    its own, they are the shortest texts of one frame, until the table fits. That is always
+    possible: what an agent computes itself has one frame.
+
+    Args:
+      parts: the prompt.
+      room: further tokens behind the last part.
+      least: tokens of the shortest run that is read from a base.
+      entries: entries of the largest table, whole key blocks.
+      page_size: token slots in a page.
+
+    Returns:
+      Parts of the same prompt: those that are read from a base were so before. If there are any, no
+      table of these parts has more entries, wherever its own text begins in a page.
+    """
+    most = entries // block_pages(page_size)
+    while True:
+        runs = _neighbours(parts, one_frame=False)
+        parts = _without(parts, [run for run in runs if _tokens(parts, run) < least])
+        over = _most_blocks(parts, room, page_size) - most
+        texts = _neighbours(parts, one_frame=True)
+        if not texts or over <= 0:
+            return parts
+        # Each of them frees two key blocks at most: one, and one where own text grows together.
+        texts.sort(key=lambda text: _tokens(parts, text))
+        parts = _without(parts, texts[: -(-over // 2)])
+
+
+def _neighbours(parts: Sequence[Part], *, one_frame: bool) -> list[range]:
+    """Where parts of bases stand side by side, or those of one frame."""
+
+    def frame(part: Part) -> int | None:
+        return None if part.placed is None else part.start - part.placed.canonical
+
+    frames = [frame(part) for part in parts]
+    cuts = [
+        index + 1
+        for index, (one, other) in enumerate(pairwise(frames))
+        if one is None or other is None or (one_frame and one != other)
+    ]
+    runs = (range(*ends) for ends in pairwise([0, *cuts, len(parts)]))
+    return [run for run in runs if frames[run.start] is not None]
+
+
+def _tokens(parts: Sequence[Part], run: range) -> int:
+    return parts[run.stop - 1].stop - parts[run.start].start
+
+
+def _without(parts: Sequence[Part], runs: Collection[range]) -> list[Part]:
+    """The same prompt, some parts of bases the agent's own; no two neighbours are both its own."""
+    own = set(chain.from_iterable(runs))
+    kept: list[Part] = []
+    for index, part in enumerate(parts):
+        if part.placed is not None and index not in own:
+            kept.append(part)
+        elif kept and kept[-1].placed is None:
+            kept[-1] = Part(kept[-1].start, part.stop, None)
+        else:
+            kept.append(Part(part.start, part.stop, None))
+    return kept
+
+
+def _most_blocks(parts: Sequence[Part], room: int, page_size: int) -> int:
+    """Key blocks of the largest table of these parts."""
+    width, blocks = block_pages(page_size), 0
+    for part in parts:
+        if part.placed is None:
+            tokens = part.stop - part.start + (room if part is parts[-1] else 0)
+            # It may begin anywhere in a page.
+            blocks += -(-((tokens + 2 * page_size - 2) // page_size) // width)
+    for text in _neighbours(parts, one_frame=True):
+        places = [parts[index].placed for index in text]
+        blocks += -(-sum(len(place.page) for place in places if place is not None) // width)
+    return blocks
 
 
 def agent_table(

@@ -350,10 +350,19 @@ class RoundEngine:
           at every token of the answer; and what was computed, answers included.
 
         Raises:
+          PromptError: if a prompt and its answer are longer than the model's context; nothing has
+            been computed then.
           OutOfPages: if the pool cannot hold the sequences.
           NotFiniteError: if the residual stream is NaN or infinite; nothing is kept then.
         """
         sequences = [p.followed_by(ids) for p, ids in zip(prompts, answers, strict=True)]
+        context = self.model.config.max_position_embeddings
+        for sequence in sequences:
+            if len(sequence.token_ids) > context:
+                raise PromptError(
+                    f"agent {sequence.agent!r}: prompt and answer have {len(sequence.token_ids)} "
+                    f"tokens, the model's context {context}; shorten them"
+                )
         opened = self._policy.open(sequences, [0] * len(sequences))
         written = None
         try:
@@ -445,6 +454,7 @@ class RoundEngine:
             namespace,
             options=self._options,
             preamble=self._preamble,
+            context=config.max_position_embeddings,
             salt=self._salt,
         )
 

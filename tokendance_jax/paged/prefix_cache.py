@@ -7,8 +7,9 @@ live under kinds of their own, and no kind ever finds a page of another.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -139,6 +140,34 @@ class PrefixCache:
         matched = np.array(pages, np.int32)
         self._pool.retain(matched)
         return matched
+
+    def peek(self, blocks: Sequence[bytes]) -> int:
+        """How many leading blocks are cached; as `count`, for one chain."""
+        return sum(1 for _ in takewhile(self._by_key.__contains__, self.keys(blocks)))
+
+    def keys(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """The keys under which the blocks of a chain are, or would be, cached."""
+        key = self._root
+        for tokens in blocks:
+            key = self._digest(key + tokens)
+            yield key
+
+    def count(self, chains: Iterable[Sequence[bytes]]) -> list[int]:
+        """How many blocks of each chain would be found, were they matched and inserted in turn.
+
+        Nothing is taken or registered, and colliding digests are not told apart.
+        """
+        fresh: set[bytes] = set()
+        counts = []
+        for blocks in chains:
+            found = 0
+            for index, key in enumerate(self.keys(blocks)):
+                if found == index and (key in self._by_key or key in fresh):
+                    found += 1
+                else:
+                    fresh.add(key)
+            counts.append(found)
+        return counts
 
     def insert(
         self, token_ids: Int32[np.ndarray, " tokens"], pages: Int[np.ndarray, " pages"]
