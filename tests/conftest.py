@@ -30,6 +30,12 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500
 hypothesis.settings.load_profile("tests")
 
 
+def pytest_configure(config):
+    """Leaves LLVM's optimisations out of the default tests: half of what compiling takes."""
+    if "not slow" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Gives all tests of a file to one process: they share what they compile, load and count."""

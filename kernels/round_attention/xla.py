@@ -119,7 +119,9 @@ def round_attention_xla(
     most = min(tiles.row.shape[1], rows)  # places beyond are unused
     sizes = [*(size for size in SMALL_TILES if size < most), most]
     used = jnp.sum((tiles.row < rows).astype(jnp.int32), axis=1)
-    size_of = jnp.sum((used[:, None] > np.array(sizes[:-1])[None, :]).astype(jnp.int32), axis=1)
+    size_of = jnp.sum(
+        (used[:, None] > np.array(sizes[:-1], np.int32)[None, :]).astype(jnp.int32), axis=1
+    )
 
     def sized_tile(size: int, *arguments: Any) -> tuple[jax.Array, ...]:
         room = [(0, most - size)]

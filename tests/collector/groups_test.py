@@ -133,13 +133,13 @@ def check(lanes, shapes, cost=shared_block_cost):
 
 
 @given(SEEDS)
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_groups_and_rest_hold_every_slot_once(seed):
     check(random_lanes(seed), shapes_of())
 
 
 @given(SEEDS)
-@settings(max_examples=50)
+@settings(max_examples=20)
 def test_whatever_several_lanes_hold_may_be_shared(seed):
     lanes = random_lanes(seed)
     groups, _ = check(lanes, shapes_of(least=512), cost=lambda _: 0.0)
@@ -158,7 +158,7 @@ def test_whatever_several_lanes_hold_may_be_shared(seed):
 
 
 @given(SEEDS)
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_the_same_lanes_give_the_same_tables(seed):
     lanes = random_lanes(seed)
     first, second = (group_tables(lanes, shapes_of()) for _ in range(2))

@@ -176,7 +176,7 @@ def test_chunks_in_order_give_the_logits_of_one_call():
 
 
 @given(st.integers(1, 4000), st.integers(1, 300), st.integers(1, 5000), st.integers(2, 900))
-@settings(max_examples=50)
+@settings(max_examples=20)
 def test_shapes_hold_what_they_are_made_for(row_budget, max_lanes, max_tokens, pages):
     shapes = Shapes.of(
         row_budget=row_budget,

@@ -140,7 +140,7 @@ def test_xla_code_packs_long_ends_but_not_in_small_calls():
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @given(lanes=rounds())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_rows_see_what_their_lane_holds(platform, lanes):
     rows_of = Counter()
     for plan, shared in plans_of(lanes, platform):

@@ -133,7 +133,7 @@ def broken_engine(policy, *path, rows):
     model = dataclasses.replace(tiny(), state=nnx.from_flat_state(flat))
     programs = Programs(model, small_programs().shapes)
     programs._compiled = small_programs()._compiled
-    options = PolicyOptions(**POLICIES[policy])
+    options = PolicyOptions(**POLICIES[policy], least_saving=None)
     return RoundEngine(model, policy=policy.split()[0], options=options, programs=programs, **SMALL)
 
 

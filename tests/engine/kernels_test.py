@@ -83,6 +83,7 @@ def crowd():
     return td.Round(tuple(prompts), max_new_tokens=4)
 
 
+@pytest.mark.slow
 def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
     """As plans of a CPU pack the ends of lanes, and as those of a GPU; XLA code takes both."""
     packed, answers = [], []

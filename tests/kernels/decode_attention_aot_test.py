@@ -1,6 +1,6 @@
 import pytest
 
-from tests.kernels import aot
+from tests.kernels import aot, cases
 from tests.kernels.cases import shape
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.flash import block_pages

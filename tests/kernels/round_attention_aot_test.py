@@ -1,6 +1,6 @@
 import pytest
 
-from tests.kernels import aot
+from tests.kernels import aot, cases
 from tests.kernels.cases import shape
 from tokendance_jax.kernels.flash import block_pages
 from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, RowTiles, SharedRows

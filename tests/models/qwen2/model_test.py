@@ -257,7 +257,7 @@ def test_programs_work_in_the_donated_pool(program, dtype):
     assert needs.temp_size_in_bytes < size / 10
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_rolled_layers_give_the_bits_of_unrolled_ones(dtype):
     model, shapes = tiny.tiny_model(dtype), tiny.tiny_shapes(64)
     lanes = [
