@@ -1,6 +1,7 @@
 """Settings of the whole test run: CPU, strict promotion, warnings as errors (see pyproject)."""
 
 import os
+import re
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,8 +32,12 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config):
-    """Leaves LLVM's optimisations out of the default tests: half of what compiling takes."""
-    if "not slow" in config.option.markexpr:
+    """Leaves LLVM's optimisations out, which take half of the time of compiling.
+
+    Not where tests compute for long, or look at what is compiled for accelerators.
+    """
+    chosen = config.option.markexpr
+    if chosen and not re.search(r"(?<!not )\b(real_model|aot|sweep)\b", chosen):
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 

@@ -31,7 +31,7 @@ def test_quality_beside_work(tmp_path):
     done, written = run(
         "eval_quality",
         tmp_path / "result.json",
-        *("--rounds=2", "--agents=4", "--tokens=8", f"--plot={plot}"),
+        *("--rounds=2", "--agents=4", "--tokens=8", "--row_budget=64", f"--plot={plot}"),
         *("--policy=blend", "--policy=tokendance"),
         *("--selection=none", "--selection=head", "--head_pages=1", "--head_pages=2"),
     )
@@ -65,7 +65,7 @@ def test_answers_to_probes_beside_work(tmp_path):
     done, written = run(
         "eval_quality",
         tmp_path / "result.json",
-        *("--probes", "--draws=2", "--setting=5 agents", "--setting=drift"),
+        *("--probes", "--draws=2", "--setting=5 agents", "--setting=drift", "--row_budget=64"),
         *("--policy=epic", "--policy=tokendance", "--selection=none"),
     )
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,8 @@ def test_answers_to_probes_beside_work(tmp_path):
 
 
 def test_time_beside_work(tmp_path):
-    done, written = run("bench_round", tmp_path / "result.json", "--agents=2", "--agents=3")
+    sizes = "--agents=2", "--agents=3", "--row_budget=64"
+    done, written = run("bench_round", tmp_path / "result.json", *sizes)
     assert done.returncode == 0, done.stderr
     rows = written["prefill"]
     assert [row["agents"] for row in rows] == [2] * 7 + [3] * 7
