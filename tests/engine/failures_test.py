@@ -33,6 +33,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "tokendance query": {"selection": "query"},
     "tokendance joint-agent": {"base": "joint-agent", "selection": "own"},
 }
+# Policies that together call every program; the others are slow tests.
+QUICK = ("prefix", "blend", "tokendance query")
 NAMES = "abcd"
 
 
@@ -98,7 +100,10 @@ ACTIONS = st.tuples(
 )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES],
+)
 @given(actions=st.lists(ACTIONS, min_size=2, max_size=5))
 @settings(max_examples=3)
 def test_no_page_is_lost_and_the_next_round_is_right(policy, actions):

@@ -165,6 +165,7 @@ def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, dty
     assert not simulator.races()
 
 
+@pytest.mark.slow
 @cases.swept(
     ("heads", "page_size", "dtype"),
     [(cases.Heads(6, 2, 64), 16, "uint16"), (cases.Heads(10, 2, 128), 16, "float32")],
@@ -190,6 +191,7 @@ def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype, simula
     assert not simulator.races()
 
 
+@pytest.mark.slow
 @cases.swept(
     ("heads", "page_size", "dtype"),
     [
@@ -253,6 +255,7 @@ def test_the_tpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype):
     run_on_tpu(case, heads, dtype, shared)
 
 
+@pytest.mark.slow
 @cases.swept("page_size", [(16,), (4,)])
 @given(SEEDS)
 @settings(max_examples=4)

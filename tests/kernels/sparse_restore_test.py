@@ -206,7 +206,7 @@ def test_a_plan_of_no_pieces_changes_nothing(implementation):
     np.testing.assert_array_equal(found, (k, v))
 
 
-@pytest.mark.parametrize("kind", ["pool", "int8"])
+@pytest.mark.parametrize("kind", ["pool", pytest.param("int8", marks=pytest.mark.slow)])
 def test_padding_alone_changes_nothing(kind, simulator):
     random, shape = np.random.default_rng(0), (2, 12, 16, 2, 64)
     k, v = pools(random, shape, "float32")

@@ -66,6 +66,7 @@ def serve(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_demo_tells_what_is_right_and_what_reuse_saves(serve, capsys):
     status, written = serve()
     assert status == 0
@@ -115,6 +116,7 @@ def test_compares_policies_and_writes_every_field(serve, capsys):
     assert "0 of 8 answers are right" in shown
 
 
+@pytest.mark.slow
 def test_the_collective_round_computes_what_is_unique(serve, capsys):
     arguments = ("--policy=prefix", "--policy=tokendance", "--max_new_tokens=2")
     status, written = serve(*arguments, "--selection=none")
@@ -142,6 +144,7 @@ def test_cuts_the_trace(serve):
     assert [len(ids) for ids in row["output_ids"].values()] == [3, 3]
 
 
+@pytest.mark.slow
 def test_serves_a_file_and_live_rounds(serve, tmp_path):
     path = tmp_path / "rounds.jsonl.gz"
     write_trace(path, harbour_trace())
