@@ -1,7 +1,6 @@
 """Settings of the whole test run: CPU, strict promotion, warnings as errors (see pyproject)."""
 
 import os
-import re
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,21 +31,24 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config):
-    """Leaves LLVM's optimisations out, which take half of the time of compiling.
+    """Leaves LLVM's optimisations out of the default tests: half of what compiling takes.
 
-    Not where tests compute for long, or look at what is compiled for accelerators.
+    Other tests compute for longer, or look at what is compiled for accelerators.
     """
-    chosen = config.option.markexpr
-    if chosen and not re.search(r"(?<!not )\b(real_model|aot|sweep)\b", chosen):
+    if "not slow" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Gives all tests of a file to one process: they share what they compile, load and count."""
-    from xdist.scheduler import LoadFileScheduling
+    """Gives all tests of a file to one process: they share what they compile, load and count.
 
-    return LoadFileScheduling(config, log)
+    Slow tests share little, and some take long: they go to whichever process is free.
+    """
+    from xdist.scheduler import LoadFileScheduling, LoadScheduling
+
+    by_test = config.option.markexpr.startswith("slow")
+    return (LoadScheduling if by_test else LoadFileScheduling)(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,11 @@ def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
 @pytest.mark.parametrize(
     ("policy", "dtype", "layers"),
     # A layer takes the simulator half a minute; `blend` looks at the second one.
-    [("tokendance", "bfloat16", 1), ("blend", "bfloat16", 2), ("tokendance", "float32", 1)],
+    [
+        ("tokendance", "bfloat16", 1),
+        pytest.param("blend", "bfloat16", 2, marks=pytest.mark.sweep),
+        pytest.param("tokendance", "float32", 1, marks=pytest.mark.sweep),
+    ],
 )
 def test_simulated_kernels_serve_the_tokens_of_xla_code(policy, dtype, layers, simulator):
     answers = {}

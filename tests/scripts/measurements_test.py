@@ -65,7 +65,7 @@ def test_answers_to_probes_beside_work(tmp_path):
     done, written = run(
         "eval_quality",
         tmp_path / "result.json",
-        *("--probes", "--draws=2", "--setting=5 agents", "--setting=drift", "--row_budget=64"),
+        *("--probes", "--draws=1", "--setting=5 agents", "--setting=drift", "--row_budget=64"),
         *("--policy=epic", "--policy=tokendance", "--selection=none"),
     )
     assert done.returncode == 0, done.stderr
@@ -77,7 +77,7 @@ def test_answers_to_probes_beside_work(tmp_path):
         for where in (("5 agents", 0), *(("drift", index) for index in range(5)))
     ]
     for row in rows:
-        assert sum(row["asked"].values()) == 10
+        assert sum(row["asked"].values()) == 5
         assert row["probes"].keys() == row["intervals"].keys()
         for kind, (low, high) in row["intervals"].items():
             assert 0 <= low <= row["probes"][kind] <= high <= 1
