@@ -115,7 +115,7 @@ def test_chunks_are_the_tokens_of_the_whole_text():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("agents", [pytest.param(5, marks=pytest.mark.sweep), 16])
+@pytest.mark.parametrize("agents", [5, 16])
 def test_the_demo_model_answers_all_kinds(agents):
     engine = RoundEngine(
         demo_model("float32"), policy="dense", kv_memory=256 << 20, max_agents=agents
