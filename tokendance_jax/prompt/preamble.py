@@ -1,6 +1,6 @@
 """The text that bases are computed behind where prompts begin with nothing in common."""
 
-# Reads like the private text of an agent whom nobody is: a base behind it is nearer to what agents
+# Reads like the private text of an invented agent: a base behind it is nearer to what agents
 # compute behind their own. Texts that say less, or only what follows, are further from dense.
 DEFAULT_PREAMBLE = """\
 You are one of several people who live in the same town.
