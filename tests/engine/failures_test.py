@@ -33,8 +33,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "tokendance query": {"selection": "query"},
     "tokendance joint-agent": {"base": "joint-agent", "selection": "own"},
 }
-# Policies that together call every program; the others are slow tests.
+# Policies that together call every program. Of the others some are slow, and the rest a sweep.
 QUICK = ("prefix", "blend", "tokendance query")
+LONG = ("dense", "tokendance", "tokendance joint-agent")
 NAMES = "abcd"
 
 
@@ -102,7 +103,12 @@ ACTIONS = st.tuples(
 
 @pytest.mark.parametrize(
     "policy",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES],
+    [
+        name
+        if name in QUICK
+        else pytest.param(name, marks=pytest.mark.slow if name in LONG else pytest.mark.sweep)
+        for name in POLICIES
+    ],
 )
 @given(actions=st.lists(ACTIONS, min_size=2, max_size=5))
 @settings(max_examples=3)

@@ -109,13 +109,13 @@ def check_decode(work, attend):
     check(work, call, attend.arguments, work.agents, work.last, np.arange(work.agents))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_jax_attention_for_gpus_reads_the_same_round():
     round_ = work(heads=4, kv_heads=2, head_dim=64)
     check_decode(round_, kernel_rivals.gpu_paged_attention(round_, interpret=True))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_jax_attention_for_tpus_reads_the_same_round():
     round_ = work(heads=4, kv_heads=2, head_dim=128)
     # It mixes dtypes.
@@ -123,7 +123,7 @@ def test_jax_attention_for_tpus_reads_the_same_round():
         check_decode(round_, kernel_rivals.tpu_paged_attention(round_))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_jax_prefill_attention_for_tpus_reads_the_same_round(monkeypatch):
     # Its reference stands for it: the simulator of TPU kernels cannot run it.
     reference = ragged_paged_attention.ref_ragged_paged_attention

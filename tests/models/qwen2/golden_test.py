@@ -91,8 +91,9 @@ def test_activations_agree(model, programs, name):
         np.testing.assert_allclose(kv.v[layer][page, offset], z["v"][index], atol=1e-3)
 
 
-@pytest.mark.parametrize("policy", ["dense", "prefix"])
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize(
+    ("name", "policy"), [("public_short", "dense"), ("public_round", "prefix")]
+)
 def test_greedy_continuation_is_equal(model, programs, name, policy):
     z = golden(name)
     ids = tuple(int(token) for token in z["input_ids"])
