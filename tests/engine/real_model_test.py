@@ -45,6 +45,7 @@ def score(model):
     return run
 
 
+@pytest.mark.sweep
 def test_everything_recomputed_is_dense(score):
     small = functools.partial(score, "ga-small-en.jsonl", 1)
     for dense, other in zip(small("dense"), small("tokendance", selection="all"), strict=True):
