@@ -179,7 +179,8 @@ def test_a_count_is_what_would_be_found_in_turn(chains, inserted):
     for blocks in chains[:inserted]:
         find(blocks)
     before = len(cache), pool.free, pool.evictable
-    expected, alone = cache.count(chains), [cache.peek(blocks) for blocks in chains]
+    keys = [list(cache.keys(blocks)) for blocks in chains]
+    expected, alone = cache.count(keys), [cache.peek(chain) for chain in keys]
     assert (len(cache), pool.free, pool.evictable) == before
     for blocks, found in zip(chains, alone, strict=True):
         held = cache.match_blocks(blocks)

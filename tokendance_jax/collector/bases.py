@@ -162,7 +162,7 @@ class BaseStore:
 
     def to_compute(self, layouts: Sequence[Layout]) -> list[int]:
         """Tokens that each lane would compute if these layouts were taken one after the other."""
-        hits = self._cache.count([layout.blocks for layout in layouts])
+        hits = self._cache.count(layout.keys for layout in layouts)
         return [int(layout.slots[hit:].sum()) for layout, hit in zip(layouts, hits, strict=True)]
 
     def take(self, layout: Layout) -> tuple[LanePlan, list[Placed]]:

@@ -32,6 +32,7 @@ class LaneDraft:
       private: leading tokens of the agent's own text, which are exact.
       blocks: what can be found as an exact prefix: pages of the private text, then patches that go
         on where it ends.
+      keys: their keys.
       head: how many of the blocks are patches.
       later: most entries of `run` that are chosen later, by scores.
     """
@@ -41,6 +42,7 @@ class LaneDraft:
     chosen: Bool[np.ndarray, " entries"]
     private: int
     blocks: list[bytes]
+    keys: list[bytes]
     head: int
     later: int
 
@@ -123,17 +125,19 @@ class Drafter:
         if self._least_saving is None:
             return self._draft(prompts, rooms, sharing)
         best = nothing = Draft([None] * len(prompts))
-        exact, alone = self._exact_tokens(prompts)
+        chains = [list(self._cache.keys(self._cache.split(p.token_ids))) for p in prompts]
+        order = _ascending(prompts)
+        exact, alone = self._exact_tokens(prompts, chains, order)
         least = exact
         while any(sharing):
             draft = self._draft(prompts, rooms, sharing)
             reading = [lane is not None for lane in draft.lanes]
-            computed = self._most_tokens(draft, prompts)
+            computed = self._most_tokens(draft, prompts, chains, order[::-1])
             if computed < least:
                 best, least = draft, computed
             sharing = [
                 lane is not None
-                and lane.most_computed(self._cache.peek(lane.blocks), self._page_size) < theirs
+                and lane.most_computed(self._cache.peek(lane.keys), self._page_size) < theirs
                 for lane, theirs in zip(draft.lanes, alone, strict=True)
             ]
             if sharing == reading:
@@ -144,10 +148,19 @@ class Drafter:
     # fills its pages computes the last of them even if an agent before it did. Exact rounds are
     # counted in the best order, and others in the worst.
 
-    def _exact_tokens(self, prompts: Sequence[TokenizedPrompt]) -> tuple[int, list[int]]:
-        """Tokens that an exact round computes at least, and those of each agent by itself."""
-        chains = [self._cache.split(prompt.token_ids) for prompt in prompts]
-        order = _ascending(prompts)
+    def _exact_tokens(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        chains: Sequence[Sequence[bytes]],
+        order: Sequence[int],
+    ) -> tuple[int, list[int]]:
+        """Tokens that an exact round computes at least, and those of each agent by itself.
+
+        Args:
+          prompts: the agents' prompts.
+          chains: keys of the full pages of each.
+          order: the seats in the order in which they are counted.
+        """
         hits = self._cache.count(chains[seat] for seat in order)
         together = sum(
             self._exact(prompts[seat], hit) for seat, hit in zip(order, hits, strict=True)
@@ -155,15 +168,21 @@ class Drafter:
         pairs = zip(prompts, chains, strict=True)
         return together, [self._exact(p, self._cache.peek(chain)) for p, chain in pairs]
 
-    def _most_tokens(self, draft: Draft, prompts: Sequence[TokenizedPrompt]) -> int:
-        """Most tokens that a round computes, those of its bases included."""
+    def _most_tokens(
+        self,
+        draft: Draft,
+        prompts: Sequence[TokenizedPrompt],
+        chains: Sequence[Sequence[bytes]],
+        order: Sequence[int],
+    ) -> int:
+        """Most tokens that a round computes, those of its bases included; see `_exact_tokens`."""
         tokens = sum(self._store.to_compute(draft.bases))
         if self._base == "joint-agent" and draft.bases:  # once more, behind the Master
             tokens += len(draft.bases[0].token_ids) - draft.preamble_tokens
-        pairs = [(prompts[seat], draft.lanes[seat]) for seat in _ascending(prompts)[::-1]]
+        pairs = [(prompts[seat], draft.lanes[seat]) for seat in order]
         hits = self._cache.count(
-            self._cache.split(prompt.token_ids) if lane is None else lane.blocks
-            for prompt, lane in pairs
+            chains[seat] if lane is None else lane.keys
+            for seat, (_, lane) in zip(order, pairs, strict=True)
         )
         for (prompt, lane), hit in zip(pairs, hits, strict=True):
             if lane is None:
@@ -305,7 +324,8 @@ class Drafter:
             pages = run.page.tolist()
             times = Counter(keys[-1 - p] if p < 0 else self._store.key(p) for p in pages)
             later = sum(count for _, count in times.most_common(self._selection.pages))
-        return LaneDraft(parts, run, chosen, private, blocks, head, later)
+        chain = list(self._cache.keys(blocks))
+        return LaneDraft(parts, run, chosen, private, blocks, chain, head, later)
 
 
 def _ascending(prompts: Sequence[TokenizedPrompt]) -> list[int]:

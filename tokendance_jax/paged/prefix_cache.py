@@ -130,8 +130,7 @@ class PrefixCache:
         """Finds the longest cached prefix of blocks and takes a reference to each of its pages."""
         pages = []
         parent = None
-        for tokens in blocks:
-            key = self._key(parent, tokens)
+        for tokens, key in zip(blocks, self.keys(blocks), strict=True):
             block = self._by_key.get(key)
             if block is None or not self._holds(block, parent, tokens):
                 break
@@ -141,9 +140,9 @@ class PrefixCache:
         self._pool.retain(matched)
         return matched
 
-    def peek(self, blocks: Sequence[bytes]) -> int:
-        """How many leading blocks are cached; as `count`, for one chain."""
-        return sum(1 for _ in takewhile(self._by_key.__contains__, self.keys(blocks)))
+    def peek(self, keys: Iterable[bytes]) -> int:
+        """How many leading blocks of a chain are cached, by its `keys`; as `count`, for one."""
+        return sum(1 for _ in takewhile(self._by_key.__contains__, keys))
 
     def keys(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
         """The keys under which the blocks of a chain are, or would be, cached."""
@@ -152,16 +151,19 @@ class PrefixCache:
             key = self._digest(key + tokens)
             yield key
 
-    def count(self, chains: Iterable[Sequence[bytes]]) -> list[int]:
+    def count(self, chains: Iterable[Iterable[bytes]]) -> list[int]:
         """How many blocks of each chain would be found, were they matched and inserted in turn.
 
         Nothing is taken or registered, and colliding digests are not told apart.
+
+        Args:
+          chains: the `keys` of each chain.
         """
         fresh: set[bytes] = set()
         counts = []
-        for blocks in chains:
+        for keys in chains:
             found = 0
-            for index, key in enumerate(self.keys(blocks)):
+            for index, key in enumerate(keys):
                 if found == index and (key in self._by_key or key in fresh):
                     found += 1
                 else:
@@ -202,8 +204,7 @@ class PrefixCache:
             raise ValueError(f"{len(blocks)} full pages of tokens, but {len(pages)} pages")
         fresh: dict[bytes, _Block] = {}
         parent = None
-        for tokens, page in zip(blocks, pages.tolist(), strict=False):
-            key = self._key(parent, tokens)
+        for tokens, key, page in zip(blocks, self.keys(blocks), pages.tolist(), strict=False):
             block = self._by_key.get(key) or fresh.get(key)
             if block is None:
                 block = fresh[key] = _Block(key, tokens, parent, page)
@@ -246,9 +247,6 @@ class PrefixCache:
         full = len(token_ids) // self._page_size
         data = token_ids.tobytes()
         return [data[i * size : (i + 1) * size] for i in range(full)]
-
-    def _key(self, parent: _Block | None, tokens: bytes) -> bytes:
-        return self._digest((self._root if parent is None else parent.key) + tokens)
 
     def _holds(self, block: _Block, parent: _Block | None, tokens: bytes) -> bool:
         """Whether a block found by its key is really these tokens after this parent."""
