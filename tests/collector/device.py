@@ -258,16 +258,27 @@ def patches_of(lane):
     return (lane.base != 0) & (lane.page != lane.base)
 
 
+def checked_lanes(device, opened, prompts, rooms):
+    """Checks what holds for the lanes of any policy.
+
+    Yields:
+      Lane, prompt, leading tokens that are exact, and the sources of its slots, found and exact.
+    """
+    for seat, (lane, whole, room) in enumerate(zip(opened.lanes, prompts, rooms, strict=True)):
+        tokens, hits = whole.token_ids.tolist(), opened.exact_hits[seat]
+        assert lane.token_ids.tolist() == tokens
+        assert lane.slots.sum() >= len(tokens) + room
+        found, exact = device.sources(lane), exact_sources(tokens)
+        assert found[:hits] == exact[:hits]
+        yield lane, whole, hits, found, exact
+
+
 def check_lanes(device):
     """What holds for the lanes of any round once it is computed."""
 
     def check(opened, prompts, rooms):
-        for seat, (lane, whole, room) in enumerate(zip(opened.lanes, prompts, rooms, strict=True)):
-            tokens, hits = whole.token_ids.tolist(), opened.exact_hits[seat]
-            assert lane.token_ids.tolist() == tokens
-            assert lane.slots.sum() >= len(tokens) + room
-            found, exact = device.sources(lane), exact_sources(tokens)
-            assert found[:hits] == exact[:hits]
+        for lane, whole, hits, found, exact in checked_lanes(device, opened, prompts, rooms):
+            tokens = whole.token_ids
             if whole.fidelity == "exact":
                 assert found == exact
                 assert not lane.base.any()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.collector.device import Device, drawn, exact_sources, serve
+from tests.collector.device import Device, checked_lanes, drawn, serve
 from tests.collector.rounds import PAGE_SIZE, common_round, made, prompt, rounds
 from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.collector.policy import NOBODY, Link, Look
@@ -28,14 +28,9 @@ def check_lanes(device):
 
     def check(opened, prompts, rooms):
         held = [page for lane in opened.lanes for page in lane.page.tolist()]
-        for seat, (lane, whole, room) in enumerate(zip(opened.lanes, prompts, rooms, strict=True)):
-            tokens, hits = whole.token_ids.tolist(), opened.exact_hits[seat]
-            assert lane.token_ids.tolist() == tokens
-            assert lane.slots.sum() >= len(tokens) + room
-            found, exact = device.sources(lane), exact_sources(tokens)
-            assert found[:hits] == exact[:hits]
+        for lane, whole, hits, found, exact in checked_lanes(device, opened, prompts, rooms):
             shared = shared_positions(whole)
-            assert set(range(hits, len(tokens))) - shared <= set(lane.computed.tolist())
+            assert set(range(hits, len(whole.token_ids))) - shared <= set(lane.computed.tolist())
             if whole.fidelity == "exact" or not shared:
                 assert found == exact
                 continue
