@@ -66,6 +66,12 @@ _EVAL_STEPS = flags.DEFINE_integer(
 _DRAWS = flags.DEFINE_integer(
     "draws", 20, "Draws of rounds of probes in each setting.", lower_bound=1
 )
+_SETTING = flags.DEFINE_multi_enum(
+    "setting",
+    list(demo_probes.SETTINGS),
+    list(demo_probes.SETTINGS),
+    "Settings of the probes; repeat the flag.",
+)
 
 _CONTEXT = 8192
 _TIMED_STEPS = 3
@@ -176,7 +182,7 @@ def main(argv: Sequence[str]) -> int:
         model = run.export(params)
         found: list[dict[str, Any]] = []
         for found in demo_probes.measure_variants(
-            load_model(model, dtype="float32"), [], list(demo_probes.SETTINGS), draws=_DRAWS.value
+            load_model(model, dtype="float32"), [], _SETTING.value, draws=_DRAWS.value
         ):
             common.write_json(str(run.folder / "probes.json"), {"policies": found})
         for table in demo_probes.tables(found):

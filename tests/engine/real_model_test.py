@@ -15,7 +15,7 @@ from tokendance_jax.prompt import read_trace, tokenize_round
 from tokendance_jax.quality import agreement
 
 pytestmark = pytest.mark.real_model
-KV = 512 << 20
+SIZES = {"kv_memory": 256 << 20, "row_budget": 256, "max_agents": 2}
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def score(model):
-    """Logits along the recorded answers of two agents, by trace, round and policy."""
-    programs = RoundEngine(model, kv_memory=KV).programs
+    """Logits along the recorded answers of two agents of a round, by policy."""
+    programs = RoundEngine(model, **SIZES).programs
 
     @functools.cache
-    def run(trace, index, policy, **options):
-        path = shared_data.shared_dir() / "traces" / trace
-        moment = read_trace(path).rounds[index]
+    def run(policy, **options):
+        path = shared_data.shared_dir() / "traces" / "ga-small.jsonl"
+        moment = read_trace(path, "ga-small-a").rounds[2]
         moment = dataclasses.replace(moment, agents=moment.agents[:2])
         prompts = tokenize_round(moment, model.tokenizer, chat=False)
         answers = [
@@ -39,7 +39,7 @@ def score(model):
             for agent in moment.agents
         ]
         chosen = PolicyOptions(**options, least_saving=None)
-        engine = RoundEngine(model, policy=policy, options=chosen, kv_memory=KV, programs=programs)
+        engine = RoundEngine(model, policy=policy, options=chosen, programs=programs, **SIZES)
         return engine.score(prompts, answers)[0]
 
     return run
@@ -47,16 +47,13 @@ def score(model):
 
 @pytest.mark.sweep
 def test_everything_recomputed_is_dense(score):
-    small = functools.partial(score, "ga-small-en.jsonl", 1)
-    for dense, other in zip(small("dense"), small("tokendance", selection="all"), strict=True):
+    for dense, other in zip(score("dense"), score("tokendance", selection="all"), strict=True):
         assert np.abs(dense - other).max() < 1e-3
 
 
 def test_the_collective_round_is_nearer_to_dense_than_its_rivals(score):
-    large = functools.partial(score, "ga-25-thin-a.jsonl.gz", 2)  # its agents share much
-
     def against_dense(policy, **options):
-        return agreement(large("dense"), large(policy, **options))
+        return agreement(score("dense"), score(policy, **options))
 
     none = against_dense("tokendance", selection="none")
     head = against_dense("tokendance", selection="head", head_pages=4)

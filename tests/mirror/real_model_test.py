@@ -70,11 +70,12 @@ def model():
 )
 def live(model, request):
     precision = np.dtype(request.param)
-    engine = RoundEngine(model, kv_memory=(48 << 20) * precision.itemsize, kv_dtype=precision)
+    memory = (48 << 20) * precision.itemsize
+    engine = RoundEngine(model, kv_memory=memory, kv_dtype=precision, row_budget=512)
     size = engine.shapes.page_size
     spec = model.kv_spec(pages=engine.shapes.pages, page_size=size, dtype=precision)
     trace = read_trace(shared_data.shared_dir() / "traces" / "ga-25-thin-a.jsonl.gz")
-    moment = trace.rounds[1]
+    moment = trace.rounds[2]
     prompts = list(tokenize_round(moment, model.tokenizer, chat=False)[:AGENTS])
     answers = [
         np.array(model.tokenizer.encode_text(agent.recorded_output)[:TOKENS], np.int32)

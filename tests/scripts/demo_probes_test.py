@@ -67,41 +67,62 @@ def test_settings_are_what_they_say(name):
                 assert len(seen) - own == max(1, round(setting.keep * others))
 
 
-def answers(model, setting: Setting, *, draws: int, policy="tokendance", shuffle=False, **options):
-    engine = RoundEngine(
-        model,
-        policy=policy,
-        options=PolicyOptions(**options, least_saving=None),
-        kv_memory=2048 * model.kv_spec(pages=1, page_size=16).page_bytes,
-        row_budget=512,  # fewer programs
-        max_agents=16,
-    )
-    (found,) = ask(engine, setting, range(draws), kinds=["retrieve"], shuffle=shuffle)
-    return found
+@pytest.fixture(scope="module")
+def engine_of():
+    """An engine of the demo's model under a policy; all of them share their programs."""
+    model, programs = demo_model("float32"), None
+
+    def make(policy, **options):
+        nonlocal programs
+        engine = RoundEngine(
+            model,
+            policy=policy,
+            options=PolicyOptions(**options, least_saving=None),
+            kv_memory=2048 * model.kv_spec(pages=1, page_size=16).page_bytes,
+            row_budget=512,  # fewer programs
+            max_agents=16,
+            programs=programs,
+        )
+        programs = engine.programs
+        return engine
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def answers(engine_of):
+    """Asks what others said, in draws of a setting."""
+
+    def grade(setting, *, draws, policy="tokendance", shuffle=False, **options):
+        engine = engine_of(policy, **options)
+        (found,) = ask(engine, setting, range(draws), kinds=["retrieve"], shuffle=shuffle)
+        return found
+
+    return grade
 
 
 @pytest.mark.slow
-def test_reuse_costs_no_retrieval_and_wrong_pages_cost_it_all():
-    model, setting = demo_model("float32"), Setting(16)
-    dense = answers(model, setting, draws=4, policy="dense")
+def test_reuse_costs_no_retrieval_and_wrong_pages_cost_it_all(answers):
+    setting = Setting(16)
+    dense = answers(setting, draws=4, policy="dense")
     assert dense.asked("retrieve") == 64
     assert dense.accuracy("retrieve") >= 0.95
-    collective = answers(model, setting, draws=4)
+    collective = answers(setting, draws=4)
     assert collective.accuracy("retrieve") >= dense.accuracy("retrieve") - 0.02
     assert collective.token_layers < 0.5 * dense.token_layers
     # About one in twenty places that a prompt names is the right one.
-    shuffled = answers(model, setting, draws=2, shuffle=True, selection="none")
+    shuffled = answers(setting, draws=2, shuffle=True, selection="none")
     assert shuffled.accuracy("retrieve") < 0.2
 
 
 @pytest.mark.slow
-def test_probes_see_where_a_block_was_computed():
+def test_probes_see_where_a_block_was_computed(answers):
     # Sentences go on from one chunk to the next: what a chunk says of a person may stand before it.
-    model, setting = demo_model("float32"), SETTINGS["chunks"]
-    dense = answers(model, setting, draws=5, policy="dense").accuracy("retrieve")
+    setting = SETTINGS["chunks"]
+    dense = answers(setting, draws=5, policy="dense").accuracy("retrieve")
     assert dense >= 0.95
-    assert answers(model, setting, draws=5).accuracy("retrieve") >= dense - 0.02
-    isolated = answers(model, setting, draws=5, base="isolated", selection="none")
+    assert answers(setting, draws=5).accuracy("retrieve") >= dense - 0.02
+    isolated = answers(setting, draws=5, base="isolated", selection="none")
     assert isolated.accuracy("retrieve") < dense - 0.15
 
 
@@ -115,11 +136,7 @@ def test_chunks_are_the_tokens_of_the_whole_text():
 
 
 @pytest.mark.slow
-def test_the_demo_model_answers_all_kinds():
-    agents = 16
-    engine = RoundEngine(
-        demo_model("float32"), policy="dense", kv_memory=256 << 20, max_agents=agents
-    )
-    (found,) = ask(engine, Setting(agents, shuffled=True), range(160 // agents))
+def test_the_demo_model_answers_all_kinds(engine_of):
+    (found,) = ask(engine_of("dense"), Setting(16, shuffled=True), range(10))
     for kind in GRADED:
         assert found.accuracy(kind) >= (0.95 if kind == "retrieve" else 0.9), kind

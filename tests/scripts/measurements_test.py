@@ -86,7 +86,7 @@ def test_answers_to_probes_beside_work(tmp_path):
 
 
 def test_time_beside_work(tmp_path):
-    sizes = "--agents=2", "--agents=3", "--row_budget=64"
+    sizes = "--agents=2", "--agents=3", "--row_budget=64", "--turns=1"
     done, written = run("bench_round", tmp_path / "result.json", *sizes)
     assert done.returncode == 0, done.stderr
     rows = written["prefill"]
