@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from tokendance_jax.prompt import read_trace, tokenize_round
 from tokendance_jax.quality import agreement
 
 pytestmark = pytest.mark.real_model
-SIZES = {"kv_memory": 256 << 20, "row_budget": 256, "max_agents": 2}
+SIZES: dict[str, Any] = {"kv_memory": 256 << 20, "row_budget": 256, "max_agents": 2}
 
 
 @pytest.fixture(scope="module")
