@@ -56,8 +56,11 @@ def test_rounds_of_25_agents_fit_an_h100(model, name):
     ("name", "target"),
     [
         ("prefill", "tpu-v5e"),
-        ("decode", "tpu-v5e"),
-        pytest.param("decode", "tpu-v6e", marks=pytest.mark.sweep),
+        # The test of `program_report` compiles a smaller round for a v5e.
+        *(
+            pytest.param("decode", target, marks=pytest.mark.sweep)
+            for target in ("tpu-v5e", "tpu-v6e")
+        ),
     ],
 )
 def test_narrow_heads_are_not_copied_on_tpus(name, target):

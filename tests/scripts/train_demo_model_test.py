@@ -46,7 +46,7 @@ RECIPE = Recipe(
     text_weight=0.2,
     dtype="float32",
     seed=0,
-    stages=(Stage(0.5, 384, 1, 2), Stage(0.5, 512, 1, 3)),
+    stages=(Stage(0.5, 384, 1, 2), Stage(0.5, 384, 1, 3)),
 )
 
 
