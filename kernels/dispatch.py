@@ -87,6 +87,6 @@ def _simulated(kernel: Callable[..., Any], *arguments: Any, **keywords: Any) -> 
 @functools.cache
 def _report(name: str, implementation: str, reason: str) -> None:
     """Says once why XLA code runs in place of a kernel."""
-    logging.getLogger(__name__).info(
+    logging.getLogger(__name__).warning(
         "%s: XLA code in place of %s: %s", name, implementation, reason
     )

@@ -7,17 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokendance_jax.kernels import storage
-from tokendance_jax.kernels.lanes import KEY_BLOCK, LaneTables
+from tokendance_jax.kernels.lanes import LaneTables, block_pages
 
 MASKED = np.float32(-1e30)
 
 # The online softmax of some queries: maximum and sum f32 [queries], values f32 [queries, width].
 Carry = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def block_pages(page_size: int) -> int:
-    """Entries of a key block."""
-    return max(1, KEY_BLOCK // page_size)
 
 
 def read_pages(pool: jax.Array, layer: int | jax.Array, page: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The arrays by which attention reads pages: lane tables, group tables and row tiles.
+"""The arrays of one call: its rows, and the tables by which attention reads pages for them.
 
 A lane is one sequence of rows of the round's ragged batch. Its table lists, in logical order, the
 slots that hold the lane's context. An entry names a page, the frame (logical minus canonical
@@ -31,6 +31,30 @@ TILE_ROWS = 128
 # Rows of many lanes in a tile of XLA code. They need not end where a lane ends, so there may be
 # more: on CPU twice the rows meet a key block in less than twice the time.
 SHARED_TILE_ROWS = 256
+
+
+def block_pages(page_size: int) -> int:
+    """Entries of a key block."""
+    return max(1, KEY_BLOCK // page_size)
+
+
+@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The tokens that a forward pass computes.
+
+    Attributes:
+      token: i32 [rows]; token ids.
+      position: i32 [rows]; logical positions, at which queries are rotated.
+      canonical: i32 [rows]; canonical positions, at which keys are rotated.
+      slot: i32 [rows]; page * page_size + offset; past the pool where nothing is to be written.
+    """
+
+    token: Array
+    position: Array
+    canonical: Array
+    slot: Array
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays

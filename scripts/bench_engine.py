@@ -21,14 +21,17 @@ from flax import nnx
 from rich.console import Console
 
 from scripts import common, measure
-from tokendance_jax.collector.exact import Dense
-from tokendance_jax.collector.groups import empty_groups
-from tokendance_jax.collector.plan import pack
-from tokendance_jax.collector.shapes import Shapes
-from tokendance_jax.engine.programs import DecodeState, Programs
+from tokendance_jax.engine import programs
+from tokendance_jax.engine.compiling import Programs
+from tokendance_jax.engine.programs import DecodeState
+from tokendance_jax.engine.runner import Runner
 from tokendance_jax.model import Model
 from tokendance_jax.models.product import matmul
 from tokendance_jax.paged import PagePool
+from tokendance_jax.plan.groups import empty_groups
+from tokendance_jax.plan.round_plan import pack
+from tokendance_jax.plan.shapes import Shapes
+from tokendance_jax.policy.exact import Dense
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -110,8 +113,8 @@ class Bench:
             pages=pages,
             page_size=page_size,
         )
-        self.programs = Programs(model, self.shapes)
-        self.kv = model.kv_spec(pages=pages, page_size=page_size).zeros()
+        spec = model.kv_spec(pages=pages, page_size=page_size)
+        self.runner = Runner(Programs(model, self.shapes), spec)
         policy = Dense(PagePool(pages), page_size)
         draw = np.random.default_rng(0)
         self.lanes = [
@@ -127,16 +130,15 @@ class Bench:
 
     def prefill(self) -> jax.Array:
         """Computes all prompts and chooses the first tokens."""
-        hidden = self.programs.new_hidden(self.seats)
-        self.kv, hidden, _ = self.programs.prefill(self.kv, hidden, self.plan)
-        return self.programs.first_token(hidden, self.sampling)
+        hidden = self.runner.new_hidden(self.seats)
+        hidden, _ = self.runner.run(programs.prefill, hidden, self.plan)
+        return self.runner.run(programs.first_token, hidden, self.sampling)
 
     def decode(self, state: DecodeState, slot: np.ndarray) -> jax.Array:
         """Generates as many tokens as `slot` has columns."""
-        self.kv, tokens = self.programs.decode(
-            self.kv, state, self.plan.tables, self.groups, slot, self.sampling
+        return self.runner.run(
+            programs.decode, state, self.plan.tables, self.groups, slot, self.sampling
         )
-        return tokens
 
 
 def time_prefill(model: Model) -> Timing:

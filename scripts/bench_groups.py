@@ -20,15 +20,17 @@ from absl import app, flags
 from rich.console import Console
 
 from scripts import common, measure
-from tokendance_jax.collector.groups import group_tables
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.shapes import Shapes
-from tokendance_jax.engine.programs import Programs
+from tokendance_jax.engine.compiling import Programs
+from tokendance_jax.engine.programs import decode
+from tokendance_jax.engine.runner import Runner
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.model import Model
 from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.plan.groups import group_tables
+from tokendance_jax.plan.lane import LanePlan
+from tokendance_jax.plan.shapes import Shapes
 
 _MODEL = flags.DEFINE_string("model", "0.5B", "Model, as for bench_engine.")
 _DTYPE = flags.DEFINE_multi_enum(
@@ -134,14 +136,12 @@ def time_steps(model: Model) -> list[Result]:
     difference = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
     results = [_in_turns("attention of a step", model, calls, 1, difference)]
 
-    programs = Programs(model, shapes)
+    runner = Runner(Programs(model, shapes), spec, kv)
     sampling = measure.greedy(seats, _AGENTS.value)
 
     def step(index: int) -> jax.Array:
-        nonlocal kv
         (groups, own), (_, slot) = tables[index], ahead[index]
-        kv, tokens = programs.decode(kv, state, own, groups, slot, sampling)
-        return tokens
+        return runner.run(decode, state, own, groups, slot, sampling)
 
     steps = [lambda: step(0), lambda: step(1)]
     results.append(_in_turns("decode step", model, steps, _STEPS.value, difference))

@@ -24,10 +24,10 @@ from scripts import kernel_report, measure, terminal
 from scripts.kernel_subjects import SUBJECTS, Program, Subject
 from scripts.kernel_work import Work
 from tokendance_jax import targets
-from tokendance_jax.collector.shapes import PACKING
 from tokendance_jax.kernels.dispatch import IMPLEMENTATIONS
 from tokendance_jax.kernels.lanes import KEY_BLOCK
 from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.plan.shapes import PACKING
 
 FLAGS = flags.FLAGS
 # The sizes of a round are those of the report, whose counts of bytes and operations serve here.

@@ -24,12 +24,12 @@ from rich.table import Table
 
 from scripts import common, measure
 from tokendance_jax import host
-from tokendance_jax.collector.policies import POLICIES, PolicyOptions
+from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.engine import RoundEngine
-from tokendance_jax.engine.programs import Programs
 from tokendance_jax.engine.result import RoundLedger
 from tokendance_jax.model import Model
 from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.policy.policies import POLICIES, PolicyOptions
 from tokendance_jax.prompt import PromptError, Trace
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
@@ -117,7 +117,7 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
         programs = engine.programs
         # Dense keeps nothing between rounds.
         served = trace.rounds[-1:] if policy == "dense" else trace.rounds
-        *_, result = (engine.serve(moment, chat=False) for moment in served)
+        *_, result = (engine.serve(round_, chat=False) for round_ in served)
         seconds = result.timings.prefill_s
         row = rows.setdefault(variant, {"prefill_s": seconds, "time": 1.0})
         row |= {

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from tokendance_jax.collector.policies import PolicyOptions, make_policy
 from tokendance_jax.demo import demo_tokenizer_json, demo_trace
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.engine.limits import answer_limits, check_page_size
@@ -22,6 +21,7 @@ from tokendance_jax.models.loading import Checkpoint
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.random import random_parameters
 from tokendance_jax.paged import PagePool
+from tokendance_jax.policy.policies import PolicyOptions, make_policy
 from tokendance_jax.prompt import (
     AgentPrompt,
     PromptError,
@@ -127,7 +127,7 @@ def cut_trace(
     trace = dataclasses.replace(trace, rounds=trace.rounds[: rounds or None])
     if live:
         trace = name_authors(trace)
-    there = [{p.agent for p in moment.agents[: agents or None]} for moment in trace.rounds]
+    there = [{p.agent for p in round_.agents[: agents or None]} for round_ in trace.rounds]
 
     def heard(segments: Sequence[Segment]) -> Iterator[Segment]:
         for segment in segments:
@@ -142,19 +142,19 @@ def cut_trace(
         segments = tuple(heard(prompt.segments))
         return dataclasses.replace(prompt, segments=segments, max_new_tokens=limit)
 
-    def cut(moment: Round) -> Round:
+    def cut(round_: Round) -> Round:
         return dataclasses.replace(
-            moment,
-            agents=tuple(map(cut_prompt, moment.agents[: agents or None])),
-            max_new_tokens=max_new_tokens or moment.max_new_tokens,
+            round_,
+            agents=tuple(map(cut_prompt, round_.agents[: agents or None])),
+            max_new_tokens=max_new_tokens or round_.max_new_tokens,
         )
 
     return dataclasses.replace(trace, rounds=tuple(map(cut, trace.rounds)))
 
 
-def recorded_answers(moment: Round, tokenizer: Tokenizer, *, most: int) -> list[np.ndarray]:
+def recorded_answers(round_: Round, tokenizer: Tokenizer, *, most: int) -> list[np.ndarray]:
     """Token ids of the recorded answers of a round, the first so many of each."""
-    texts = [agent.recorded_output or "" for agent in moment.agents]
+    texts = [agent.recorded_output or "" for agent in round_.agents]
     return [np.array(tokenizer.encode_text(text)[:most], np.int32) for text in texts]
 
 
@@ -214,8 +214,8 @@ def needed_kv_memory(
     """
     check_page_size(page_size)
     context, pages = model.config.max_position_embeddings, 1
-    for moment in trace.rounds:
-        prompts = tokenize_round(moment, model.tokenizer, chat=chat)
+    for round_ in trace.rounds:
+        prompts = tokenize_round(round_, model.tokenizer, chat=chat)
         blocks = {
             prompt.token_ids[span.start : span.stop].tobytes(): span.stop - span.start
             for prompt in prompts
@@ -224,16 +224,16 @@ def needed_kv_memory(
         }
         shared = list(blocks.values())
         if live:
-            more = _growth(trace, moment, prompts)
+            more = _growth(trace, round_, prompts)
             shared += more.values()
             tokens = [
                 len(prompt.token_ids)
                 + sum(more.get(span.id, 0) for span in prompt.spans)
-                + (agent.max_new_tokens or moment.max_new_tokens)
-                for agent, prompt in zip(moment.agents, prompts, strict=True)
+                + (agent.max_new_tokens or round_.max_new_tokens)
+                for agent, prompt in zip(round_.agents, prompts, strict=True)
             ]
         else:
-            limits = answer_limits(moment, prompts, model.config)
+            limits = answer_limits(round_, prompts, model.config)
             tokens = [len(p.token_ids) + limit for p, limit in zip(prompts, limits, strict=True)]
         preamble = 2 + 512 // page_size
         filled = [math.ceil(min(count, context) / page_size) for count in tokens]
@@ -242,7 +242,7 @@ def needed_kv_memory(
     return pages * model.kv_spec(pages=1, page_size=page_size).page_bytes
 
 
-def _growth(trace: Trace, moment: Round, prompts: Sequence[TokenizedPrompt]) -> dict[str, int]:
+def _growth(trace: Trace, round_: Round, prompts: Sequence[TokenizedPrompt]) -> dict[str, int]:
     """By id, how many tokens longer than recorded a block may become in a live run."""
     limits = [
         {prompt.agent: prompt.max_new_tokens or earlier.max_new_tokens for prompt in earlier.agents}
@@ -251,7 +251,7 @@ def _growth(trace: Trace, moment: Round, prompts: Sequence[TokenizedPrompt]) -> 
     recorded = {span.id: span.stop - span.start for prompt in prompts for span in prompt.spans}
     return {
         segment.id: max(0, limits[author.round][author.agent] + 1 - recorded.get(segment.id, 0))
-        for prompt in moment.agents
+        for prompt in round_.agents
         for segment in prompt.segments
         if (author := segment.author) is not None
     }

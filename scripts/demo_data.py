@@ -97,8 +97,8 @@ def tokenizer_texts() -> Iterator[str]:
     seam = re.compile(rf"\b({starts})({ends})\b")
     for seed in range(_TEXTS):
         trace = story(seed, random.Random(seed).randint(3, 8))
-        for moment in trace.rounds:
-            for prompt in moment.agents:
+        for round_ in trace.rounds:
+            for prompt in round_.agents:
                 for segment in prompt.segments:
                     yield seam.sub(r"\1\n\2", segment.text or "")
                 yield seam.sub(r"\1\n\2", prompt.recorded_output or "")

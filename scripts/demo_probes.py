@@ -23,6 +23,7 @@ from tokendance_jax.demo.town import (
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.model import Model
 from tokendance_jax.prompt import Round
+from tokendance_jax.study.audit import shuffle_bases
 
 _PAGES = 2048
 _CHUNK_WORDS = 12
@@ -145,16 +146,16 @@ def ask(
     """
     found = [Graded() for _ in range(setting.rounds)]
     for seed in seeds:
-        for graded, (moment, probes) in zip(found, setting.draw(seed, kinds, guide), strict=True):
-            moment = dataclasses.replace(
-                moment, sampling=dataclasses.replace(moment.sampling, stop=("\n",))
+        for graded, (round_, probes) in zip(found, setting.draw(seed, kinds, guide), strict=True):
+            round_ = dataclasses.replace(
+                round_, sampling=dataclasses.replace(round_.sampling, stop=("\n",))
             )
-            result = engine.serve(moment, chat=True)
+            result = engine.serve(round_, chat=True)
             work = result.ledger.token_layers
             if shuffle:
-                engine.shuffle_bases(seed)
-                result = engine.serve(moment, chat=True)
-            graded.add(probes, [result.texts[p.agent] for p in moment.agents], work)
+                shuffle_bases(engine, seed)
+                result = engine.serve(round_, chat=True)
+            graded.add(probes, [result.texts[p.agent] for p in round_.agents], work)
     return found
 
 

@@ -21,8 +21,8 @@ _WORDS = (
 
 def texts_of(trace: Trace) -> Iterator[str]:
     """The texts of all prompts and answers, as often as they occur."""
-    for moment in trace.rounds:
-        for prompt in moment.agents:
+    for round_ in trace.rounds:
+        for prompt in round_.agents:
             yield from (segment.text for segment in prompt.segments if segment.text)
             if prompt.recorded_output:
                 yield prompt.recorded_output

@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from tokendance_jax.kernels.lanes import Rows
 from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.model import Rows, state_from_parameters
+from tokendance_jax.models.qwen2.model import state_from_parameters
 from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_shapes
 
 Params = dict[str, jax.Array]

@@ -19,7 +19,8 @@ from rich.console import Console
 from scripts import common, measure
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.prompt import Trace, tokenize_round
-from tokendance_jax.quality import agreement
+from tokendance_jax.study.quality import agreement
+from tokendance_jax.study.scoring import score
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
 _TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
@@ -77,14 +78,14 @@ def _logits(trace: Trace, dtype: str, kv_dtype: str, row_budget: int) -> list[np
     """Logits at the tokens of all recorded answers, one round after the other."""
     model = common.model_of(_MODEL.value, dtype)
     engine = RoundEngine(model, policy="dense", kv_dtype=kv_dtype, row_budget=row_budget)
-    logits = []
-    for moment in trace.rounds:
-        prompts = tokenize_round(moment, model.tokenizer, chat=False)
-        answers = common.recorded_answers(moment, model.tokenizer, most=_TOKENS.value)
-        logits += engine.score(prompts, answers)[0]
+    found = []
+    for round_ in trace.rounds:
+        prompts = tokenize_round(round_, model.tokenizer, chat=False)
+        answers = common.recorded_answers(round_, model.tokenizer, most=_TOKENS.value)
+        found += score(engine, prompts, answers)[0]
     del engine, model
     gc.collect()
-    return logits
+    return found
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ from rich.table import Table
 from scripts import common, demo_probes, measure, pareto, terminal
 from scripts.variants import NOISE, SHUFFLED, UNLIMITED, Variant, audited
 from tokendance_jax import host
-from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
+from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.engine import RoundEngine
-from tokendance_jax.engine.programs import Programs
 from tokendance_jax.model import Model
+from tokendance_jax.policy.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.prompt import (
     PromptError,
     Round,
@@ -41,7 +41,9 @@ from tokendance_jax.prompt import (
     Trace,
     tokenize_round,
 )
-from tokendance_jax.quality import Comparison, compare, summarise
+from tokendance_jax.study.audit import shuffle_bases
+from tokendance_jax.study.quality import Comparison, compare, summarise
+from tokendance_jax.study.scoring import follow, logits, score
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
 _TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
@@ -193,7 +195,7 @@ def compare_variants(
       After each variant what all gave so far, under names of their own the noise floor and the
       audit.
     """
-    prompts = [tokenize_round(moment, model.tokenizer, chat=False) for moment in rounds]
+    prompts = [tokenize_round(round_, model.tokenizer, chat=False) for round_ in rounds]
     most = max(len(p.token_ids) + _TOKENS.value for round_ in prompts for p in round_)
     memory = common.needed_kv_memory(model, trace, page_size=16, chat=False)
     memory += max(map(len, prompts)) * -(-(_TOKENS.value + most) // 16) * _page_bytes(model)
@@ -218,11 +220,11 @@ def compare_variants(
     dense = Variant("dense")
     reference = engine(dense)
     console.print(f"{terminal.markup(trace.name)}: dense")
-    answers = [_continuations(reference, moment) for moment in rounds]
+    answers = [_continuations(reference, round_) for round_ in rounds]
     results: dict[Variant | str, Measured] = {dense: Measured()}
     streams = []
-    for moment, prompt, answer in zip(rounds, prompts, answers, strict=True):
-        streams.append(_score(reference, results[dense], moment, prompt, answer, None))
+    for round_, prompt, answer in zip(rounds, prompts, answers, strict=True):
+        streams.append(_score(reference, results[dense], round_, prompt, answer, None))
     del reference
     yield results
     everything = list(zip(rounds, prompts, answers, streams, strict=True))
@@ -238,11 +240,11 @@ def compare_variants(
         results[key] = Measured()
         budget = _ROW_BUDGET.value // 4 if key == NOISE else _ROW_BUDGET.value
         made = engine(variant, budget)
-        for moment, prompt, answer, expected in everything:
+        for round_, prompt, answer, expected in everything:
             if key == SHUFFLED:
-                made.score(prompt, answer)
-                made.shuffle_bases(seed=0)
-            _score(made, results[key], moment, prompt, answer, expected)
+                score(made, prompt, answer)
+                shuffle_bases(made, seed=0)
+            _score(made, results[key], round_, prompt, answer, expected)
         del made
         gc.collect()
         yield results
@@ -252,36 +254,36 @@ def _page_bytes(model: Model) -> int:
     return model.kv_spec(pages=1, page_size=16).page_bytes
 
 
-def _continuations(engine: RoundEngine, moment: Round) -> list[np.ndarray]:
+def _continuations(engine: RoundEngine, round_: Round) -> list[np.ndarray]:
     """The texts along which a round is compared."""
     if _CONTINUATION.value == "recorded":
-        return common.recorded_answers(moment, engine.model.tokenizer, most=_TOKENS.value)
+        return common.recorded_answers(round_, engine.model.tokenizer, most=_TOKENS.value)
     agents = tuple(
-        dataclasses.replace(agent, max_new_tokens=_TOKENS.value) for agent in moment.agents
+        dataclasses.replace(agent, max_new_tokens=_TOKENS.value) for agent in round_.agents
     )
     sampling = Sampling(temperature=float(_CONTINUATION.value == "sampled"))
-    moment = dataclasses.replace(moment, agents=agents, sampling=sampling)
-    result = engine.serve(moment, chat=False)
+    round_ = dataclasses.replace(round_, agents=agents, sampling=sampling)
+    result = engine.serve(round_, chat=False)
     return [np.array(agent.token_ids, np.int32) for agent in result.agents]
 
 
 def _score(
     engine: RoundEngine,
     measured: Measured,
-    moment: Round,
+    round_: Round,
     prompts: Sequence[TokenizedPrompt],
     answers: Sequence[np.ndarray],
     expected: Sequence[np.ndarray] | None,
 ) -> list[np.ndarray]:
     """Follows a round and adds what was found; the cost is that of the prompts alone."""
-    streams, cost = engine.follow(prompts, answers)
+    streams, cost = follow(engine, prompts, answers)
     layers = engine.model.config.num_hidden_layers
     answered = sum(map(len, answers))
     measured.token_layers.append(cost.token_layers - answered * layers)
-    for index, (agent, found) in enumerate(zip(moment.agents, streams, strict=True)):
+    for index, (agent, found) in enumerate(zip(round_.agents, streams, strict=True)):
         against = found if expected is None else expected[index]
-        measured.lanes[moment.index, agent.agent] = compare(
-            engine.logits(against), engine.logits(found)
+        measured.lanes[round_.index, agent.agent] = compare(
+            logits(engine, against), logits(engine, found)
         )
     return streams
 

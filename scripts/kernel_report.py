@@ -27,21 +27,20 @@ from rich.table import Table
 
 from scripts import measure
 from tokendance_jax import targets
-from tokendance_jax.collector.buckets import Buckets
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import pack
-from tokendance_jax.collector.shapes import PACKING, Packing, Shapes
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.decode_attention.mosaic_gpu import bytes_beside_pages
-from tokendance_jax.kernels.flash import block_pages
 from tokendance_jax.kernels.gpu_pages import part_slots
 from tokendance_jax.kernels.gpu_planes import planes_of
 from tokendance_jax.kernels.gpu_tiles import SLOTS
-from tokendance_jax.kernels.lanes import GroupTables, LaneTables
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables, block_pages
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
 from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.plan.buckets import Buckets
+from tokendance_jax.plan.lane import LanePlan
+from tokendance_jax.plan.round_plan import pack
+from tokendance_jax.plan.shapes import PACKING, Packing, Shapes
 
 _MODEL = flags.DEFINE_multi_string("model", ["0.5B", "7B", "14B"], "Published sizes; repeat.")
 _DTYPE = flags.DEFINE_multi_enum(

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokendance_jax.collector.buckets import Buckets
-from tokendance_jax.collector.groups import group_tables
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import RoundPlan, pack
-from tokendance_jax.collector.policies import PolicyOptions
-from tokendance_jax.collector.shapes import PACKING, Shapes
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.lanes import KEY_BLOCK, Array, GroupTables, LaneTables
 from tokendance_jax.kernels.page_diff import DiffPlan
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.plan.buckets import Buckets
+from tokendance_jax.plan.groups import group_tables
+from tokendance_jax.plan.lane import LanePlan
+from tokendance_jax.plan.round_plan import RoundPlan, pack
+from tokendance_jax.plan.shapes import PACKING, Shapes
+from tokendance_jax.policy.policies import PolicyOptions
 
 # Pages that every mirror has in place of the first ones of the base.
 PATCHES = PolicyOptions().head_pages

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from scripts import common, terminal
 from tokendance_jax import host
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.programs import DecodeState
 from tokendance_jax.engine.sampling import SamplingArrays, sampling_arrays
+from tokendance_jax.plan.lane import LanePlan
+from tokendance_jax.plan.shapes import Shapes
 
 
 def run(

@@ -25,13 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scripts import common, terminal
 from scripts.served import Served, comparison_table, rounds_table, work_table
 from tokendance_jax import host
-from tokendance_jax.collector.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.limits import check_kv_memory, check_page_size
 from tokendance_jax.engine.result import RoundResult
 from tokendance_jax.model import Model
+from tokendance_jax.policy.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.prompt import Round, Sampling, Trace, tokenize_round
-from tokendance_jax.quality import compare
+from tokendance_jax.study.quality import compare
+from tokendance_jax.study.scoring import follow, logits
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -194,7 +195,7 @@ def _trace() -> Trace:
     sampling = Sampling(
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value
     )
-    rounds = tuple(dataclasses.replace(moment, sampling=sampling) for moment in trace.rounds)
+    rounds = tuple(dataclasses.replace(round_, sampling=sampling) for round_ in trace.rounds)
     return dataclasses.replace(trace, rounds=rounds)
 
 
@@ -230,7 +231,7 @@ def _serve(model: Model, trace: Trace, served: Served, console: Console) -> None
     check_kv_memory(kv_memory)
     console.print(
         f"[bold]{terminal.markup(trace.name)}[/]: {len(trace.rounds)} rounds of up to "
-        f"{max(len(moment.agents) for moment in trace.rounds)} agents; "
+        f"{max(len(round_.agents) for round_ in trace.rounds)} agents; "
         f"[bold]{terminal.markup(model.name)}[/] in {model.dtype.name}; "
         f"KV pool {kv_memory / 2**20:,.0f} MiB"
     )
@@ -265,40 +266,42 @@ def _serve(model: Model, trace: Trace, served: Served, console: Console) -> None
                     page_size=_PAGE_SIZE.value,
                     kv_memory=kv_memory,
                     row_budget=_ROW_BUDGET.value,
-                    max_agents=max(len(moment.agents) for moment in trace.rounds),
+                    max_agents=max(len(round_.agents) for round_ in trace.rounds),
                     cold=_COLD.value,
                     programs=programs,
                 )
                 programs = engine.programs
-                rounds = engine.run(trace, replay=_REPLAY.value, chat=chat, on_token=on_token)
-                for moment in trace.rounds:
-                    most = sum(a.max_new_tokens or moment.max_new_tokens for a in moment.agents)
-                    progress.reset(bar, total=most, description=f"{policy}, round {moment.index}")
+                rounds = engine.run(
+                    trace, replay=_REPLAY.value, chat=chat, on_token=on_token, at_rest=True
+                )
+                for round_ in trace.rounds:
+                    most = sum(a.max_new_tokens or round_.max_new_tokens for a in round_.agents)
+                    progress.reset(bar, total=most, description=f"{policy}, round {round_.index}")
                     check()
                     result = next(rounds)
                     served.results[policy].append(result)
-                    _tell(console, policy, moment, result, served)
+                    _tell(console, policy, round_, result, served)
                     if _QUALITY.value and _REPLAY.value and len(policies) > 1:
                         check()
-                        found = _follow(engine, moment, first[moment.index], chat=chat)
+                        found = _follow(engine, round_, first[round_.index], chat=chat)
                         if policy == served.first:
                             streams.append(found)
                         else:
-                            pairs = zip(streams[moment.index], found, strict=True)
+                            pairs = zip(streams[round_.index], found, strict=True)
                             served.compared[policy] += [
-                                compare(engine.logits(a), engine.logits(b)) for a, b in pairs
+                                compare(logits(engine, a), logits(engine, b)) for a, b in pairs
                             ]
                     _write(served)
                 del engine, rounds  # its pool, before the next one is made
 
 
 def _follow(
-    engine: RoundEngine, moment: Round, first: RoundResult, *, chat: bool
+    engine: RoundEngine, round_: Round, first: RoundResult, *, chat: bool
 ) -> list[np.ndarray]:
     """The engine's residual streams along the beginnings of the first policy's answers."""
-    prompts = tokenize_round(moment, engine.model.tokenizer, chat=chat)
+    prompts = tokenize_round(round_, engine.model.tokenizer, chat=chat)
     ids = [np.array(answer.token_ids[:_QUALITY_TOKENS], np.int32) for answer in first.agents]
-    return engine.follow(prompts, ids)[0][:_QUALITY_AGENTS]
+    return follow(engine, prompts, ids)[0][:_QUALITY_AGENTS]
 
 
 @contextlib.contextmanager
@@ -327,14 +330,14 @@ def _deferred_interrupt(console: Console) -> Iterator[Callable[[], None]]:
 
 
 def _tell(
-    console: Console, policy: str, moment: Round, result: RoundResult, served: Served
+    console: Console, policy: str, round_: Round, result: RoundResult, served: Served
 ) -> None:
     """Prints questions and answers, or how many answers are those of the first policy."""
     console.print(f"\n[bold]Round {result.index}, {policy}[/]")
     right = served.right(result)
     counts, of_all = [], f"of {len(result.agents)} answers"
     if policy == served.first:
-        for index, (prompt, agent) in enumerate(zip(moment.agents, result.agents, strict=True)):
+        for index, (prompt, agent) in enumerate(zip(round_.agents, result.agents, strict=True)):
             question = "".join(s.text or "" for s in prompt.segments if s.kind == "task").strip()
             lines = [terminal.markup(agent.text.strip(), lines=True)]
             if right and not right[index]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from scripts import measure
 from tokendance_jax.engine.result import RoundResult
 from tokendance_jax.prompt import Trace
-from tokendance_jax.quality import Comparison, summarise
+from tokendance_jax.study.quality import Comparison, summarise
 
 
 @dataclasses.dataclass

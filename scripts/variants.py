@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from tokendance_jax.collector.policies import PolicyOptions
+from tokendance_jax.policy.policies import PolicyOptions
 
 UNLIMITED = ("none", "all")
 # Names of what checks a measurement: an audit, and the noise floor.

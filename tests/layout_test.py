@@ -15,6 +15,7 @@ import tokendance_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("kernels", "models")
+PACKAGE = "tokendance_jax"
 FOLDERS = (*LINKED, "scripts", "tests", "tokendance_jax")
 CORE = {
     "absl-py",
@@ -108,13 +109,57 @@ def test_kernels_stand_on_jax_and_numpy_alone():
     assert not found
 
 
+def reached(*modules: str) -> set[str]:
+    """The modules of the package that some of its modules import, directly or not, with these."""
+    found, left = set(), list(modules)
+    while left:
+        name = left.pop()
+        base = ROOT.joinpath(*name.split("."))
+        path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        # The package itself names its public parts, whoever imports one of them.
+        if name in found or name == PACKAGE or not path.is_file():
+            continue
+        found.add(name)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "tokendance_jax"
+            ):
+                parts = (node.module or "").split(".")
+                left += [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+                left += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def test_the_planner_knows_no_model_and_no_kernel():
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sources("tokendance_jax/plan", "tokendance_jax/policy")
+    ]
+    found = reached(*names)
+    assert found > set(names)
+    own = "tokendance_jax.plan", "tokendance_jax.policy", "tokendance_jax.prompt"
+    known = {
+        "tokendance_jax.errors",
+        "tokendance_jax.kernels.lanes",
+        "tokendance_jax.paged",
+        "tokendance_jax.paged.page_pool",
+        "tokendance_jax.paged.prefix_cache",
+    }
+    assert not {name for name in found - known if not name.startswith(own)}
+    for name in found:
+        path = ROOT.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        assert not {name for _, name in imports(path) if name.split(".")[0] == "flax"}
+
+
 def test_files_are_short():
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
         for path in sources(*FOLDERS)
     }
     assert len(lengths) > 50
-    assert not {path: length for path, length in lengths.items() if length >= 600}
+    assert not {path: length for path, length in lengths.items() if length > 450}
 
 
 def test_core_dependencies():

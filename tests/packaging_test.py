@@ -31,11 +31,11 @@ from tokendance_jax.models.qwen2 import model
 for module in (tokendance_jax, lanes, model):
     assert Path(module.__file__).is_relative_to(sys.argv[1]), module.__file__
 engine = tokendance_jax.RoundEngine(tokendance_jax.demo_model("float32"), kv_memory=16 << 20)
-moment = tokendance_jax.demo_trace().rounds[0]
-result = engine.serve(moment)
-right = [result.texts[prompt.agent] == prompt.recorded_output for prompt in moment.agents]
+round_ = tokendance_jax.demo_trace().rounds[0]
+result = engine.serve(round_)
+right = [result.texts[prompt.agent] == prompt.recorded_output for prompt in round_.agents]
 assert sum(right) >= 6, result.texts
-assert list(result.texts) == [prompt.agent for prompt in moment.agents]
+assert list(result.texts) == [prompt.agent for prompt in round_.agents]
 assert result.ledger.computed_tokens + result.ledger.reused_tokens == result.ledger.prompt_tokens
 print("served", result.ledger.decoded_tokens)
 """

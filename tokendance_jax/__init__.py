@@ -2,12 +2,15 @@
 
 from tokendance_jax.demo import demo_trace
 from tokendance_jax.demo.model import demo_model
+from tokendance_jax.engine.config import EngineConfig
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.errors import NotFiniteError
-from tokendance_jax.engine.result import RoundResult
+from tokendance_jax.engine.result import RoundResult, Timings
+from tokendance_jax.mirror import MasterMirror, restore_mirrors, save_mirrors
 from tokendance_jax.model import Model, load_model
 from tokendance_jax.models.loading import CheckpointError
 from tokendance_jax.paged import OutOfPages
+from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import (
     AgentPrompt,
     Author,
@@ -28,15 +31,19 @@ __all__ = [
     "AgentPrompt",
     "Author",
     "CheckpointError",
+    "EngineConfig",
+    "MasterMirror",
     "Model",
     "NotFiniteError",
     "OutOfPages",
+    "PolicyOptions",
     "PromptError",
     "Round",
     "RoundEngine",
     "RoundResult",
     "Sampling",
     "Segment",
+    "Timings",
     "Trace",
     "__version__",
     "demo_model",
@@ -44,6 +51,8 @@ __all__ = [
     "gather",
     "load_model",
     "read_trace",
+    "restore_mirrors",
+    "save_mirrors",
     "split_prompt",
     "write_trace",
 ]

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tokendance_jax.kernels import flash, flash_tpu, rope
 from tokendance_jax.kernels.flash_tpu import PLACES, TILE, product
-from tokendance_jax.kernels.lanes import Array, GroupTables, LaneTables
+from tokendance_jax.kernels.lanes import Array, GroupTables, LaneTables, block_pages
 
 Ref = Any
 
@@ -60,7 +60,7 @@ def decode_attention_mosaic_tpu(
     rows = -(-group // TILE) * TILE
     queries = (q * head_dim**-0.5).reshape(lanes, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
-    entries = flash.block_pages(page_size)
+    entries = block_pages(page_size)
     pages = pltpu.VMEM((PLACES, entries, page_size, kv_heads, head_dim), dtype)
     scratch = {
         "k": pages,
@@ -113,7 +113,7 @@ def _columns(
       And how a lane reads a block, f32 [blocks * lanes + lanes * lane_blocks, 1, 2 * head_dim +
       slots]: cosines, signed sines, and whether it sees a slot.
     """
-    entries = flash.block_pages(page_size)
+    entries = block_pages(page_size)
     lanes, blocks = tables.page.shape[0], tables.page.shape[1] // entries
     shared = groups.page.shape[0]
     position = jnp.asarray(position)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from tokendance_jax.kernels import flash, rope
-from tokendance_jax.kernels.lanes import GroupTables, LaneTables
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables, block_pages
 
 # Most key blocks of lanes' own tables that are read in one step. On CPU 8 take 0.7 of the time of
 # one by one, and 4 take 0.75; but blocks that the last step lacks are paid for.
@@ -136,7 +136,7 @@ def _list_blocks(
       seen, bool [blocks, slots]; and the number of blocks i32 [].
     """
     lanes, entries = tables.page.shape
-    pages = flash.block_pages(page_size)
+    pages = block_pages(page_size)
     each = entries // pages
     slot_position = tables.slot_positions(page_size).reshape(lanes, each, pages * page_size)
     first_position = jnp.min(slot_position, axis=2)

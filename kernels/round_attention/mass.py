@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from tokendance_jax.kernels import flash, rope, storage
-from tokendance_jax.kernels.lanes import LaneTables, RowTiles
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles, block_pages
 
 
 def attention_mass(
@@ -36,7 +36,7 @@ def attention_mass(
     rows, heads, head_dim = q.shape
     page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
     group = heads // kv_heads
-    pages = flash.block_pages(page_size)
+    pages = block_pages(page_size)
     lanes, entries = tables.page.shape
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
     first_position = jnp.min(slot_position, axis=2)  # [lanes, blocks]

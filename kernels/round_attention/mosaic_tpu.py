@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tokendance_jax.kernels import flash, flash_tpu, rope
 from tokendance_jax.kernels.flash_tpu import PLACES, TILE, product
-from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows, block_pages
 from tokendance_jax.kernels.round_attention.tpu_stretches import (
     WINDOW,
     WORD,
@@ -76,7 +76,7 @@ def round_attention_mosaic_tpu(
 
     filled = -(-heads // TILE) * TILE
     queries = jnp.pad(q * head_dim**-0.5, ((0, 0), (0, filled - heads), (0, 0)))
-    entries, slots = flash.block_pages(page_size), arrays["slot_position"].shape[2]
+    entries, slots = block_pages(page_size), arrays["slot_position"].shape[2]
     shapes = {
         "pages_k": ((PLACES, entries, page_size, kv_heads, head_dim), dtype),
         "pages_v": ((PLACES, entries, page_size, kv_heads, head_dim), dtype),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokendance_jax.kernels import flash
-from tokendance_jax.kernels.lanes import GroupTables, LaneTables, RowTiles, SharedRows
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables, RowTiles, SharedRows, block_pages
 
 # Rows of a tile that a stretch meets, where that is not the whole tile: what is left of a lane
 # behind its full tiles is often little.
@@ -104,7 +104,7 @@ def stretches(
 
 def _lane_blocks(tables: LaneTables, page_size: int) -> Arrays:
     """The blocks of all lanes' tables, and their entries."""
-    slots, frame = flash.block_pages(page_size) * page_size, flash.block_frames(tables, page_size)
+    slots, frame = block_pages(page_size) * page_size, flash.block_frames(tables, page_size)
     return {
         **{name: jnp.asarray(x).reshape(-1) for name, x in vars(tables).items()},
         "frame": frame.reshape(-1),

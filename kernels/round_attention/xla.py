@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokendance_jax.kernels import flash, rope, storage
-from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
+from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows, block_pages
 from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, continued, nothing_seen
 
 # Rows of small tiles: what is left of a lane behind its full tiles is often little.
@@ -45,7 +45,7 @@ def round_attention_xla(
         tables, tiles = shared.tables, shared.tiles
     else:
         results = nothing_seen(q)[: 1 + with_lse]
-    pages = flash.block_pages(page_size)
+    pages = block_pages(page_size)
     lanes = tables.page.shape[0]
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
     block_start, block_stop = jnp.min(slot_position, axis=2), jnp.max(slot_position, axis=2)

@@ -6,10 +6,9 @@ Matrices are stored [out, in] as published and multiplied in their own precision
 results; the residual stream, norms, rotary embedding and softmax are float32.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, no_type_check
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
 from tokendance_jax.kernels import rope
-from tokendance_jax.kernels.lanes import Array
+from tokendance_jax.kernels.lanes import Array, Rows
 from tokendance_jax.models.product import matmul
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.paged.kv import PagedKV
@@ -30,25 +29,6 @@ QueriesKeysValues = tuple[
 ]
 # (queries f32 [rows, heads, head_dim], pool, layer) -> f32 [rows, heads, head_dim]
 Attend = Callable[[jax.Array, PagedKV, int | jax.Array], jax.Array]
-
-
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The tokens that a forward pass computes.
-
-    Attributes:
-      token: token ids.
-      position: logical positions, at which queries are rotated.
-      canonical: canonical positions, at which keys are rotated.
-      slot: page * page_size + offset; past the pool where nothing is to be written.
-    """
-
-    token: Int32[Array, " rows"]
-    position: Int32[Array, " rows"]
-    canonical: Int32[Array, " rows"]
-    slot: Int32[Array, " rows"]
 
 
 class Linear(nnx.Module):

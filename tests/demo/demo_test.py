@@ -26,7 +26,7 @@ CHECKPOINT = Path(tokendance_jax.demo.__file__).parent / "checkpoint"
 def test_the_demo_is_a_story_that_training_never_saw():
     trace = demo_trace()
     assert trace == demo_trace()
-    assert [len(moment.agents) for moment in trace.rounds] == [8, 8, 8]
+    assert [len(round_.agents) for round_ in trace.rounds] == [8, 8, 8]
     names = set(words.names("held_out"))
     assert names.issuperset(prompt.agent for prompt in trace.rounds[0].agents)
 
@@ -61,12 +61,12 @@ def test_the_harbour_is_an_all_gather():
     agents = [prompt.agent for prompt in HARBOUR.rounds[0].agents]
     assert len(agents) == 4
     outputs: list[str | None] = []
-    for moment in HARBOUR.rounds:
-        assert [prompt.agent for prompt in moment.agents] == agents
-        for prompt in moment.agents:
+    for round_ in HARBOUR.rounds:
+        assert [prompt.agent for prompt in round_.agents] == agents
+        for prompt in round_.agents:
             shared = [segment.text for segment in prompt.segments if segment.kind == "shared"]
             assert shared == outputs
-        outputs = [prompt.recorded_output for prompt in moment.agents]
+        outputs = [prompt.recorded_output for prompt in round_.agents]
 
 
 def test_histories_of_the_harbour_only_grow():
@@ -81,8 +81,8 @@ def test_histories_of_the_harbour_only_grow():
 
 
 def test_texts_of_the_harbour_end_with_one_newline_and_prompts_are_short():
-    for moment in HARBOUR.rounds:
-        for prompt in moment.agents:
+    for round_ in HARBOUR.rounds:
+        for prompt in round_.agents:
             texts = [segment.text or "" for segment in prompt.segments]
             for text in [*texts, prompt.recorded_output or ""]:
                 assert text == text.strip() + "\n"
@@ -90,16 +90,16 @@ def test_texts_of_the_harbour_end_with_one_newline_and_prompts_are_short():
 
 
 def test_joined_text_encodes_like_the_segments():
-    for moment in (*HARBOUR.rounds, *demo_trace().rounds):
+    for round_ in (*HARBOUR.rounds, *demo_trace().rounds):
         for prompt, tokenized in zip(
-            moment.agents, tokenize_round(moment, TOKENIZER, chat=False), strict=True
+            round_.agents, tokenize_round(round_, TOKENIZER, chat=False), strict=True
         ):
             joined = "".join(segment.text or "" for segment in prompt.segments)
             assert TOKENIZER.encode_text(joined) == tokenized.token_ids.tolist()
 
 
 def test_every_right_answer_fits():
-    for moment in demo_trace().rounds:
-        for prompt in moment.agents:
+    for round_ in demo_trace().rounds:
+        for prompt in round_.agents:
             answer = TOKENIZER.encode_text(prompt.recorded_output or "")
             assert len(answer) < (prompt.max_new_tokens or 0), prompt.recorded_output

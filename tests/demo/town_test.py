@@ -174,26 +174,26 @@ def test_splits_are_apart_and_share_their_pieces():
 def test_rounds_keep_to_their_split(split):
     names, places = set(words.names(split)), set(words.places(split))
     for seed in range(30):
-        moment, _ = probe_round(seed, 9, split=split)
-        text = "".join(text_of(prompt, "history", "shared") for prompt in moment.agents)
-        assert {prompt.agent for prompt in moment.agents} <= names
+        round_, _ = probe_round(seed, 9, split=split)
+        text = "".join(text_of(prompt, "history", "shared") for prompt in round_.agents)
+        assert {prompt.agent for prompt in round_.agents} <= names
         for (person, _), found in plans_in(text).items():
             assert person in names
             assert {place for place, _ in found if place} <= places
 
 
 def test_rounds_follow_their_arguments():
-    moment, asked = probe_round(1, 16)
+    round_, asked = probe_round(1, 16)
     again = probe_round(1, 16)
-    assert (moment, asked) == again
-    assert moment != probe_round(2, 16)[0]
+    assert (round_, asked) == again
+    assert round_ != probe_round(2, 16)[0]
     assert {probe.kind for probe in asked} == set(KINDS[:5])
-    blocks = [[s.id for s in p.segments if s.kind == "shared"] for p in moment.agents]
+    blocks = [[s.id for s in p.segments if s.kind == "shared"] for p in round_.agents]
     assert all(block == blocks[0] for block in blocks)
     assert len(blocks[0]) == 16
-    moment, asked = probe_round(1, 10, ["retrieve"], own=False, keep=0.5, shuffled=True)
+    round_, asked = probe_round(1, 10, ["retrieve"], own=False, keep=0.5, shuffled=True)
     assert {probe.kind for probe in asked} == {"retrieve"}
-    for prompt in moment.agents:
+    for prompt in round_.agents:
         seen = [s.id for s in prompt.segments if s.kind == "shared"]
         assert len(seen) == 4
         assert f"said/{prompt.agent}" not in seen
@@ -217,13 +217,13 @@ def test_stories_are_an_all_gather_with_right_answers(agents):
     trace = story(agents, agents)
     assert trace == story(agents, agents)
     outputs: list[str] = []
-    for moment in trace.rounds:
-        assert len(moment.agents) == agents
-        for prompt in moment.agents:
+    for round_ in trace.rounds:
+        assert len(round_.agents) == agents
+        for prompt in round_.agents:
             assert text_of(prompt, "shared") == "".join(f"{output}\n" for output in outputs)
             assert read_answer(prompt) == prompt.recorded_output
             assert prompt.max_new_tokens == MAX_NEW_TOKENS
-        outputs = [prompt.recorded_output or "" for prompt in moment.agents]
+        outputs = [prompt.recorded_output or "" for prompt in round_.agents]
     for before, after in zip(trace.rounds, trace.rounds[1:], strict=False):
         for old, new in zip(before.agents, after.agents, strict=True):
             history = text_of(old, "history")
@@ -234,15 +234,15 @@ def test_stories_are_an_all_gather_with_right_answers(agents):
 def test_what_a_round_shares_is_history_in_the_next():
     rounds = drifting_rounds(3, 5, 4)
     assert rounds == drifting_rounds(3, 5, 4)
-    for index, (moment, asked) in enumerate(rounds):
-        assert moment.index == index
-        for prompt, probe in zip(moment.agents, asked, strict=True):
+    for index, (round_, asked) in enumerate(rounds):
+        assert round_.index == index
+        for prompt, probe in zip(round_.agents, asked, strict=True):
             assert read_answer(prompt) == probe.answer
             said = [s for s in prompt.segments if s.id.startswith("said/")]
             assert [s.kind for s in said] == ["history"] * 3 * index + ["shared"] * 3
         if index:
             before = text_of(rounds[index - 1][0].agents[0], "history", "shared")
-            assert text_of(moment.agents[0], "history") == before
+            assert text_of(round_.agents[0], "history") == before
 
 
 def test_a_guide_stands_in_front_and_changes_nothing_else():

@@ -8,11 +8,13 @@ import pytest
 
 from tests.engine.rounds import agent, three
 from tokendance_jax.demo import harbour_trace
+from tokendance_jax.engine import programs as device
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.paged.kv import KVSpec
 from tokendance_jax.prompt import AgentPrompt, PromptError, Round, Segment
 from tokendance_jax.prompt.tokenized import tokenize_round
+from tokendance_jax.study.scoring import score
 
 # One size of calls: every program is compiled once.
 SIZES: dict[str, Any] = {"kv_memory": 8 << 20, "row_budget": 64}
@@ -43,7 +45,7 @@ def ids(result):
 
 def poison(engine):
     """Fills the whole pool with NaN."""
-    engine._kv = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), engine._kv)
+    engine.runner.kv = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), engine.runner.kv)
 
 
 def test_policies_give_the_same_tokens_over_rounds(engine, dense):
@@ -59,37 +61,37 @@ def test_policies_give_the_same_tokens_over_rounds(engine, dense):
 
 
 def test_the_same_round_twice_and_in_another_order_gives_the_same_tokens(engine):
-    moment = three(temperature=0.8, top_k=40, top_p=0.95, seed=3)
-    first = ids(engine.serve(moment))
-    assert ids(engine.serve(moment)) == first
-    turned = dataclasses.replace(moment, agents=moment.agents[::-1])
+    round_ = three(temperature=0.8, top_k=40, top_p=0.95, seed=3)
+    first = ids(engine.serve(round_))
+    assert ids(engine.serve(round_)) == first
+    turned = dataclasses.replace(round_, agents=round_.agents[::-1])
     assert ids(engine.serve(turned)) == first
     assert len(set(first.values())) == 3
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_do_not_depend_on_the_other_agents(engine, temperature):
-    moment = three(temperature=temperature, seed=1)
-    together = ids(engine.serve(moment))
-    for prompt in moment.agents:
-        alone = dataclasses.replace(moment, agents=(prompt,))
+    round_ = three(temperature=temperature, seed=1)
+    together = ids(engine.serve(round_))
+    for prompt in round_.agents:
+        alone = dataclasses.replace(round_, agents=(prompt,))
         assert ids(engine.serve(alone)) == {prompt.agent: together[prompt.agent]}
 
 
 def test_seed_and_round_change_the_draws(engine):
-    moment = three(temperature=1.5, seed=1)
-    first = ids(engine.serve(moment))
+    round_ = three(temperature=1.5, seed=1)
+    first = ids(engine.serve(round_))
     assert ids(engine.serve(three(temperature=1.5, seed=2))) != first
-    assert ids(engine.serve(dataclasses.replace(moment, index=1))) != first
+    assert ids(engine.serve(dataclasses.replace(round_, index=1))) != first
 
 
 def test_chunks_of_a_round_give_the_tokens_of_one_call(small_model, dense):
     smaller: dict[str, Any] = SIZES | {"row_budget": 32}
     small = RoundEngine(small_model, policy="prefix", **smaller)
-    moment = three()
-    result = small.serve(moment)
+    round_ = three()
+    result = small.serve(round_)
     assert result.ledger.computed_tokens > 4 * 32
-    assert ids(result) == ids(dense.serve(moment))
+    assert ids(result) == ids(dense.serve(round_))
 
 
 def test_page_size_does_not_change_tokens(small_model, dense):
@@ -135,9 +137,9 @@ def test_ledger_adds_up(engine):
 
 def test_full_pages_of_answers_are_reused(engine):
     tokenizer = engine.model.tokenizer
-    moment = Round((agent("Edda", limit=40),))
-    answer = engine.serve(moment, chat=False).agents[0]
-    said = tuple(tokenizer.encode_text("".join(s.text or "" for s in moment.agents[0].segments)))
+    round_ = Round((agent("Edda", limit=40),))
+    answer = engine.serve(round_, chat=False).agents[0]
+    said = tuple(tokenizer.encode_text("".join(s.text or "" for s in round_.agents[0].segments)))
     followed = AgentPrompt(
         "Edda", (Segment("task", "t", token_ids=(*said, *answer.token_ids, 5, 6)),)
     )
@@ -150,7 +152,7 @@ def test_steady_state_traces_nothing(small_model):
     assert engine.warm_up(agents=4, tokens=200) > 0
     names = ("Edda", "Tomas", "Ines", "Oskar")
 
-    def moment(index):
+    def round_(index):
         agents = tuple(
             agent(name, persona="You wait. " * (3 + 5 * index + 2 * place))
             for place, name in enumerate(names[: 4 - index % 2])
@@ -160,7 +162,7 @@ def test_steady_state_traces_nothing(small_model):
     before = engine.programs.compile_s
     with jax.no_tracing(True):
         for index in range(3):
-            assert engine.serve(moment(index)).timings.compile_s == 0
+            assert engine.serve(round_(index)).timings.compile_s == 0
     assert engine.programs.compile_s == before
 
 
@@ -178,12 +180,12 @@ def test_callback_gets_every_token_in_order(engine):
 
 
 def test_an_answer_ends_at_a_stop_token(engine):
-    moment = three()
-    free = engine.serve(moment).agents[0]
+    round_ = three()
+    free = engine.serve(round_).agents[0]
     stop = free.token_ids[4]
     first = free.token_ids.index(stop)
     cut = dataclasses.replace(
-        moment, sampling=dataclasses.replace(moment.sampling, stop_token_ids=(stop,))
+        round_, sampling=dataclasses.replace(round_.sampling, stop_token_ids=(stop,))
     )
     result = engine.serve(cut).agents[0]
     assert result.token_ids == free.token_ids[:first]
@@ -193,18 +195,18 @@ def test_an_answer_ends_at_a_stop_token(engine):
 
 
 def test_an_answer_ends_before_a_stop_string(engine):
-    moment = three()
-    free = engine.serve(moment).agents[0]
+    round_ = three()
+    free = engine.serve(round_).agents[0]
     stop = free.text[len(free.text) // 2 :][:3]
-    cut = dataclasses.replace(moment, sampling=dataclasses.replace(moment.sampling, stop=(stop,)))
+    cut = dataclasses.replace(round_, sampling=dataclasses.replace(round_.sampling, stop=(stop,)))
     result = engine.serve(cut).agents[0]
     assert result.text == free.text[: free.text.index(stop)]
     assert result.finish_reason == "stop"
 
 
 def test_limits_of_agents(engine):
-    moment = Round((agent("Edda", limit=1), agent("Tomas", limit=20)), max_new_tokens=5)
-    result = engine.serve(moment)
+    round_ = Round((agent("Edda", limit=1), agent("Tomas", limit=20)), max_new_tokens=5)
+    result = engine.serve(round_)
     assert [len(a.token_ids) for a in result.agents] == [1, 20]
 
 
@@ -223,9 +225,9 @@ def test_chat_markup_is_the_default_of_live_rounds(engine):
     (replayed,) = engine.run(trace)
     assert live.ledger.tokens["markup"] > 0
     assert replayed.ledger.tokens["markup"] == 0
-    moment = trace.rounds[0]
-    assert ids(engine.serve(moment)) == ids(live)
-    assert ids(engine.serve(moment, chat=False)) == ids(replayed)
+    round_ = trace.rounds[0]
+    assert ids(engine.serve(round_)) == ids(live)
+    assert ids(engine.serve(round_, chat=False)) == ids(replayed)
 
 
 class Broken(Exception):
@@ -252,11 +254,15 @@ def test_an_error_in_the_callback_loses_nothing(engine):
 def test_a_failed_prefill_leaves_no_unwritten_page_in_the_cache(engine, monkeypatch):
     poison(engine)
 
-    def fail(*_):
-        raise Broken
+    call = engine.programs.call
+
+    def fail(program, *arguments):
+        if program is device.prefill:
+            raise Broken
+        return call(program, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.programs, "prefill", fail)
+        patch.setattr(engine.programs, "call", fail)
         with pytest.raises(Broken):
             engine.serve(three())
     result = engine.serve(three())
@@ -266,13 +272,17 @@ def test_a_failed_prefill_leaves_no_unwritten_page_in_the_cache(engine, monkeypa
 def test_the_engine_survives_a_call_that_kept_the_pool(engine, monkeypatch):
     expected = ids(engine.serve(three()))
 
-    def swallow(kv, *_):
+    call = engine.programs.call
+
+    def swallow(program, kv, *arguments):
+        if program is not device.decode:
+            return call(program, kv, *arguments)
         kv.k.delete()
         kv.v.delete()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.programs, "decode", swallow)
+        patch.setattr(engine.programs, "call", swallow)
         with pytest.raises(KeyboardInterrupt):
             engine.serve(three())
     result = engine.serve(three())
@@ -315,17 +325,17 @@ def test_all_rounds_of_a_trace_are_checked_before_the_first(engine):
 
 
 def test_too_many_stop_tokens_are_refused_before_the_prefill(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_prefill", None)
-    moment = three(stop_token_ids=tuple(range(17)))
+    monkeypatch.setattr(engine, "prefill", None)
+    round_ = three(stop_token_ids=tuple(range(17)))
     with pytest.raises(ValueError, match=r"stop_token_ids: .* at most 16"):
-        engine.serve(moment)
+        engine.serve(round_)
 
 
 def test_an_answer_to_follow_beyond_the_context_is_refused(engine):
     prompts = tokenize_round(three(), engine.model.tokenizer, chat=False)
     answers = [np.full(engine.model.config.max_position_embeddings, 5, np.int32)] * len(prompts)
     with pytest.raises(PromptError, match=r"Edda.*context"):
-        engine.score(prompts, answers)
+        score(engine, prompts, answers)
 
 
 def test_a_token_outside_of_the_vocabulary_is_refused(engine):

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.rounds import SMALL, gathering, small_engine, small_programs, tiny
-from tokendance_jax.collector.policies import PolicyOptions
+from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.errors import NotFiniteError
-from tokendance_jax.engine.programs import Programs
 from tokendance_jax.paged import OutOfPages
+from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import tokenize_round
-from tokendance_jax.quality import compare
+from tokendance_jax.study.quality import compare
+from tokendance_jax.study.scoring import follow, score
 
 POLICIES: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -47,7 +48,7 @@ def engine_of(policy):
     return small_engine(policy.split()[0], PolicyOptions(**POLICIES[policy]))
 
 
-def moment(names, limit=7):
+def round_(names, limit=7):
     whole = gathering(NAMES)
     agents = tuple(agent for agent in whole.agents if agent.agent in names)
     return dataclasses.replace(whole, agents=agents, max_new_tokens=limit)
@@ -55,7 +56,7 @@ def moment(names, limit=7):
 
 def tokens_of(names):
     """The token ids of these agents' prompts, agent by agent."""
-    segments = [segment for agent in moment(names).agents for segment in agent.segments]
+    segments = [segment for agent in round_(names).agents for segment in agent.segments]
     return [token for segment in segments for token in segment.token_ids or ()]
 
 
@@ -65,20 +66,20 @@ def ids(result):
 
 @functools.cache
 def expected(policy, names):
-    return ids(engine_of(policy).serve(moment(names), chat=False))
+    return ids(engine_of(policy).serve(round_(names), chat=False))
 
 
 @contextlib.contextmanager
 def breaking(engine, how, when):
     """Breaks the engine's `when`-th call of a program; gives a callback that may break too."""
     calls = iter(range(10_000))
-    inner, programs = engine.programs._call, engine.programs
+    inner, programs = engine.programs.call, engine.programs
 
-    def call(name, *arguments):
+    def call(program, *arguments):
         mine = how in ("before", "after") and next(calls) == when
         if mine and how == "before":
             raise Broken
-        result = inner(name, *arguments)
+        result = inner(program, *arguments)
         if mine:  # what was donated is gone, what came back is lost
             raise KeyboardInterrupt
         return result
@@ -87,11 +88,11 @@ def breaking(engine, how, when):
         if how in ("callback", "interrupt") and next(calls) == when:
             raise Broken if how == "callback" else KeyboardInterrupt
 
-    programs._call = call
+    programs.call = call
     try:
         yield heard
     finally:
-        programs._call = inner
+        programs.call = inner
 
 
 ACTIONS = st.tuples(
@@ -117,7 +118,7 @@ def test_no_page_is_lost_and_the_next_round_is_right(policy, actions):
 
     def serve(names, on_token=None, limit=7):
         try:
-            found = engine.serve(moment(names, limit), chat=False, on_token=on_token)
+            found = engine.serve(round_(names, limit), chat=False, on_token=on_token)
         except OutOfPages:
             assert limit > 7
         else:
@@ -159,14 +160,14 @@ def test_an_agent_whose_logits_are_not_finite_fails_its_round_by_name(policy):
     others = set(tokens_of("acd"))
     own = next(token for token in tokens_of("b") if token not in others)
     engine = broken_engine(policy, "embed_tokens", "weight", rows=[own])
-    assert ids(engine.serve(moment("acd"), chat=False)) == expected(policy, "acd")
+    assert ids(engine.serve(round_("acd"), chat=False)) == expected(policy, "acd")
     heard: list[str] = []
     for _ in range(2):
         with pytest.raises(NotFiniteError, match=r"^round 0: agent 'b': the logits of token 0 of"):
-            engine.serve(moment("abcd"), chat=False, on_token=lambda name, *_: heard.append(name))
+            engine.serve(round_("abcd"), chat=False, on_token=lambda name, *_: heard.append(name))
         assert set(heard) <= {"a"}
         assert_idle(engine)
-    assert ids(engine.serve(moment("acd"), chat=False)) == expected(policy, "acd")
+    assert ids(engine.serve(round_("acd"), chat=False)) == expected(policy, "acd")
 
 
 def test_logits_that_are_not_finite_behind_some_tokens_of_an_answer():
@@ -186,7 +187,7 @@ def test_logits_that_are_not_finite_behind_some_tokens_of_an_answer():
         NotFiniteError, match=f"agent '{name}': the logits of token {step + 1} of its answer"
     ):
         engine.serve(
-            moment("ab"), chat=False, on_token=lambda name, token, _: heard[name].append(token)
+            round_("ab"), chat=False, on_token=lambda name, token, _: heard[name].append(token)
         )
     for agent, tokens in heard.items():
         assert tuple(tokens) == answers[agent][: len(tokens)]
@@ -196,15 +197,15 @@ def test_logits_that_are_not_finite_behind_some_tokens_of_an_answer():
 
 def test_scores_that_are_not_finite_are_refused():
     engine = broken_engine("prefix", "lm_head", "weight", rows=[7])
-    prompts = tokenize_round(moment("a"), engine.model.tokenizer, chat=False)
+    prompts = tokenize_round(round_("a"), engine.model.tokenizer, chat=False)
     answers = [np.array([10, 1005, 12], np.int32)]
-    streams, _ = engine.follow(prompts, answers)
+    streams, _ = follow(engine, prompts, answers)
     with pytest.raises(NotFiniteError, match=r"^logits: rows: row 0 of 4 has NaN or infinite"):
-        engine.score(prompts, answers)
+        score(engine, prompts, answers)
     with pytest.raises(ValueError, match=r"^other: logits are NaN or infinite"):
         compare(streams[0], streams[0] * np.float32(np.inf))
     engine = broken_engine("prefix", "embed_tokens", "weight", rows=[1005])
     with pytest.raises(NotFiniteError, match=r"^agent 'a': residual stream: row \d of 4 has NaN"):
-        engine.follow(prompts, answers)
+        follow(engine, prompts, answers)
     assert_idle(engine)
     assert engine.pool.evictable == 0

@@ -6,15 +6,15 @@ import pytest
 
 import tokendance_jax as td
 from tests.small_model import SMALL_CONFIG
-from tokendance_jax.collector import shared_rows
-from tokendance_jax.collector.policies import PolicyOptions
-from tokendance_jax.collector.shapes import PACKING
 from tokendance_jax.demo import demo_tokenizer_json
 from tokendance_jax.engine import engine as engine_module
 from tokendance_jax.kernels import storage
 from tokendance_jax.model import Model
 from tokendance_jax.models.loading import Checkpoint
 from tokendance_jax.models.qwen2.random import random_parameters
+from tokendance_jax.plan import shared_rows
+from tokendance_jax.plan.shapes import PACKING
+from tokendance_jax.policy.policies import PolicyOptions
 
 TALK = "the boats leave at dawn and the nets are dry, but the mill is closed until the rain ends; "
 
@@ -36,7 +36,7 @@ def model_of(dtype, layers):
     )
 
 
-def moment():
+def round_():
     """Two agents with own text of different length, two blocks and a question."""
     blocks = tuple(
         td.Segment("shared", f"said/{name}", text=f"{name} said: {text}\n")
@@ -124,7 +124,7 @@ def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
 def test_simulated_kernels_serve_the_tokens_of_xla_code(policy, dtype, layers, simulator):
     answers = {}
     for implementation in ("xla", "interpret"):
-        result = engine_of(model_of(dtype, layers), implementation, policy).serve(moment())
+        result = engine_of(model_of(dtype, layers), implementation, policy).serve(round_())
         answers[implementation] = [agent.token_ids for agent in result.agents]
     assert len(answers["xla"][0]) == 3
     assert answers["interpret"] == answers["xla"]
@@ -135,7 +135,7 @@ def test_simulated_kernels_serve_the_tokens_of_xla_code(policy, dtype, layers, s
 def test_simulated_kernels_restore_the_int8_mirrors_of_xla_code(simulator):
     model = model_of("bfloat16", 2)
     xla = engine_of(model, "xla")
-    mirrors = xla.serve(moment(), mirrors="int8").mirrors
+    mirrors = xla.serve(round_(), mirrors="int8").mirrors
     assert mirrors is not None
     restored = []
     # Pools of other precision: XLA code on a CPU holds bits.
@@ -143,7 +143,7 @@ def test_simulated_kernels_restore_the_int8_mirrors_of_xla_code(simulator):
         lanes = engine.restore(mirrors)
         assert all(lane.slots.sum() > 0 for lane in lanes)
         slots = [lane.locate(np.arange(lane.slots.sum(), dtype=np.int32), 16)[0] for lane in lanes]
-        for pool in (engine._kv.k, engine._kv.v):
+        for pool in (engine.runner.kv.k, engine.runner.kv.v):
             layers, _, _, *head = pool.shape
             numbers = np.asarray(storage.load(pool)).reshape(layers, -1, *head)
             restored.append(numbers[:, np.concatenate(slots)].astype(np.float32))

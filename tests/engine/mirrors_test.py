@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from tests.engine.rounds import SMALL, gathering, mixed, small_engine, small_programs, tiny
-from tokendance_jax.collector.policies import POLICIES, PolicyOptions
-from tokendance_jax.engine import engine as engine_module
+from tokendance_jax.engine import runner as runner_module
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.mirror import MirrorError, decode_dense
 from tokendance_jax.paged import OutOfPages
+from tokendance_jax.policy.policies import POLICIES, PolicyOptions
 
 
-def served(moment, policy="tokendance", mirrors: Literal["exact", "int8"] = "int8"):
+def served(round_, policy="tokendance", mirrors: Literal["exact", "int8"] = "int8"):
     engine = small_engine(policy, PolicyOptions(head_pages=1))
-    result = engine.serve(moment, chat=False, mirrors=mirrors)
+    result = engine.serve(round_, chat=False, mirrors=mirrors)
     assert engine.pool.live == 0
     assert result.mirrors is not None
     return engine, result, result.mirrors
@@ -44,28 +44,43 @@ def test_int8_mirrors_of_every_policy_are_near_the_exact_ones(policy):
             assert (found != held).any()
     for result, mirrors in ((exact, exact_mirrors), (int8, int8_mirrors)):
         assert result.ledger.kv_bytes_rest == mirrors.nbytes
-        own = sum(agent.ledger.kv_bytes_mirror for agent in result.agents)
+        own = sum(agent.ledger.kv_bytes_mirror or 0 for agent in result.agents)
         base = sum(x.nbytes for x in jax.tree.leaves((mirrors.base, mirrors.form)))
         assert own == mirrors.nbytes - base
     assert int8.ledger.kv_bytes_dense == exact.ledger.kv_bytes_dense
 
 
+def test_bytes_at_rest_are_counted_where_they_are_asked_for():
+    _, _, mirrors = served(gathering(), mirrors="exact")
+    engine = small_engine("tokendance", PolicyOptions(head_pages=1))
+    plain = engine.serve(gathering(), chat=False)
+    assert plain.ledger.kv_bytes_rest is None
+    assert all(agent.ledger.kv_bytes_mirror is None for agent in plain.agents)
+    # An engine of its own: it finds nothing of an earlier round.
+    engine = small_engine("tokendance", PolicyOptions(head_pages=1))
+    counted = engine.serve(gathering(), chat=False, at_rest=True)
+    assert counted.mirrors is None
+    assert counted.ledger.kv_bytes_rest == mirrors.nbytes
+    assert counted.timings.mirror_s > 0
+    assert counted.texts == plain.texts
+
+
 @pytest.mark.parametrize("form", ["exact", "int8"])
 def test_restored_pages_are_the_mirrors_and_are_given_back(form):
-    moment = gathering()
-    _, _, mirrors = served(moment, mirrors=form)
+    round_ = gathering()
+    _, _, mirrors = served(round_, mirrors=form)
     engine = small_engine("tokendance", PolicyOptions(head_pages=1))
     lanes = engine.restore(mirrors)
-    layers, _, size, *head = engine._kv.k.shape
+    layers, _, size, *head = engine.runner.kv.k.shape
     for lane, dense in zip(lanes, dense_of(mirrors), strict=True):
         slot, _ = lane.locate(np.arange(lane.slots.sum(), dtype=np.int32), size)
-        for pool, expected in zip((engine._kv.k, engine._kv.v), dense, strict=True):
+        for pool, expected in zip((engine.runner.kv.k, engine.runner.kv.v), dense, strict=True):
             found = np.asarray(pool).reshape(layers, -1, *head)[:, slot]
             assert found.tobytes() == expected.tobytes()
     pages = [m.private.count + m.patch.count for m in mirrors.mirrors]
     assert engine.pool.live == mirrors.base.count + sum(pages)
     # A round goes on beside them.
-    assert engine.serve(moment, chat=False).texts == served(moment)[1].texts
+    assert engine.serve(round_, chat=False).texts == served(round_)[1].texts
     for lane in lanes:
         engine.pool.release(lane.page)
     assert engine.pool.live == 0
@@ -105,8 +120,8 @@ def test_unknown_mirrors_are_refused():
 
 
 def test_an_engine_that_cannot_restore_serves_on(monkeypatch):
-    moment = gathering()
-    engine, expected, mirrors = served(moment)
+    round_ = gathering()
+    engine, expected, mirrors = served(round_)
     held = engine.pool.allocate(engine.pool.total - 4)
     with pytest.raises(OutOfPages):
         engine.restore(mirrors)
@@ -121,8 +136,8 @@ def test_an_engine_that_cannot_restore_serves_on(monkeypatch):
         kv.k.delete()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine_module, "decode_pages", interrupted)
+    monkeypatch.setattr(runner_module, "decode_pages", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.restore(mirrors)
     assert engine.pool.live == 0
-    assert engine.serve(moment, chat=False).texts == expected.texts
+    assert engine.serve(round_, chat=False).texts == expected.texts

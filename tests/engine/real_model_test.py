@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from tests import shared_data
-from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.model import load_model
+from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import read_trace, tokenize_round
-from tokendance_jax.quality import agreement
+from tokendance_jax.study.quality import agreement
+from tokendance_jax.study.scoring import score as scores
 
 pytestmark = pytest.mark.real_model
 SIZES: dict[str, Any] = {"kv_memory": 256 << 20, "row_budget": 256, "max_agents": 2}
@@ -32,16 +33,16 @@ def score(model):
     @functools.cache
     def run(policy, **options):
         path = shared_data.shared_dir() / "traces" / "ga-small.jsonl"
-        moment = read_trace(path, "ga-small-a").rounds[2]
-        moment = dataclasses.replace(moment, agents=moment.agents[:2])
-        prompts = tokenize_round(moment, model.tokenizer, chat=False)
+        round_ = read_trace(path, "ga-small-a").rounds[2]
+        round_ = dataclasses.replace(round_, agents=round_.agents[:2])
+        prompts = tokenize_round(round_, model.tokenizer, chat=False)
         answers = [
             np.array(model.tokenizer.encode_text(agent.recorded_output)[:24], np.int32)
-            for agent in moment.agents
+            for agent in round_.agents
         ]
         chosen = PolicyOptions(**options, least_saving=None)
         engine = RoundEngine(model, policy=policy, options=chosen, programs=programs, **SIZES)
-        return engine.score(prompts, answers)[0]
+        return scores(engine, prompts, answers)[0]
 
     return run
 

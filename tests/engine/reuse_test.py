@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from tests.engine.rounds import SMALL, block, gathering, member, mixed, small_engine, tiny, words
-from tokendance_jax.collector.collective import BASES
-from tokendance_jax.collector.policies import PolicyOptions
-from tokendance_jax.collector.selection import SELECTIONS
 from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.policy.collective import BASES
+from tokendance_jax.policy.policies import PolicyOptions
+from tokendance_jax.policy.selection import SELECTIONS
 from tokendance_jax.prompt import Round
 from tokendance_jax.prompt.tokenized import tokenize_round
+from tokendance_jax.study import scoring
+from tokendance_jax.study.audit import shuffle_bases
 
 PAIRS = [
     (base, selection)
@@ -43,11 +45,11 @@ def make():
         engine.pool.check()
 
 
-def score(engine, moment):
+def score(engine, round_):
     """Logits of a round's prompts and of some tokens behind them."""
-    prompts = tokenize_round(moment, engine.model.tokenizer, chat=False)
+    prompts = tokenize_round(round_, engine.model.tokenizer, chat=False)
     answers = [np.array(words(3, seed=seat), np.int32) for seat in range(len(prompts))]
-    logits, cost = engine.score(prompts, answers)
+    logits, cost = scoring.score(engine, prompts, answers)
     return dict(zip([p.agent for p in prompts], logits, strict=True)), cost
 
 
@@ -79,7 +81,7 @@ def test_recomputing_everything_equals_dense(make, dense, policy, options):
         assert distance(score(engine, mixed())[0], dense) < 1e-3
 
 
-def seen_scores(engine, moment):
+def seen_scores(engine, round_):
     """The scores by which pages are chosen in a round."""
     found = []
     pick = engine._policy._selection.pick_scored
@@ -89,7 +91,7 @@ def seen_scores(engine, moment):
         return pick(runs, scores)
 
     engine._policy._selection.pick_scored = watch
-    score(engine, moment)
+    score(engine, round_)
     engine._policy._selection.pick_scored = pick
     return found
 
@@ -97,7 +99,7 @@ def seen_scores(engine, moment):
 @pytest.mark.parametrize("selection", ["deviation", "query"])
 def test_a_look_sees_nothing_but_the_round(make, selection):
     poisoned, clean = (make(selection=selection) for _ in range(2))
-    clean._kv = jax.tree.map(jnp.zeros_like, clean._kv)
+    clean.runner.kv = jax.tree.map(jnp.zeros_like, clean.runner.kv)
     for one, other in zip(seen_scores(poisoned, mixed()), seen_scores(clean, mixed()), strict=True):
         assert np.isfinite(one).all()
         np.testing.assert_array_equal(one, other)
@@ -108,12 +110,12 @@ def ids(result):
     return {a.agent: a.token_ids for a in result.agents}
 
 
-def serve(engine, moment):
-    return ids(engine.serve(moment, chat=False))
+def serve(engine, round_):
+    return ids(engine.serve(round_, chat=False))
 
 
-def only(moment, names):
-    return dataclasses.replace(moment, agents=tuple(a for a in moment.agents if a.agent in names))
+def only(round_, names):
+    return dataclasses.replace(round_, agents=tuple(a for a in round_.agents if a.agent in names))
 
 
 def opened_rounds(engine):
@@ -147,11 +149,11 @@ def test_blend_batched_gives_the_tokens_of_blend(make):
 def test_one_block_at_the_beginning_equals_the_prefix_cache_to_the_bit(make, tokens):
     # Invariant 2: no private text, one segment, nothing recomputed. Of whole pages, as the prefix
     # cache finds no others: then both compute the same rows in the same calls.
-    moment = Round(tuple(member(name, block("x", tokens), private=0) for name in "abc"))
+    round_ = Round(tuple(member(name, block("x", tokens), private=0) for name in "abc"))
     prefix, collective = make("prefix"), make(selection="none")
     for _ in range(2):
-        expected, _ = score(prefix, moment)
-        found, _ = score(collective, moment)
+        expected, _ = score(prefix, round_)
+        found, _ = score(collective, round_)
         for agent, logits in expected.items():
             np.testing.assert_array_equal(found[agent], logits)
 
@@ -164,7 +166,7 @@ def test_patches_equal_their_bases_at_layer_0_to_the_bit(make, base, selection):
     engine = make(base=base, selection=selection)
     opened = opened_rounds(engine)
     score(engine, mixed())
-    pools, size, patches = (engine._kv.k, engine._kv.v), engine.shapes.page_size, 0
+    pools, size, patches = (engine.runner.kv.k, engine.runner.kv.v), engine.shapes.page_size, 0
     for lane in opened[0].lanes:
         position = np.flatnonzero(
             np.repeat((lane.base != 0) & (lane.page != lane.base), lane.slots)
@@ -200,8 +202,8 @@ def test_exact_agents_are_exact_whatever_the_others_do(make, dense, policy, opti
         mixed(), agents=tuple(dataclasses.replace(a, fidelity="exact") for a in mixed().agents)
     )
     # After a collective round of the same prompts nothing approximate is found.
-    for moment, names in ((mixed(), "e"), (exact, "abcde"), (mixed(), "e")):
-        found, _ = score(engine, moment)
+    for round_, names in ((mixed(), "e"), (exact, "abcde"), (mixed(), "e")):
+        found, _ = score(engine, round_)
         assert distance({name: found[name] for name in names}, dense) < 1e-4
 
 
@@ -210,8 +212,8 @@ def test_a_round_that_is_too_small_to_share_is_that_of_prefix(make):
     # With the default least saving: the preamble costs more than these blocks.
     engine = RoundEngine(tiny(), policy="tokendance", programs=prefix.programs, **SMALL)
     for index in range(2):
-        moment = dataclasses.replace(gathering(), index=index)
-        found, expected = (some.serve(moment, chat=False) for some in (engine, prefix))
+        round_ = dataclasses.replace(gathering(), index=index)
+        found, expected = (some.serve(round_, chat=False) for some in (engine, prefix))
         assert ids(found) == ids(expected)
         assert found.ledger == expected.ledger
 
@@ -222,14 +224,14 @@ def test_reuse_is_not_exact_where_it_is_not_asked_for(make, dense):
 
 
 def test_an_agent_that_permutes_its_blocks_changes_nobody_else(make):
-    moment = gathering("abcd")
-    first, *others = moment.agents
+    round_ = gathering("abcd")
+    first, *others = round_.agents
     system, *blocks, task = first.segments
     permuted = dataclasses.replace(first, segments=(system, *blocks[::-1], task))
     engines = make(), make()
     rounds = [opened_rounds(engine) for engine in engines]
     found = [
-        score(engine, dataclasses.replace(moment, agents=(agent, *others)))[0]
+        score(engine, dataclasses.replace(round_, agents=(agent, *others)))[0]
         for engine, agent in zip(engines, (first, permuted), strict=True)
     ]
     bases = [opened[0].bases[0].token_ids for opened in rounds]
@@ -241,13 +243,13 @@ def test_an_agent_that_permutes_its_blocks_changes_nobody_else(make):
 
 @pytest.mark.parametrize("selection", ["head", "none", "own"])
 def test_those_who_stay_compute_the_same_bits_when_one_leaves_or_joins(make, selection):
-    moment, stay = gathering("abc"), "ab"
+    round_, stay = gathering("abc"), "ab"
     leaves, alone = make(selection=selection), make(selection=selection)
-    score(leaves, moment)
-    score(alone, only(moment, stay))
-    expected, _ = score(alone, only(moment, stay))
-    found, _ = score(leaves, only(moment, stay))
-    joined, _ = score(alone, moment)
+    score(leaves, round_)
+    score(alone, only(round_, stay))
+    expected, _ = score(alone, only(round_, stay))
+    found, _ = score(leaves, only(round_, stay))
+    joined, _ = score(alone, round_)
     for name in stay:
         np.testing.assert_array_equal(found[name], expected[name])
         np.testing.assert_array_equal(joined[name], expected[name])
@@ -255,10 +257,12 @@ def test_those_who_stay_compute_the_same_bits_when_one_leaves_or_joins(make, sel
 
 def test_wrong_bases_change_the_logits(make):
     engine = make(selection="none")
-    engine._kv = jax.tree.map(jnp.zeros_like, engine._kv)  # the rests of pages are read now
+    engine.runner.kv = jax.tree.map(
+        jnp.zeros_like, engine.runner.kv
+    )  # the rests of pages are read now
     before, _ = score(engine, gathering())
     assert distance(score(engine, gathering())[0], before) < 1e-4
-    assert engine.shuffle_bases(0) >= 6
+    assert shuffle_bases(engine, 0) >= 6
     assert distance(score(engine, gathering())[0], before) > 0.1
 
 
@@ -266,7 +270,7 @@ def base_content(engine, lane):
     """K and V of a base's segments, all layers."""
     position = np.arange(lane.computed[0], len(lane.token_ids), dtype=np.int32)
     slot, _ = lane.locate(position, engine.shapes.page_size)
-    pools = map(np.asarray, (engine._kv.k, engine._kv.v))
+    pools = map(np.asarray, (engine.runner.kv.k, engine.runner.kv.v))
     return [pool.reshape(pool.shape[0], -1, *pool.shape[3:])[:, slot] for pool in pools]
 
 
@@ -276,7 +280,7 @@ def test_bases_hold_no_private_text(make, base):
     for private in (0, 1):
         engine = make(base=base, selection="none")
         opened = opened_rounds(engine)
-        moment = gathering("abc")
+        round_ = gathering("abc")
         if private:  # other words, as many
             agents = tuple(
                 dataclasses.replace(
@@ -286,11 +290,11 @@ def test_bases_hold_no_private_text(make, base):
                         *agent.segments[1:],
                     ),
                 )
-                for agent in moment.agents
+                for agent in round_.agents
                 for length in [len(agent.segments[0].token_ids or ())]
             )
-            moment = dataclasses.replace(moment, agents=agents)
-        score(engine, moment)
+            round_ = dataclasses.replace(round_, agents=agents)
+        score(engine, round_)
         content.append([base_content(engine, lane) for lane in opened[0].bases])
     equal = [
         np.array_equal(one, other)
@@ -307,7 +311,9 @@ def test_bases_hold_no_private_text(make, base):
     ("policy", "options"),
     [
         ("tokendance", {}),
-        ("tokendance", {"base": "alone", "selection": "query"}),
+        pytest.param(
+            "tokendance", {"base": "alone", "selection": "query"}, marks=pytest.mark.sweep
+        ),
         ("blend", {}),
         ("epic", {}),
     ],
@@ -319,9 +325,9 @@ def test_steady_state_traces_nothing(policy, options):
     assert engine.warm_up(agents=4, tokens=300) > 0
     with jax.no_tracing(True):
         # Own blocks first, others left out: tables whose frames change several times.
-        for index, moment in enumerate((gathering("abcd"), gathering("bc"), shuffled("abcd"))):
-            moment = dataclasses.replace(moment, index=index)
-            assert engine.serve(moment, chat=False).timings.compile_s == 0
+        for index, round_ in enumerate((gathering("abcd"), gathering("bc"), shuffled("abcd"))):
+            round_ = dataclasses.replace(round_, index=index)
+            assert engine.serve(round_, chat=False).timings.compile_s == 0
 
 
 def shuffled(names):

@@ -34,7 +34,7 @@ def small_engine(policy, options):
     options = dataclasses.replace(options, least_saving=None)
     programs = small_programs()
     engine = RoundEngine(tiny(), policy=policy, options=options, programs=programs, **SMALL)
-    engine._kv = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), engine._kv)
+    engine.runner.kv = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), engine.runner.kv)
     return engine
 
 

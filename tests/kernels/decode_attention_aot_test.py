@@ -3,8 +3,7 @@ import pytest
 from tests.kernels import aot, cases
 from tests.kernels.cases import shape
 from tokendance_jax.kernels.decode_attention import decode_attention
-from tokendance_jax.kernels.flash import block_pages
-from tokendance_jax.kernels.lanes import GroupTables
+from tokendance_jax.kernels.lanes import GroupTables, block_pages
 
 LANES, BLOCKS, TOKENS = 25, 12, 512
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import cases
-from tokendance_jax.collector.buckets import Buckets
-from tokendance_jax.collector.groups import group_tables, shared_block_cost
-from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.kernels.decode_attention import decode_attention, mosaic_gpu
 from tokendance_jax.kernels.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
+from tokendance_jax.plan.buckets import Buckets
+from tokendance_jax.plan.groups import group_tables, shared_block_cost
+from tokendance_jax.plan.shapes import Shapes
 
 SMALL = cases.HEADS[1]
 PAGES = 200  # of every pool: one program for all cases of a shape
@@ -40,7 +40,7 @@ def split(case, cost=shared_block_cost):
         page_size=case.page_size,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokendance_jax.collector.groups.shared_block_cost", cost)
+        patch.setattr("tokendance_jax.plan.groups.shared_block_cost", cost)
         return group_tables(case.lanes, shapes)
 
 

@@ -2,8 +2,7 @@ import pytest
 
 from tests.kernels import aot, cases
 from tests.kernels.cases import shape
-from tokendance_jax.kernels.flash import block_pages
-from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, RowTiles, SharedRows
+from tokendance_jax.kernels.lanes import TILE_ROWS, GroupTables, RowTiles, SharedRows, block_pages
 from tokendance_jax.kernels.round_attention import round_attention
 
 LANES, ROWS, TILES, TOKENS = 32, 2048, 48, 4096

@@ -21,7 +21,7 @@ from tests.mirror.rounds import (
     values,
 )
 from tokendance_jax.mirror import MirrorError, decode_dense
-from tokendance_jax.paged import PagedKV
+from tokendance_jax.paged.kv import PagedKV
 
 PAGES = 6  # of the base, page 0 included
 # Apart from changes, numbers differ by rounding alone: below 1e-5 in float32 and 0.05 in bfloat16.

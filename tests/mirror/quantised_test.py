@@ -33,7 +33,8 @@ from tokendance_jax.mirror import (
     master_mirror,
     transfer,
 )
-from tokendance_jax.paged import KVSpec, PagedKV, PagePool
+from tokendance_jax.paged import PagePool
+from tokendance_jax.paged.kv import KVSpec, PagedKV
 
 STORAGE = st.sampled_from(["float32", "uint16"])
 # Far larger than what keys are without it.

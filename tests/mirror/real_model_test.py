@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from tests import shared_data
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.policies import PolicyOptions, make_policy
-from tokendance_jax.collector.policy import Compute
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.ledger import distinct_tokens
 from tokendance_jax.engine.prefill import Prefill
+from tokendance_jax.engine.runner import Runner
 from tokendance_jax.kernels import storage
 from tokendance_jax.mirror import (
     MirrorLayout,
@@ -27,10 +25,15 @@ from tokendance_jax.mirror import (
 )
 from tokendance_jax.mirror.layout import cut
 from tokendance_jax.model import Model, load_model
-from tokendance_jax.paged import KVSpec, PagedKV, PagePool
+from tokendance_jax.paged import PagePool
+from tokendance_jax.paged.kv import KVSpec, PagedKV
+from tokendance_jax.plan.lane import LanePlan
+from tokendance_jax.policy.policies import PolicyOptions, make_policy
+from tokendance_jax.policy.policy import Compute
 from tokendance_jax.prompt import read_trace, tokenize_round
 from tokendance_jax.prompt.preamble import DEFAULT_PREAMBLE
-from tokendance_jax.quality import agreement
+from tokendance_jax.study.quality import agreement
+from tokendance_jax.study.scoring import logits
 
 pytestmark = pytest.mark.real_model
 
@@ -75,11 +78,11 @@ def live(model, request):
     size = engine.shapes.page_size
     spec = model.kv_spec(pages=engine.shapes.pages, page_size=size, dtype=precision)
     trace = read_trace(shared_data.shared_dir() / "traces" / "ga-25-thin-a.jsonl.gz")
-    moment = trace.rounds[2]
-    prompts = list(tokenize_round(moment, model.tokenizer, chat=False)[:AGENTS])
+    round_ = trace.rounds[2]
+    prompts = list(tokenize_round(round_, model.tokenizer, chat=False)[:AGENTS])
     answers = [
         np.array(model.tokenizer.encode_text(agent.recorded_output)[:TOKENS], np.int32)
-        for agent in moment.agents[:AGENTS]
+        for agent in round_.agents[:AGENTS]
     ]
     policy = make_policy(
         "tokendance",
@@ -90,9 +93,10 @@ def live(model, request):
         preamble=np.array(model.tokenizer.encode_text(DEFAULT_PREAMBLE), np.int32),
     )
     opened = policy.open(prompts, [0] * AGENTS)
-    prefill = Prefill(engine.programs, poisoned(spec), agents=AGENTS)
+    runner = Runner(engine.programs, spec, poisoned(spec))
+    prefill = Prefill(runner, agents=AGENTS)
     prefill.run(opened.steps)
-    yield Live(model, engine, spec, prompts, answers, opened.lanes, prefill.kv)
+    yield Live(model, engine, spec, prompts, answers, opened.lanes, runner.kv)
     policy.close(opened, [prompt.token_ids for prompt in prompts])
 
 
@@ -159,9 +163,9 @@ def score(live, mirrors):
     def steps():
         yield Compute(longer, list(range(AGENTS)))
 
-    prefill = Prefill(live.engine.programs, kv, agents=AGENTS)
+    prefill = Prefill(Runner(live.engine.programs, spec, kv), agents=AGENTS)
     prefill.run(steps(), live.lengths)
-    return [live.engine.logits(x) for x in prefill.streams()]
+    return [logits(live.engine, x) for x in prefill.streams()]
 
 
 def rounded_as_they_lie(pages):

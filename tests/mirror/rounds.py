@@ -11,9 +11,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tokendance_jax import mirror
-from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.identity import ModelIdentity
-from tokendance_jax.paged import KVSpec, PagedKV
+from tokendance_jax.paged.kv import KVSpec, PagedKV
+from tokendance_jax.plan.lane import LanePlan
 
 PAGE_SIZE = 4
 # One shape for all rounds: programs are compiled once.

@@ -12,8 +12,7 @@ from tokendance_jax import targets
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.mirror.pages import Quantised, StoredPages
 from tokendance_jax.mirror.transfer import GROUP, _read, restorer
-from tokendance_jax.paged import KVSpec
-from tokendance_jax.paged.kv import pool_format
+from tokendance_jax.paged.kv import KVSpec, pool_format
 
 pytestmark = [
     pytest.mark.aot,

@@ -87,9 +87,9 @@ def test_token_ids_outside_the_vocabulary_are_refused():
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_round_gives_what_its_prompts_give_one_by_one(chat):
-    moment = harbour_trace().rounds[2]
-    together = tokenize_round(moment, TOKENIZER, chat=chat)
-    for prompt, tokenized in zip(moment.agents, together, strict=True):
+    round_ = harbour_trace().rounds[2]
+    together = tokenize_round(round_, TOKENIZER, chat=chat)
+    for prompt, tokenized in zip(round_.agents, together, strict=True):
         alone = tokenize_prompt(prompt, TOKENIZER, chat=chat)
         np.testing.assert_array_equal(tokenized.token_ids, alone.token_ids)
         assert tokenized.spans == alone.spans

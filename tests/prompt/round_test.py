@@ -27,15 +27,15 @@ def test_a_round_keeps_what_it_was_given():
     system = Segment("system", "s", text="")
     shared = Segment("shared", "b", token_ids=(1, 2))
     prompt = _prompt("a", system, shared, max_new_tokens=3, recorded_output="done\n")
-    moment = Round((prompt, _prompt("b", shared)), max_new_tokens=7, index=2)
-    assert moment.agents[0].segments == (system, shared, TASK)
-    assert moment.sampling == Sampling()
+    round_ = Round((prompt, _prompt("b", shared)), max_new_tokens=7, index=2)
+    assert round_.agents[0].segments == (system, shared, TASK)
+    assert round_.sampling == Sampling()
     assert system.empty
     assert not shared.empty
     assert prompt.fidelity == "collective"
     assert _prompt(fidelity="exact").fidelity == "exact"
     with pytest.raises(dataclasses.FrozenInstanceError):
-        moment.index = 3  # pyright: ignore[reportAttributeAccessIssue]
+        round_.index = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_several_tasks_may_stand_at_the_end():

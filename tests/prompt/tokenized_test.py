@@ -16,8 +16,8 @@ ANSWER = np.array([5, 6, 7], np.int32)
 
 
 def tokenized(chat=False, **fields):
-    moment = Round((AgentPrompt("a", SEGMENTS, **fields),))
-    return tokenize_round(moment, TOKENIZER, chat=chat)[0]
+    round_ = Round((AgentPrompt("a", SEGMENTS, **fields),))
+    return tokenize_round(round_, TOKENIZER, chat=chat)[0]
 
 
 @pytest.mark.parametrize("chat", [True, False])

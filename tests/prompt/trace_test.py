@@ -94,8 +94,8 @@ def test_limits_and_recordings_are_kept(tmp_path):
 
 
 def test_the_limit_of_the_round_is_written_where_an_agent_has_none(tmp_path):
-    moment = Round((AgentPrompt("a", (TASK,)),), max_new_tokens=5)
-    write_trace(tmp_path / "x.jsonl", Trace("x", (moment,)))
+    round_ = Round((AgentPrompt("a", (TASK,)),), max_new_tokens=5)
+    write_trace(tmp_path / "x.jsonl", Trace("x", (round_,)))
     assert read_trace(tmp_path / "x.jsonl").rounds[0].agents[0].max_new_tokens == 5
 
 
@@ -267,9 +267,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_rounds_of_a_trace_are_numbered():
-    moment = Round((AgentPrompt("a", (TASK,)),), index=1)
+    round_ = Round((AgentPrompt("a", (TASK,)),), index=1)
     with pytest.raises(PromptError, match="trace 'x': round 1 stands where 0 belongs"):
-        Trace("x", (moment,))
+        Trace("x", (round_,))
     with pytest.raises(PromptError, match="trace 'x': rounds must be"):
         Trace("x", ())
 
@@ -303,9 +303,9 @@ def test_relive_replaces_every_block_of_a_recording():
 def test_relive_tells_equal_answers_apart_by_the_id():
     segments = [Segment("shared", f"out/{name}", text="yes\n") for name in ("Joann", "Ann", "x")]
     other = Segment("shared", "rule", text="be kind\n")
-    moment = Round((AgentPrompt("a", (*segments, other, TASK)),), index=1)
+    round_ = Round((AgentPrompt("a", (*segments, other, TASK)),), index=1)
     recorded = {"Bob": "yes\n", "Ann": "yes\n", "Joann": "yes\n"}
-    new = relive(moment, {"Bob": "b", "Ann": "a", "Joann": "j"}, recorded)
+    new = relive(round_, {"Bob": "b", "Ann": "a", "Joann": "j"}, recorded)
     assert [s.text for s in new.agents[0].segments] == ["j\n", "a\n", "b\n", "be kind\n", "go\n"]
     with pytest.raises(PromptError, match="'out/Joann' is by agent 'Joann', who has no answer"):
-        relive(moment, {"Bob": "b"}, recorded)
+        relive(round_, {"Bob": "b"}, recorded)

@@ -8,8 +8,8 @@ import os
 import pytest
 
 from scripts import common
-from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.demo import demo_trace, harbour_trace
+from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import PromptError, Trace, name_authors
 
 
@@ -29,8 +29,8 @@ def test_what_is_no_size(text):
 def shared(trace):
     return [
         segment
-        for moment in trace.rounds
-        for prompt in moment.agents
+        for round_ in trace.rounds
+        for prompt in round_.agents
         for segment in prompt.segments
         if segment.kind == "shared"
     ]
@@ -44,7 +44,7 @@ def test_blocks_of_agents_that_are_left_out():
         return {segment.author and segment.author.agent for segment in shared(trace)}
 
     replayed = cut(demo_trace())
-    assert [len(moment.agents) for moment in replayed.rounds] == [3, 3]
+    assert [len(round_.agents) for round_ in replayed.rounds] == [3, 3]
     assert len(shared(replayed)) == 3 * 8
     assert {p.max_new_tokens or m.max_new_tokens for m in replayed.rounds for p in m.agents} == {7}
     live = cut(demo_trace(), live=True)

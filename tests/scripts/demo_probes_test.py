@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from scripts.demo_probes import SETTINGS, Graded, Setting, ask
-from tokendance_jax.collector.policies import PolicyOptions
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.demo.town import GRADED, probe_round
 from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import tokenize_round
 
 
@@ -53,9 +53,9 @@ def test_settings_are_what_they_say(name):
     drawn = setting.draw(0, ["retrieve"], "")
     assert len(drawn) == setting.rounds
     assert drawn == setting.draw(0, ["retrieve"], "")
-    for moment, probes in drawn:
-        assert len(moment.agents) == len(probes) == setting.agents
-        for prompt in moment.agents:
+    for round_, probes in drawn:
+        assert len(round_.agents) == len(probes) == setting.agents
+        for prompt in round_.agents:
             seen = {s.id for s in prompt.segments if s.kind == "shared"}
             if setting.chunk_words:
                 assert seen == {f"chunk/{index}" for index in range(len(seen))}
@@ -129,7 +129,7 @@ def test_probes_see_where_a_block_was_computed(answers):
 def test_chunks_are_the_tokens_of_the_whole_text():
     tokenizer = demo_model("float32").tokenizer
     rounds = [probe_round(4, 6, chunk_words=words)[0] for words in (0, 12)]
-    whole, cut = (tokenize_round(moment, tokenizer, chat=True) for moment in rounds)
+    whole, cut = (tokenize_round(round_, tokenizer, chat=True) for round_ in rounds)
     for one, other in zip(whole, cut, strict=True):
         assert np.array_equal(one.token_ids, other.token_ids)
         assert len(other.spans) > len(one.spans)

@@ -159,33 +159,33 @@ def test_serves_a_file_and_live_rounds(serve, tmp_path):
 
 
 @pytest.fixture
-def moments(monkeypatch):
+def served_rounds(monkeypatch):
     """The rounds that engines are asked to serve; agents answer with their name and the round."""
     found = []
 
-    def answer(engine, moment, **_):
-        found.append(moment)
+    def answer(engine, round_, **_):
+        found.append(round_)
         own = AgentLedger({}, 1, 1, 0, 1, 1, 1.0, 1)
         agents = (
-            AgentResult(prompt.agent, f"{prompt.agent}, {moment.index}\n", (1,), "stop", own)
-            for prompt in moment.agents
+            AgentResult(prompt.agent, f"{prompt.agent}, {round_.index}\n", (1,), "stop", own)
+            for prompt in round_.agents
         )
-        ledger = RoundLedger({}, 1, 1, 1, 1, 1.0, 1.0, 0, len(moment.agents), 1, 1, 1)
-        return RoundResult(moment.index, tuple(agents), Timings(*[0.0] * 5), ledger)
+        ledger = RoundLedger({}, 1, 1, 1, 1, 1.0, 1.0, 0, len(round_.agents), 1, 1, 1)
+        return RoundResult(round_.index, tuple(agents), Timings(*[0.0] * 5), ledger)
 
     monkeypatch.setattr(RoundEngine, "serve", answer)
     return found
 
 
-def test_live_rounds_hold_nothing_that_was_recorded(serve, moments):
+def test_live_rounds_hold_nothing_that_was_recorded(serve, served_rounds):
     """The demo's answers end without a newline, its blocks with one; six agents are left out."""
     status, _ = serve("--noreplay", "--agents=2", "--policy=dense")
     assert status == 0
-    assert [moment.index for moment in moments] == [0, 1, 2]
-    first, second = (prompt.agent for prompt in moments[0].agents)
-    for moment in moments[1:]:
-        said = [f"{agent}, {moment.index - 1}\n" for agent in (first, second)]
-        for prompt in moment.agents:
+    assert [round_.index for round_ in served_rounds] == [0, 1, 2]
+    first, second = (prompt.agent for prompt in served_rounds[0].agents)
+    for round_ in served_rounds[1:]:
+        said = [f"{agent}, {round_.index - 1}\n" for agent in (first, second)]
+        for prompt in round_.agents:
             assert [s.text for s in prompt.segments if s.kind == "shared"] == said
 
 
@@ -217,11 +217,11 @@ def test_live_rounds_hold_nothing_that_was_recorded(serve, moments):
         (("--json=/nowhere/at/all.json",), "json"),
     ],
 )
-def test_names_what_is_wrong(serve, moments, capsys, arguments, message):
+def test_names_what_is_wrong(serve, served_rounds, capsys, arguments, message):
     status, written = serve(*arguments)
     assert status == 1
     assert written is None
-    assert not moments
+    assert not served_rounds
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("serve_round: ")
     assert message in line
@@ -240,19 +240,19 @@ def test_who_has_no_home_folder_is_told_so(serve, capsys, monkeypatch):
     )
 
 
-def test_a_late_error_loses_nothing(serve, moments, capsys, monkeypatch, tmp_path):
+def test_a_late_error_loses_nothing(serve, served_rounds, capsys, monkeypatch, tmp_path):
     inner, kept = RoundEngine.serve, []
 
-    def failing(engine, moment, **arguments):
-        if moment.index == 2:
+    def failing(engine, round_, **arguments):
+        if round_.index == 2:
             kept.append(json.loads((tmp_path / "result.json").read_text()))
             raise jax.errors.JaxRuntimeError("INTERNAL: the device\nis \x1b[2Jgone")
-        return inner(engine, moment, **arguments)
+        return inner(engine, round_, **arguments)
 
     monkeypatch.setattr(RoundEngine, "serve", failing)
     status, written = serve("--policy=dense", "--agents=2")
     assert status == 1
-    assert len(moments) == 2
+    assert len(served_rounds) == 2
     assert [row["round"] for row in written["rounds"]] == [0, 1]
     assert kept == [written]
     shown = capsys.readouterr()
@@ -261,7 +261,7 @@ def test_a_late_error_loses_nothing(serve, moments, capsys, monkeypatch, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_a_replay_that_cannot_be_served_whole_is_not_begun(serve, moments, capsys, tmp_path):
+def test_a_replay_that_cannot_be_served_whole_is_not_begun(serve, served_rounds, capsys, tmp_path):
     *rounds, last = harbour_trace().rounds
     long = Segment("history", "h", text="Ann visits Jade Inn at noon.\n" * 1500)
     first, *others = last.agents
@@ -270,11 +270,11 @@ def test_a_replay_that_cannot_be_served_whole_is_not_begun(serve, moments, capsy
     write_trace(tmp_path / "x.jsonl", Trace("x", (*rounds, last)))
     for memory in ("16MiB", "auto"):
         status, written = serve(f"--trace={tmp_path / 'x.jsonl'}", f"--kv_memory={memory}")
-        assert (status, written, moments) == (1, None, [])
+        assert (status, written, served_rounds) == (1, None, [])
         assert "serve_round: round 2: agent 'Edda': the prompt has" in capsys.readouterr().err
 
 
-def test_text_of_others_is_shown_harmlessly(serve, moments, capsys, tmp_path):
+def test_text_of_others_is_shown_harmlessly(serve, served_rounds, capsys, tmp_path):
     task = Segment("task", "t", text="\x1b[2J\x1b[31mWhere?\n")
     prompt = AgentPrompt("[red]Ann\x1b]0;renamed\x07\u202e", (task,), 2)
     write_trace(tmp_path / "x.jsonl", Trace("[b]x\x9b", (Round((prompt,), max_new_tokens=2),)))
@@ -285,7 +285,7 @@ def test_text_of_others_is_shown_harmlessly(serve, moments, capsys, tmp_path):
     assert r"[red]Ann\x1b]0;renamed\x07\u202e: \x1b[2J\x1b[31mWhere?" in shown
     assert r"[b]x\x9b: 1 rounds" in shown
     assert r"  [red]Ann\x1b]0;renamed\x07\u202e, 0" in shown
-    assert len(moments) == 1
+    assert len(served_rounds) == 1
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown)
 
 

@@ -204,13 +204,13 @@ def test_trains_resumes_to_the_bit_and_serves(tmp_path):
     model = load_model(run.export(whole), dtype="float32")
     assert model.config == CONFIG
     engine = RoundEngine(model, policy="dense", kv_memory=32 << 20)
-    moment, _ = probe_round(0, 2)
-    result = engine.serve(moment)
+    round_, _ = probe_round(0, 2)
+    result = engine.serve(round_)
     rounded = {
         path: array.astype(jnp.bfloat16).astype(jnp.float32) for path, array in whole.items()
     }
     (stop,) = TOKENIZER.encode_markup("<|im_end|>")
-    prompts = tokenize_round(moment, model.tokenizer, chat=True)
+    prompts = tokenize_round(round_, model.tokenizer, chat=True)
     for prompt, answer in zip(prompts, result.agents, strict=True):
         ids = jnp.asarray(prompt.token_ids)[None]
         logits = logits_of(CONFIG, rounded, ids, jnp.zeros_like(ids), dtype="float32")

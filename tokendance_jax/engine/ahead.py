@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokendance_jax import targets
-from tokendance_jax.collector.plan import blank_plan
-from tokendance_jax.collector.shapes import PACKING, Shapes
 from tokendance_jax.demo import demo_tokenizer_json
-from tokendance_jax.engine.programs import Programs, blank_decode
+from tokendance_jax.engine import programs
+from tokendance_jax.engine.compiling import Programs
+from tokendance_jax.engine.warm_up import blank_decode
 from tokendance_jax.hlo import Program
-from tokendance_jax.kernels.flash import block_pages
+from tokendance_jax.kernels.lanes import block_pages
 from tokendance_jax.model import Model
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.model import abstract_parameters
-from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.plan.round_plan import blank_plan
+from tokendance_jax.plan.shapes import PACKING, Shapes
 from tokendance_jax.prompt.tokenizer import Tokenizer
 
 Name = Literal["prefill", "decode"]
@@ -158,19 +159,20 @@ def compile_round(
         packing=PACKING[target.platform],  # as in the engine
     )
     device = targets.device(target)
-    programs = Programs(model, shapes, implementation=implementation, device=device)
+    compiler = Programs(model, shapes, implementation=implementation, device=device)
+    program = programs.prefill if name == "prefill" else programs.decode
     kv = spec.abstract()
-    arguments = _arguments(name, config, kv, size, shapes, steps)
-    compiled = programs.compile(name, *targets.placed(target, arguments))
+    arguments = _arguments(name, config, size, shapes, steps)
+    compiled = compiler.compile(program, kv, *arguments)
 
     memory, pool = compiled.memory_analysis(), pages * room
     assert memory is not None
     try:
-        program = Program(compiled)
+        text = Program(compiled)
     except ValueError:
-        program = None
+        text = None
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    beside = _bytes(arguments[1:]) + results + memory.temp_size_in_bytes
+    beside = _bytes(arguments) + results + memory.temp_size_in_bytes
     operations, moved = _attention(name, config, size, row_budget)
     return Compiled(
         name=name,
@@ -182,23 +184,23 @@ def compile_round(
         code=memory.generated_code_size_in_bytes,
         memory=weights + pool + beside + memory.generated_code_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
-        operations=program and program.products() + operations,
-        moved=program and program.bytes_moved() + moved,
-        copies=program and tuple(made.name for made in program.made(kv.k.shape)),
-        kernels=program and len(program.kernels()),
+        operations=text and text.products() + operations,
+        moved=text and text.bytes_moved() + moved,
+        copies=text and tuple(made.name for made in text.made(kv.k.shape)),
+        kernels=text and len(text.kernels()),
     )
 
 
 def _arguments(
-    name: Name, config: Qwen2Config, kv: PagedKV, size: RoundSize, shapes: Shapes, steps: int
+    name: Name, config: Qwen2Config, size: RoundSize, shapes: Shapes, steps: int
 ) -> tuple[Any, ...]:
-    """What the program takes behind the model's state, in the buckets of the round."""
+    """What the program takes behind the pool, in the buckets of the round."""
     block = block_pages(shapes.page_size)
     # A base has a frame of its own: another key block begins there.
     entries = shapes.entries.fit(-(-size.tokens // shapes.page_size) + block)
     lanes = shapes.lanes.fit(size.agents)
     if name == "decode":
-        return kv, *blank_decode(lanes=lanes, entries=entries, steps=steps, shapes=shapes)
+        return blank_decode(lanes=lanes, entries=entries, steps=steps, shapes=shapes)
     plan = blank_plan(
         rows=shapes.rows.budget,
         lanes=shapes.lanes.fit(size.agents + 1),  # and that of the base
@@ -206,7 +208,7 @@ def _arguments(
         entries=entries,
         shapes=shapes,
     )
-    return kv, jax.ShapeDtypeStruct((lanes, config.hidden_size), np.float32), plan
+    return jax.ShapeDtypeStruct((lanes, config.hidden_size), np.float32), plan
 
 
 def _attention(

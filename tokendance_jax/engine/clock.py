@@ -2,7 +2,7 @@
 
 import time
 
-from tokendance_jax.engine.programs import Programs
+from tokendance_jax.engine.compiling import Programs
 
 
 class Clock:

@@ -4,23 +4,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tokendance_jax.collector.groups import group_tables
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.engine.errors import NotFiniteError
-from tokendance_jax.engine.programs import DecodeState
+from tokendance_jax.engine.programs import DecodeState, decode
 from tokendance_jax.engine.result import FinishReason
+from tokendance_jax.engine.runner import Runner
 from tokendance_jax.engine.sampling import NOT_FINITE, SamplingArrays
-from tokendance_jax.kernels.lanes import GroupTables, LaneTables
+from tokendance_jax.plan.groups import group_tables
+from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.prompt.tokenizer import Tokenizer
 
 # (agent, token id, the text that the token completes); also for a stop token that completes text
 OnToken = Callable[[str, int, str], None]
-# One decode call: (state, tables, groups, slot i32 [lanes, steps], sampling)
-# -> tokens i32 [lanes, steps]
-DecodeCall = Callable[
-    [DecodeState, LaneTables, GroupTables, np.ndarray, SamplingArrays], np.ndarray
-]
 
 
 class Answer:
@@ -123,11 +117,10 @@ def take(answers: Sequence[Answer], tokens: np.ndarray, *, round_index: int) -> 
 
 
 def generate(
-    call: DecodeCall,
+    runner: Runner,
     lanes: Sequence[LanePlan],
     answers: Sequence[Answer],
     sampling_of: Callable[[Sequence[int]], SamplingArrays],
-    shapes: Shapes,
     *,
     steps: int,
     round_index: int,
@@ -138,18 +131,17 @@ def generate(
     the last agents do not pay for those that are done.
 
     Args:
-      call: one decode call of `steps` tokens.
+      runner: what runs the decode calls.
       lanes: the lanes, their prompts written.
       answers: the answers, one per lane, each with its first token.
       sampling_of: how the lanes of the given indices sample, in bucket shapes.
-      shapes: the static shapes.
       steps: tokens per call; the host looks at the tokens only between two calls.
       round_index: number of the round.
 
     Raises:
       NotFiniteError: the model's logits were not finite.
     """
-    seats: list[int] = []
+    shapes, seats = runner.shapes, list[int]()
     while live := [lane for lane, answer in enumerate(answers) if answer.live]:
         if not seats or shapes.lanes.fit(len(live)) < shapes.lanes.fit(len(seats)):
             seats = live
@@ -168,5 +160,5 @@ def generate(
             ahead = np.arange(min(steps, answer.limit - len(answer.chosen)), dtype=np.int32)
             slot[seat, : len(ahead)], _ = plan.locate(position[seat] + ahead, shapes.page_size)
         state = DecodeState(token, position, alive, generated)
-        tokens = call(state, tables, groups, slot, sampling)
+        tokens = np.asarray(runner.run(decode, state, tables, groups, slot, sampling))
         take([answers[lane] for lane in seats], tokens[: len(seats)], round_index=round_index)

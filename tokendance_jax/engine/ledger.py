@@ -2,15 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from tokendance_jax.collector.policy import OpenRound
 from tokendance_jax.engine.decode import Answer
 from tokendance_jax.engine.prefill import Cost
 from tokendance_jax.engine.result import AgentLedger, AgentResult, RoundLedger
 from tokendance_jax.mirror import MirrorLayout, Quantised
+from tokendance_jax.policy.policy import OpenRound
 from tokendance_jax.prompt.tokenized import SpanKind, TokenizedPrompt
 
 
@@ -24,6 +24,7 @@ def account(
     layers: int,
     page_size: int,
     page_bytes: int,
+    layout: MirrorLayout | None,
     form: Quantised | None,
 ) -> tuple[tuple[AgentResult, ...], RoundLedger]:
     """Makes the agents' results and the round's ledger, while the round holds its pages.
@@ -37,6 +38,7 @@ def account(
       layers: the model's layers.
       page_size: token slots in a page.
       page_bytes: bytes of a page in all layers.
+      layout: how the round lies at rest; None: its bytes there are not counted.
       form: how pages are stored in mirrors; None: to the bit.
     """
     filled = [
@@ -45,9 +47,8 @@ def account(
     ]
     holders = Counter(page for pages in filled for page in pages.tolist())
     bases = set(opened.base_pages.tolist())
-    rest = MirrorLayout.of_lanes(opened.lanes, lengths)
-    at_rest = rest.mirror_compression(page_size=page_size, page_bytes=page_bytes, form=form)
-    whole = rest.compression(page_size=page_size, page_bytes=page_bytes, form=form)
+    sizes: dict[str, Any] = {"page_size": page_size, "page_bytes": page_bytes, "form": form}
+    at_rest = None if layout is None else layout.mirror_compression(**sizes)
     agents = []
     for seat, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         computed = int(cost.tokens[seat])
@@ -57,9 +58,9 @@ def account(
             computed_tokens=computed,
             reused_tokens=len(prompt.token_ids) - computed,
             decoded_tokens=len(answer.chosen),
-            kv_bytes_dense=at_rest[seat].dense_bytes,
+            kv_bytes_dense=-(-lengths[seat] // page_size) * page_bytes,
             kv_bytes_held=sum(page_bytes / holders[page] for page in filled[seat].tolist()),
-            kv_bytes_mirror=at_rest[seat].own_bytes,
+            kv_bytes_mirror=None if at_rest is None else at_rest[seat].own_bytes,
         )
         assert answer.finish_reason is not None
         agents.append(
@@ -82,7 +83,7 @@ def account(
         decoded_tokens=total("decoded_tokens"),
         kv_bytes_dense=total("kv_bytes_dense"),
         kv_bytes_held=len(holders.keys() | bases) * page_bytes,
-        kv_bytes_rest=whole.stored_bytes,
+        kv_bytes_rest=None if layout is None else layout.compression(**sizes).stored_bytes,
     )
     return tuple(agents), ledger
 

@@ -9,12 +9,12 @@ from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
 
 def answer_limits(
-    moment: Round, prompts: Sequence[TokenizedPrompt], config: Qwen2Config
+    round_: Round, prompts: Sequence[TokenizedPrompt], config: Qwen2Config
 ) -> list[int]:
     """Checks prompts against a model, and limits answers to what its context leaves them.
 
     Args:
-      moment: the round.
+      round_: the round.
       prompts: its prompts as tokens.
       config: the model's sizes.
 
@@ -25,8 +25,8 @@ def answer_limits(
       PromptError: a prompt fills the context, or holds a token that the model does not have.
     """
     context, limits = config.max_position_embeddings, []
-    for agent, prompt in zip(moment.agents, prompts, strict=True):
-        where, tokens = f"round {moment.index}: agent {agent.agent!r}", len(prompt.token_ids)
+    for agent, prompt in zip(round_.agents, prompts, strict=True):
+        where, tokens = f"round {round_.index}: agent {agent.agent!r}", len(prompt.token_ids)
         if tokens >= context:
             raise PromptError(
                 f"{where}: the prompt has {tokens} tokens, the model's context {context}; shorten "
@@ -37,7 +37,7 @@ def answer_limits(
                 f"{where}: token id {prompt.token_ids.max()} is outside of the model's vocabulary "
                 f"of {config.vocab_size}"
             )
-        limits.append(min(agent.max_new_tokens or moment.max_new_tokens, context - tokens))
+        limits.append(min(agent.max_new_tokens or round_.max_new_tokens, context - tokens))
     return limits
 
 

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import RoundPlan, pack
-from tokendance_jax.collector.policy import NOBODY, Compute, Link, Look, Rest, Scores, Steps
-from tokendance_jax.engine.programs import Programs
+from tokendance_jax.engine import programs
+from tokendance_jax.engine.runner import Runner
 from tokendance_jax.kernels.sparse_restore import RestorePlan
-from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.plan.lane import LanePlan
+from tokendance_jax.plan.round_plan import RoundPlan, pack
+from tokendance_jax.policy.policy import NOBODY, Compute, Link, Look, Rest, Scores, Steps
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,19 +35,16 @@ class Cost:
 
 
 class Prefill:
-    """One round's prefill: takes the pool, runs the policy's steps, hands the pool back.
+    """One round's prefill: runs the policy's steps.
 
     Attributes:
-      kv: the pool; what a call took donated is replaced by what it returned.
       hidden: residual stream at the agents' last tokens, f32 [seats, width].
       cost: what was computed so far.
     """
 
-    def __init__(self, programs: Programs, kv: PagedKV, *, agents: int):
-        self.kv = kv
-        self._programs = programs
-        self._seated = programs.shapes.lanes.fit(agents)
-        self.hidden = programs.new_hidden(self._seated)
+    def __init__(self, runner: Runner, *, agents: int):
+        self._runner = runner
+        self.hidden = runner.new_hidden(runner.shapes.lanes.fit(agents))
         self.cost = Cost(np.zeros(agents, np.int64))
         self._wanted: Sequence[int] | None = None
         self._streams: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -87,29 +85,29 @@ class Prefill:
 
     def _compute(self, step: Compute) -> None:
         for plan, seats in self._calls(step.lanes, step.seats):
-            self.kv, self.hidden, x = self._programs.prefill(self.kv, self.hidden, plan)
+            self.hidden, x = self._runner.run(programs.prefill, self.hidden, plan)
             self._keep(plan, seats, x)
-        self._count(step.lanes, step.seats, float(self._programs.layers))
+        self._count(step.lanes, step.seats, float(self._runner.layers))
 
     def _link(self, step: Link) -> None:
-        shapes, start = self._programs.shapes, 0
+        shapes, start = self._runner.shapes, 0
         plan = RestorePlan.of_slots(
             step.source, step.target, step.shift, page_size=shapes.page_size
         )
         for size in shapes.rows.cover(len(plan.first)):
             stop = min(start + size, len(plan.first))
-            self.kv = self._programs.link(self.kv, plan.cut(start, stop).padded(size, size))
+            self._runner.run(programs.link, plan.cut(start, stop).padded(size, size))
             start = stop
 
     def _look(self, step: Look) -> Scores:
-        self._count(step.lanes, [], self._programs.look_layers(step.what))
+        self._count(step.lanes, [], look_layers(self._runner.model.config, step.what))
         return self._mass(step) if step.what == "attention" else self._deviation(step)
 
     def _mass(self, step: Look) -> Scores:
         """Attention mass of each lane's table entries."""
         mass = np.zeros((), np.float32)
         for plan, _ in self._calls(step.lanes, step.seats):
-            self.kv, found = self._programs.attention(self.kv, plan)
+            found = self._runner.run(programs.attention, plan)
             mass = mass + np.asarray(found)
         # The tables of calls have empty entries between the lanes' own.
         used = np.asarray(plan.tables.slots) > 0
@@ -121,12 +119,12 @@ class Prefill:
         bases = np.concatenate([np.repeat(p.base, p.slots)[p.computed] for p in step.lanes])
         for plan, _ in self._calls(step.lanes, step.seats):
             shown = np.asarray(plan.rows.slot)
-            used = int((plan.lane < plan.tables.page.shape[0]).sum())
+            used = int(plan.used)
             slot = shown.copy()
-            slot[:used][bases[:used] > 0] = self._programs.shapes.no_slot
+            slot[:used][bases[:used] > 0] = self._runner.shapes.no_slot
             bases = bases[used:]
             plan = dataclasses.replace(plan, rows=dataclasses.replace(plan.rows, slot=slot))
-            self.kv, x, square = self._programs.deviation(self.kv, plan, shown)
+            x, square = self._runner.run(programs.deviation, plan, shown)
             squares.append(np.asarray(square)[:, :used])
             if step.resume:
                 streams.append(np.asarray(x)[:used])
@@ -144,18 +142,18 @@ class Prefill:
         ]
         chosen = streams[np.concatenate(rows)]
         for plan, seats in self._calls(step.lanes, step.seats):
-            used = int((plan.lane < plan.tables.page.shape[0]).sum())
+            used = int(plan.used)
             x = np.zeros((len(plan.lane), chosen.shape[1]), np.float32)
             x[:used], chosen = chosen[:used], chosen[used:]
-            self.kv, self.hidden, x = self._programs.rest(self.kv, self.hidden, x, plan)
+            self.hidden, x = self._runner.run(programs.rest, self.hidden, x, plan)
             self._keep(plan, seats, x)
-        self._count(step.lanes, step.seats, self._programs.layers - 1.0)
+        self._count(step.lanes, step.seats, self._runner.layers - 1.0)
 
     def _calls(
         self, lanes: Sequence[LanePlan], seats: Sequence[int]
     ) -> Iterator[tuple[RoundPlan, np.ndarray]]:
         """Plans of the lanes that compute something, each with the seats of its lanes."""
-        shapes = self._programs.shapes
+        shapes = self._runner.shapes
         busy = [pair for pair in zip(lanes, seats, strict=True) if len(pair[0].computed)]
         for start in range(0, len(busy), shapes.lanes.budget):
             some, their_seats = zip(*busy[start : start + shapes.lanes.budget], strict=True)
@@ -166,11 +164,11 @@ class Prefill:
         """Keeps the residual stream of wanted rows."""
         if self._wanted is None:
             return
-        used = np.flatnonzero(plan.lane < plan.tables.page.shape[0])
-        seat, position = seats[plan.lane[used]], np.asarray(plan.rows.position)[used]
+        used = int(plan.used)
+        seat, position = seats[plan.lane[:used]], np.asarray(plan.rows.position)[:used]
         first = np.array([*self._wanted, np.iinfo(np.int32).max])  # the last one is nobody's
         kept = position >= first[seat]
-        self._streams.append((seat[kept], position[kept], np.asarray(x)[used[kept]]))
+        self._streams.append((seat[kept], position[kept], np.asarray(x)[:used][kept]))
 
     def _count(self, lanes: Sequence[LanePlan], seats: Sequence[int], layers: float) -> None:
         """Adds rows to the cost; a look has no seats, as it computes no token to its end."""
@@ -182,3 +180,12 @@ class Prefill:
                 self.cost.base_tokens += len(lane.computed)
             else:
                 self.cost.tokens[seat] += len(lane.computed)
+
+
+def look_layers(config: Qwen2Config, what: str) -> float:
+    """Layers that a look runs rows through, and of the one it looks at, its weights' share."""
+    heads = config.num_attention_heads, config.num_key_value_heads
+    q, kv = (count * config.head_dim for count in heads)
+    if what == "deviation":
+        return 1 + config.hidden_size * 2 * kv / config.layer_weights
+    return config.num_hidden_layers // 2 + config.hidden_size * (q + 2 * kv) / config.layer_weights

@@ -17,6 +17,7 @@ class Timings:
       prefill_s: the prefill calls.
       first_token_s: from the start of the round to everybody's first token.
       decode_s: from the first to the last token.
+      mirror_s: laying the round out as mirrors and copying them out of the pool, where asked for.
       compile_s: tracing and compiling programs for shapes that were new.
     """
 
@@ -24,6 +25,7 @@ class Timings:
     prefill_s: float
     first_token_s: float
     decode_s: float
+    mirror_s: float
     compile_s: float
 
 
@@ -40,7 +42,7 @@ class AgentLedger:
       kv_bytes_dense: bytes of the pages that the prompt and the written answer fill.
       kv_bytes_held: the same, each page divided among the agents of the round that hold it.
       kv_bytes_mirror: bytes of its mirror at rest: private pages, patches, tables; not the base. In
-        the form that was asked for, else to the bit.
+        the form that was asked for, else to the bit; None if nobody asked.
     """
 
     tokens: dict[str, int]
@@ -50,7 +52,7 @@ class AgentLedger:
     decoded_tokens: int
     kv_bytes_dense: int
     kv_bytes_held: float
-    kv_bytes_mirror: int
+    kv_bytes_mirror: int | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ class RoundLedger:
       attended: keys that computed tokens attended to, in all layers, over the model's layers: the
         work of attention, which token-layers do not hold.
       kv_bytes_held: bytes of all pages that the round filled, each once.
-      kv_bytes_rest: bytes of the round at rest: the base once, and all mirrors.
+      kv_bytes_rest: bytes of the round at rest: the base once, and all mirrors; None if nobody
+        asked.
     """
 
     tokens: dict[str, int]
@@ -102,7 +105,7 @@ class RoundLedger:
     decoded_tokens: int
     kv_bytes_dense: int
     kv_bytes_held: int
-    kv_bytes_rest: int
+    kv_bytes_rest: int | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int32, Shaped
 
-from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.identity import ModelIdentity
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 from tokendance_jax.kernels.sparse_restore import RestorePlan
@@ -24,6 +23,7 @@ from tokendance_jax.mirror.master_mirror import MasterMirror, encode
 from tokendance_jax.mirror.pages import Array, joined
 from tokendance_jax.mirror.transfer import GROUP, groups, restore, turns
 from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.plan.lane import LanePlan
 
 Pages = Shaped[np.ndarray, "layers pages page_size kv_heads head_dim"]
 Dense = Shaped[np.ndarray | jax.Array, "layers _ kv_heads head_dim"]

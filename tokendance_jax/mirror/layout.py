@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.mirror.compression import Compression
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.pages import Array, Quantised
+from tokendance_jax.plan.lane import LanePlan
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from tokendance_jax.collector.lane import LanePlan
 from tokendance_jax.identity import ModelIdentity
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.mirror.errors import MirrorError
@@ -24,6 +23,7 @@ from tokendance_jax.mirror.pages import Array, Quantised, StoredPages
 from tokendance_jax.mirror.transfer import read_pages, restore, turns
 from tokendance_jax.paged.kv import PagedKV
 from tokendance_jax.paged.page_pool import PagePool
+from tokendance_jax.plan.lane import LanePlan
 
 
 @no_type_check  # JAX also builds pytrees of stand-ins that are no arrays

@@ -1,7 +1,9 @@
-"""Paged KV memory: pages, their reference counts, and the reuse of exact prefixes."""
+"""Paged KV memory: pages, their reference counts, and the reuse of exact prefixes.
 
-from tokendance_jax.paged.kv import KVSpec, PagedKV
+The arrays on the device are in `tokendance_jax.paged.kv`; nothing else here needs a device.
+"""
+
 from tokendance_jax.paged.page_pool import OutOfPages, PagePool
 from tokendance_jax.paged.prefix_cache import PrefixCache
 
-__all__ = ["KVSpec", "OutOfPages", "PagePool", "PagedKV", "PrefixCache"]
+__all__ = ["OutOfPages", "PagePool", "PrefixCache"]

@@ -35,10 +35,10 @@ def name_authors(trace: Trace) -> Trace:
       PromptError: the author of a block can't be told; names round, block and remedy.
     """
     contents: dict[str, set[object]] = {}
-    for moment in trace.rounds:
-        for block in _blocks(moment):
+    for round_ in trace.rounds:
+        for block in _blocks(round_):
             contents.setdefault(block.id, set()).add(_content(block))
-    recorded = [{p.agent: p.recorded_output for p in moment.agents} for moment in trace.rounds]
+    recorded = [{p.agent: p.recorded_output for p in round_.agents} for round_ in trace.rounds]
     namer = Namer(recorded, reused_ids=any(len(found) > 1 for found in contents.values()))
     return dataclasses.replace(trace, rounds=tuple(map(namer.name, trace.rounds)))
 
@@ -57,14 +57,14 @@ class Namer:
         self._reused_ids = reused_ids
         self._seen: dict[tuple[str, object], Author | None] = {}
 
-    def name(self, moment: Round) -> Round:
+    def name(self, round_: Round) -> Round:
         """Names the authors of a round's blocks.
 
         Raises:
           PromptError: one of them can't be told.
         """
-        found = _RoundNamer(moment, self._recorded, self._reused_ids, self._seen).authors()
-        for block in _blocks(moment):
+        found = _RoundNamer(round_, self._recorded, self._reused_ids, self._seen).authors()
+        for block in _blocks(round_):
             self._seen[block.id, _content(block)] = found[block.id]
 
         def named(prompt: AgentPrompt) -> AgentPrompt:
@@ -74,7 +74,7 @@ class Namer:
             )
             return dataclasses.replace(prompt, segments=segments)
 
-        return dataclasses.replace(moment, agents=tuple(map(named, moment.agents)))
+        return dataclasses.replace(round_, agents=tuple(map(named, round_.agents)))
 
 
 class _RoundNamer:
@@ -82,14 +82,14 @@ class _RoundNamer:
 
     def __init__(
         self,
-        moment: Round,
+        round_: Round,
         recorded: Recorded,
         reused_ids: bool,
         seen: Mapping[tuple[str, object], Author | None],
     ):
-        self._moment = moment
+        self._moment = round_
         # What was said before this round, by round.
-        self._recorded = recorded[: moment.index]
+        self._recorded = recorded[: round_.index]
         self._reused_ids = reused_ids
         self._seen = seen
         self._found: dict[str, Author | None] = {}
@@ -256,9 +256,9 @@ class _RoundNamer:
         )
 
 
-def _blocks(moment: Round) -> list[Segment]:
+def _blocks(round_: Round) -> list[Segment]:
     """The shared segments of a round, each once, in the order of the prompts."""
-    found = (s for prompt in moment.agents for s in prompt.segments if s.kind == "shared")
+    found = (s for prompt in round_.agents for s in prompt.segments if s.kind == "shared")
     return list({segment.id: segment for segment in found}.values())
 
 

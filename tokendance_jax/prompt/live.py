@@ -31,7 +31,7 @@ def gather(outputs: Mapping[str, str], round_index: int) -> tuple[Segment, ...]:
     )
 
 
-def put_answers(moment: Round, answers: Sequence[Mapping[str, str]]) -> Round:
+def put_answers(round_: Round, answers: Sequence[Mapping[str, str]]) -> Round:
     """Puts the answers of a live run in the place of recorded ones.
 
     Every shared segment that has an author gets what this agent answered in the live run. Its id
@@ -39,7 +39,7 @@ def put_answers(moment: Round, answers: Sequence[Mapping[str, str]]) -> Round:
     the recording's.
 
     Args:
-      moment: the recorded round; `name_authors` names the authors of a trace.
+      round_: the recorded round; `name_authors` names the authors of a trace.
       answers: agent name to live answer, for each round before this one.
 
     Returns:
@@ -56,7 +56,7 @@ def put_answers(moment: Round, answers: Sequence[Mapping[str, str]]) -> Round:
         given = answers[author.round] if author.round < len(answers) else {}
         if author.agent not in given:
             raise PromptError(
-                f"round {moment.index}: segment {segment.id!r} is by agent {author.agent!r}, who "
+                f"round {round_.index}: segment {segment.id!r} is by agent {author.agent!r}, who "
                 f"has no answer in round {author.round}; run the rounds in order"
             )
         return Segment(
@@ -66,17 +66,17 @@ def put_answers(moment: Round, answers: Sequence[Mapping[str, str]]) -> Round:
     def all_live(prompt: AgentPrompt) -> AgentPrompt:
         return dataclasses.replace(prompt, segments=tuple(map(live, prompt.segments)))
 
-    return dataclasses.replace(moment, agents=tuple(map(all_live, moment.agents)))
+    return dataclasses.replace(round_, agents=tuple(map(all_live, round_.agents)))
 
 
-def relive(moment: Round, previous: Mapping[str, str], recorded: Mapping[str, str | None]) -> Round:
+def relive(round_: Round, previous: Mapping[str, str], recorded: Mapping[str, str | None]) -> Round:
     """Puts the answers of a live run into a recorded round, given the round before alone.
 
     Whole traces are better served with `name_authors` and `put_answers`, which also know who wrote
     the blocks of older rounds.
 
     Args:
-      moment: the recorded round.
+      round_: the recorded round.
       previous: agent name to live answer of the round before.
       recorded: agent name to recorded answer of the round before; None where it is not known.
 
@@ -86,12 +86,12 @@ def relive(moment: Round, previous: Mapping[str, str], recorded: Mapping[str, st
     Raises:
       PromptError: it can't be told whose answer a block is, or `previous` lacks the author.
     """
-    if moment.index == 0:
+    if round_.index == 0:
         if previous or recorded:
             raise PromptError("round 0 has no round before it; number the rounds from 0 in order")
-        return moment
-    older: list[Mapping[str, str]] = [{}] * (moment.index - 1)
-    named = Namer([*older, recorded]).name(moment)
+        return round_
+    older: list[Mapping[str, str]] = [{}] * (round_.index - 1)
+    named = Namer([*older, recorded]).name(round_)
     return put_answers(named, [*older, previous])
 
 

@@ -60,11 +60,11 @@ class TokenizedPrompt:
         )
 
 
-def tokenize_round(moment: Round, tokenizer: Tokenizer, *, chat: bool) -> list[TokenizedPrompt]:
+def tokenize_round(round_: Round, tokenizer: Tokenizer, *, chat: bool) -> list[TokenizedPrompt]:
     """Tokenizes the prompts of a round; every distinct text is encoded once.
 
     Args:
-      moment: the round.
+      round_: the round.
       tokenizer: the model's tokenizer.
       chat: whether to set the segments into the model's chat markup: the system segments make the
         system message, all others one user turn, then the assistant's answer is opened. Otherwise
@@ -78,7 +78,7 @@ def tokenize_round(moment: Round, tokenizer: Tokenizer, *, chat: bool) -> list[T
         template, one that does not work, or a system segment behind another kind.
     """
     encoder = _Encoder(tokenizer)
-    return [encoder.prompt(prompt, chat) for prompt in moment.agents]
+    return [encoder.prompt(prompt, chat) for prompt in round_.agents]
 
 
 def tokenize_prompt(prompt: AgentPrompt, tokenizer: Tokenizer, *, chat: bool) -> TokenizedPrompt:

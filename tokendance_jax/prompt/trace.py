@@ -53,14 +53,14 @@ class Trace:
             raise PromptError(
                 f"trace {self.name!r}: rounds must be a tuple with at least one Round"
             )
-        for index, moment in enumerate(self.rounds):
-            if moment.index != index:
+        for index, round_ in enumerate(self.rounds):
+            if round_.index != index:
                 raise PromptError(
-                    f"trace {self.name!r}: round {moment.index} stands where {index} belongs; "
+                    f"trace {self.name!r}: round {round_.index} stands where {index} belongs; "
                     "number the rounds from 0 in order"
                 )
             try:
-                _check_authors(moment, self.rounds[:index])
+                _check_authors(round_, self.rounds[:index])
             except PromptError as error:
                 raise PromptError(f"trace {self.name!r}: {error}") from None
 
@@ -145,9 +145,9 @@ def write_trace(path: str | os.PathLike[str], trace: Trace) -> None:
     """
     path = pathlib.Path(path)
     text = "".join(
-        json.dumps(_fields(trace, moment, prompt), ensure_ascii=False, separators=(",", ":")) + "\n"
-        for moment in trace.rounds
-        for prompt in moment.agents
+        json.dumps(_fields(trace, round_, prompt), ensure_ascii=False, separators=(",", ":")) + "\n"
+        for round_ in trace.rounds
+        for prompt in round_.agents
     )
     content = text.encode()
     if path.suffix == ".gz":
@@ -270,18 +270,18 @@ def _trace(name: str, lines: Sequence[_Line]) -> Trace:
         agents = tuple(prompts.values())
         most = max(prompt.max_new_tokens or 1 for prompt in agents)
         try:
-            moment = Round(agents, max_new_tokens=most, index=index)
-            _check_authors(moment, rounds)
+            round_ = Round(agents, max_new_tokens=most, index=index)
+            _check_authors(round_, rounds)
         except PromptError as error:
             raise _located(line, error) from None
-        rounds.append(moment)
+        rounds.append(round_)
     return Trace(name, tuple(rounds))
 
 
-def _check_authors(moment: Round, before: Sequence[Round]) -> None:
+def _check_authors(round_: Round, before: Sequence[Round]) -> None:
     """Refuses a block whose author takes part in no earlier round of that number."""
     agents = [{prompt.agent for prompt in earlier.agents} for earlier in before]
-    for prompt in moment.agents:
+    for prompt in round_.agents:
         for segment in prompt.segments:
             author = segment.author
             if author is None or (
@@ -289,7 +289,7 @@ def _check_authors(moment: Round, before: Sequence[Round]) -> None:
             ):
                 continue
             raise PromptError(
-                f"round {moment.index}: shared segment {segment.id!r}: its author {author.agent!r} "
+                f"round {round_.index}: shared segment {segment.id!r}: its author {author.agent!r} "
                 f"takes no part in an earlier round {author.round}; name another, or none"
             )
 
@@ -309,7 +309,7 @@ def _object(
     return value
 
 
-def _fields(trace: Trace, moment: Round, prompt: AgentPrompt) -> dict[str, object]:
+def _fields(trace: Trace, round_: Round, prompt: AgentPrompt) -> dict[str, object]:
     """One line's fields, in the order of the format."""
     for segment in prompt.segments:
         if segment.text is None:
@@ -319,10 +319,10 @@ def _fields(trace: Trace, moment: Round, prompt: AgentPrompt) -> dict[str, objec
             )
     fields: dict[str, object] = {
         "trace": trace.name,
-        "round": moment.index,
+        "round": round_.index,
         "agent": prompt.agent,
         "segments": [_segment_fields(segment) for segment in prompt.segments],
-        "max_new_tokens": prompt.max_new_tokens or moment.max_new_tokens,
+        "max_new_tokens": prompt.max_new_tokens or round_.max_new_tokens,
     }
     if prompt.recorded_output is not None:
         fields["recorded_output"] = prompt.recorded_output

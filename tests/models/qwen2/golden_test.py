@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 
 from tests import shared_data
-from tokendance_jax.collector.exact import Dense
-from tokendance_jax.collector.plan import pack
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.model import Model
 from tokendance_jax.models.loading import load_checkpoint
 from tokendance_jax.paged.page_pool import PagePool
+from tokendance_jax.plan.round_plan import pack
+from tokendance_jax.policy.exact import Dense
 from tokendance_jax.prompt.round import AgentPrompt, Round, Segment
 
 pytestmark = pytest.mark.real_model

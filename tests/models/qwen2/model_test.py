@@ -9,14 +9,17 @@ import pytest
 from flax import nnx
 
 from tests.models.qwen2 import tiny
-from tokendance_jax.collector.groups import group_tables
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import pack
-from tokendance_jax.engine.programs import DecodeState, Programs
+from tokendance_jax.engine import programs as device
+from tokendance_jax.engine.compiling import Programs
+from tokendance_jax.engine.programs import DecodeState
 from tokendance_jax.engine.sampling import sampling_arrays
-from tokendance_jax.models.qwen2.model import Rows, abstract_parameters, state_from_parameters
+from tokendance_jax.kernels.lanes import Rows
+from tokendance_jax.models.qwen2.model import abstract_parameters, state_from_parameters
 from tokendance_jax.models.qwen2.parameters import parameter_shapes
 from tokendance_jax.models.qwen2.random import random_parameters
+from tokendance_jax.plan.groups import group_tables
+from tokendance_jax.plan.lane import LanePlan
+from tokendance_jax.plan.round_plan import pack
 
 PAGE_SIZE = 16
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -141,8 +144,8 @@ def test_logits_are_those_of_a_float64_transformer(tied, dtype, error):
     programs = Programs(model, tiny.tiny_shapes(64))
     prompts = [tiny.tokens(29, seed=1), tiny.tokens(35, seed=2)]
     lanes = [contiguous(prompts[0], first_page=1), contiguous(prompts[1], first_page=9)]
-    _, hidden = tiny.prefill(model, programs, lanes)
-    logits = programs.logits(hidden)
+    runner, hidden = tiny.prefill(programs, lanes)
+    logits = runner.run(device.logits, hidden)
     for row, prompt in zip(logits, prompts, strict=False):
         expected = textbook(model.config, parameters(model.state), prompt)
         np.testing.assert_allclose(row, expected, rtol=0, atol=error * np.abs(expected).max())
@@ -162,7 +165,7 @@ def test_layer_0_depends_on_the_token_alone(served):
         slots=np.array([5, 16, 11], np.int32),
         base=np.zeros(3, np.int32),
     )
-    kv, _ = tiny.prefill(served.model, served.programs, [alone, behind])
+    runner, _ = tiny.prefill(served.programs, [alone, behind])
 
     def rows(pool, layer, lane, start):
         position = np.arange(start, start + len(common), dtype=np.int32)
@@ -170,7 +173,7 @@ def test_layer_0_depends_on_the_token_alone(served):
         np.testing.assert_array_equal(canonical, np.arange(len(common)))
         return np.asarray(pool[layer]).reshape(-1, *pool.shape[3:])[slot]
 
-    for pool in (kv.k, kv.v):
+    for pool in (runner.kv.k, runner.kv.v):
         np.testing.assert_array_equal(rows(pool, 0, alone, 0), rows(pool, 0, behind, 5))
         assert np.abs(rows(pool, 1, alone, 0) - rows(pool, 1, behind, 5)).max() > 0.1
 
@@ -206,10 +209,11 @@ def test_the_same_round_twice_gives_the_same_bits(served):
     ]
     runs = []
     for _ in range(2):
-        kv, hidden = tiny.prefill(served.model, served.programs, lanes)
-        logits = np.asarray(served.programs.logits(hidden))
+        runner, hidden = tiny.prefill(served.programs, lanes)
+        logits = np.asarray(runner.run(device.logits, hidden))
         arguments = decode_arguments(served.programs, lanes, 8, temperature=1.0)
-        kv, tokens = served.programs.decode(kv, *arguments)
+        tokens = runner.run(device.decode, *arguments)
+        kv = runner.kv
         assert (np.asarray(tokens)[:2] >= 0).all()
         runs.append([np.asarray(x).tobytes() for x in (kv.k, kv.v, logits, tokens)])
     assert runs[0] == runs[1]
@@ -218,19 +222,18 @@ def test_the_same_round_twice_gives_the_same_bits(served):
 def test_decode_continues_as_prefill_would(served):
     prompt, programs = tiny.tokens(30), served.programs
     lane = contiguous(prompt, first_page=1, room=8)
-    kv, _ = tiny.prefill(served.model, programs, [lane])
-    kv, tokens = programs.decode(kv, *decode_arguments(programs, [lane], 8))
+    runner, _ = tiny.prefill(programs, [lane])
+    tokens = runner.run(device.decode, *decode_arguments(programs, [lane], 8))
     generated = np.asarray(tokens)[0]
     # A prefill of everything that decode saw: its greedy tokens and its K and V are the same.
     whole = np.concatenate([prompt, [7], generated[:-1]]).astype(np.int32)
     for end in range(len(prompt) + 1, len(whole) + 1):
-        _, hidden = tiny.prefill(
-            served.model, programs, [contiguous(whole[:end], first_page=1, room=8)]
-        )
-        assert int(np.argmax(programs.logits(hidden)[0])) == generated[end - len(prompt) - 1]
-    dense, _ = tiny.prefill(served.model, programs, [contiguous(whole, first_page=1)])
-    np.testing.assert_allclose(np.asarray(kv.k), np.asarray(dense.k), rtol=0, atol=1e-4)
-    np.testing.assert_allclose(np.asarray(kv.v), np.asarray(dense.v), rtol=0, atol=1e-4)
+        _, hidden = tiny.prefill(programs, [contiguous(whole[:end], first_page=1, room=8)])
+        found = runner.run(device.logits, hidden)[0]
+        assert int(np.argmax(found)) == generated[end - len(prompt) - 1]
+    dense, _ = tiny.prefill(programs, [contiguous(whole, first_page=1)])
+    for one, other in zip((runner.kv.k, runner.kv.v), (dense.kv.k, dense.kv.v), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=0, atol=1e-4)
 
 
 @DTYPES
@@ -250,7 +253,7 @@ def test_programs_work_in_the_donated_pool(program, dtype):
     else:
         arguments = decode_arguments(programs, [lane], 8)
         donated = size
-    lowered = programs._jitted[program].lower(model.state, kv, *arguments)
+    lowered = programs.lower(getattr(device, program), kv, *arguments)
     needs = lowered.compile().memory_analysis()
     assert needs is not None
     assert needs.alias_size_in_bytes == donated
@@ -267,11 +270,12 @@ def test_rolled_layers_give_the_bits_of_unrolled_ones(dtype):
     runs = []
     for rolled in (True, False):
         programs = Programs(model, shapes)
-        assert programs._rolled  # tests run on a CPU
-        programs._rolled = rolled
-        kv, hidden = tiny.prefill(model, programs, lanes)
-        prefilled = [np.asarray(x).tobytes() for x in (kv.k, kv.v, hidden)]
-        kv, tokens = programs.decode(kv, *decode_arguments(programs, lanes, 8))
+        assert programs.build.rolled  # tests run on a CPU
+        programs.build = dataclasses.replace(programs.build, rolled=rolled)
+        runner, hidden = tiny.prefill(programs, lanes)
+        prefilled = [np.asarray(x).tobytes() for x in (runner.kv.k, runner.kv.v, hidden)]
+        tokens = runner.run(device.decode, *decode_arguments(programs, lanes, 8))
+        kv = runner.kv
         runs.append([*prefilled, *(np.asarray(x).tobytes() for x in (kv.k, kv.v, tokens))])
     assert runs[0] == runs[1]
 
@@ -285,11 +289,12 @@ def test_attention_is_compiled_once_for_all_layers(program):
         programs = Programs(model, tiny.tiny_shapes(64))
         lane = contiguous(tiny.tokens(40), first_page=1, room=8)
         if program == "prefill":
-            arguments = programs.new_hidden(4), pack([lane], programs.shapes)[0]
+            hidden = jax.ShapeDtypeStruct((4, config.hidden_size), jnp.float32)
+            arguments = hidden, pack([lane], programs.shapes)[0]
         else:
             arguments = decode_arguments(programs, [lane], 8)
         kv = model.kv_spec(pages=programs.shapes.pages, page_size=PAGE_SIZE).abstract()
-        lowered = programs._jitted[program].lower(state, kv, *arguments)
+        lowered = programs.lower(getattr(device, program), kv, *arguments)
         return lowered.as_text().count("stablehlo.while")
 
     assert loops(2) == loops(5) > 2

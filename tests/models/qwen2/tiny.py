@@ -8,15 +8,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tests.small_model import SMALL_CONFIG
-from tokendance_jax.collector.lane import LanePlan
-from tokendance_jax.collector.plan import pack
-from tokendance_jax.collector.shapes import Shapes
 from tokendance_jax.demo import demo_tokenizer_json
-from tokendance_jax.engine.programs import Programs
+from tokendance_jax.engine import programs as device
+from tokendance_jax.engine.compiling import Programs
+from tokendance_jax.engine.runner import Runner
 from tokendance_jax.model import Model
 from tokendance_jax.models.loading import Checkpoint
 from tokendance_jax.models.qwen2.random import random_parameters
-from tokendance_jax.paged.kv import PagedKV
+from tokendance_jax.plan.lane import LanePlan
+from tokendance_jax.plan.round_plan import pack
+from tokendance_jax.plan.shapes import Shapes
 
 
 def tiny_model(dtype: DTypeLike = "float32", *, tied: bool = False) -> Model:
@@ -44,13 +45,12 @@ def tokens(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, SMALL_CONFIG.vocab_size, count).astype(np.int32)
 
 
-def prefill(
-    model: Model, programs: Programs, lanes: Sequence[LanePlan]
-) -> tuple[PagedKV, jax.Array]:
-    """Computes the lanes into an empty pool; returns it and the residual stream at their ends."""
+def prefill(programs: Programs, lanes: Sequence[LanePlan]) -> tuple[Runner, jax.Array]:
+    """Computes the lanes into an empty pool; returns the residual stream at their ends too."""
     shapes = programs.shapes
-    kv = model.kv_spec(pages=shapes.pages, page_size=shapes.page_size).zeros()
-    hidden = programs.new_hidden(shapes.lanes.fit(len(lanes)))
+    spec = programs.model.kv_spec(pages=shapes.pages, page_size=shapes.page_size)
+    runner = Runner(programs, spec)
+    hidden = runner.new_hidden(shapes.lanes.fit(len(lanes)))
     for plan in pack(lanes, shapes):
-        kv, hidden, _ = programs.prefill(kv, hidden, plan)
-    return kv, hidden
+        hidden, _ = runner.run(device.prefill, hidden, plan)
+    return runner, hidden

@@ -205,8 +205,8 @@ def _round_of(
     prompts = tuple(
         prompt_of(*turn, guide=guide, older=older, chunk_words=chunk_words) for turn in turns
     )
-    moment = Round(prompts, max_new_tokens=MAX_NEW_TOKENS, index=index)
-    return moment, tuple(probe for _, probe in turns)
+    round_ = Round(prompts, max_new_tokens=MAX_NEW_TOKENS, index=index)
+    return round_, tuple(probe for _, probe in turns)
 
 
 def _first_of(view: View, kinds: Sequence[ProbeKind], seat: int, rng: random.Random) -> Probe:

@@ -1,0 +1,265 @@
+"""Compiling programs for the shapes of their arguments, and calling them."""
+
+import dataclasses
+import functools
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tokendance_jax.model import Model
+from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.qwen2.model import Qwen2
+from tokendance_jax.paged.kv import PagedKV, pool_format
+from tokendance_jax.plan.shapes import Shapes
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Build:
+    """What programs are compiled for, apart from the shapes of their arguments.
+
+    Attributes:
+      config: the model's sizes.
+      page_size: token slots in a page.
+      no_slot: the write slot of rows that write nothing.
+      implementation: which kernels run (see `kernels.dispatch`).
+      rolled: whether one loop runs all layers (see `Qwen2.hidden`).
+    """
+
+    config: Qwen2Config
+    page_size: int
+    no_slot: int
+    implementation: str | None
+    rolled: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program(Generic[P, R]):
+    """A function that runs on the device, declared by `program` or `pool_program`.
+
+    Attributes:
+      function: takes a `Build`, the model, the pool if it has one, and its arguments. With a pool
+        it returns the pool and a result.
+      pool: whether it takes the pool, donated.
+      donated: names of other arguments that it takes donated.
+    """
+
+    function: Callable[..., Any]
+    pool: bool
+    donated: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.function.__name__
+
+    @functools.cached_property
+    def places(self) -> tuple[int, ...]:
+        """The places of the donated arguments behind model and pool."""
+        names = list(inspect.signature(self.function).parameters)[2 + self.pool :]
+        return tuple(map(names.index, self.donated))
+
+
+def program(function: Callable[Concatenate[Build, Qwen2, P], R]) -> Program[P, R]:
+    """Declares a program that needs no pool."""
+    return Program(function, pool=False)
+
+
+def pool_program(
+    *donated: str,
+) -> Callable[[Callable[Concatenate[Build, Qwen2, PagedKV, P], tuple[PagedKV, R]]], Program[P, R]]:
+    """Declares a program that takes the pool donated, and these arguments too."""
+    return lambda function: Program(function, pool=True, donated=donated)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """How arguments travel to a program: all host arrays as one, device arrays as they are.
+
+    A transfer costs time whatever its size, and a plan has 30 arrays.
+
+    Attributes:
+      tree: structure of the arguments.
+      leaves: of each leaf the shape and the dtype, and how it travels.
+    """
+
+    tree: Any
+    leaves: tuple[tuple[tuple[int, ...], np.dtype, str], ...]
+
+    @classmethod
+    def of(cls, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> tuple["Form", list[Any]]:
+        """The form of arguments, and their leaves.
+
+        Args:
+          arguments: pytrees of arrays, or of shapes on a device.
+          donated: places of those that are donated.
+
+        Raises:
+          TypeError: a host array's numbers have not four bytes, and are not bool.
+        """
+        leaves, tree = jax.tree.flatten(arguments)
+        taken = {id(arguments[place]) for place in donated}
+        kinds = [
+            "packed" if isinstance(x, np.ndarray) else "taken" if id(x) in taken else "kept"
+            for x in leaves
+        ]
+        for x, kind in zip(leaves, kinds, strict=True):
+            if kind == "packed" and x.dtype.itemsize != 4 and x.dtype != np.bool_:
+                raise TypeError(f"an array of {x.dtype}: give numbers of four bytes, or bool")
+        forms = [(tuple(x.shape), np.dtype(x.dtype), k) for x, k in zip(leaves, kinds, strict=True)]
+        return cls(tree, tuple(forms)), leaves
+
+    def pack(self, leaves: list[Any]) -> tuple[list[Any], list[Any], np.ndarray]:
+        """The donated device arrays, the others, and all host arrays as i32 [words]."""
+        sorted_: dict[str, list[Any]] = {"taken": [], "kept": [], "packed": []}
+        for x, (_, dtype, kind) in zip(leaves, self.leaves, strict=True):
+            if kind == "packed":
+                x = x.astype(np.int32) if dtype == np.bool_ else np.ascontiguousarray(x)
+                x = x.reshape(-1).view(np.int32)
+            sorted_[kind].append(x)
+        packed = sorted_["packed"]
+        words = np.concatenate(packed) if packed else np.zeros(0, np.int32)
+        return sorted_["taken"], sorted_["kept"], words
+
+    def unpack(self, taken: list[Any], kept: list[Any], words: jax.Array) -> Any:
+        """The arguments, on the device."""
+        device, start = {"taken": iter(taken), "kept": iter(kept)}, 0
+        leaves = []
+        for shape, dtype, kind in self.leaves:
+            if kind != "packed":
+                leaves.append(next(device[kind]))
+                continue
+            stop = start + int(np.prod(shape))
+            x = words[start:stop].reshape(shape)
+            if dtype == np.bool_:
+                x = x != 0
+            elif dtype != np.int32:
+                x = jax.lax.bitcast_convert_type(x, dtype)
+            leaves.append(x)
+            start = stop
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+class Programs:
+    """A model's compiled programs, once for each shape of their arguments.
+
+    Engines of one model and the same sizes may share them. Calls trace nothing once a program is
+    compiled; `compile_s` adds up what that took, so that callers can keep it out of their timings.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        shapes: Shapes,
+        *,
+        implementation: str | None = None,
+        device: jax.Device | None = None,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          model: the model.
+          shapes: the static shapes.
+          implementation: which kernels run (see `kernels.dispatch`).
+          device: where the programs run; None: the default device.
+        """
+        self.model = model
+        self.shapes = shapes
+        self.implementation = implementation
+        self.compile_s = 0.0
+        self._device = device
+        platform = (jax.devices()[0] if device is None else device).platform
+        # XLA counts a donated pool twice, and then computes products twice to save memory.
+        self._compiler_options: dict[str, str | bool] | None = (
+            {"xla_disable_hlo_passes": "rematerialization"} if platform in ("cuda", "gpu") else None
+        )
+        self.build = Build(
+            model.config,
+            shapes.page_size,
+            shapes.no_slot,
+            implementation,
+            # Attention is XLA code there, which takes long to compile for every layer.
+            rolled=platform == "cpu",
+        )
+        self._compiled: dict[tuple[str, Form], Callable[..., Any]] = {}
+
+    def call(self, program: Program[..., Any], kv: PagedKV | None, *arguments: Any) -> Any:
+        """Calls a program, compiled first if need be.
+
+        Args:
+          program: the program.
+          kv: the pool, donated; None for a program that takes none.
+          arguments: its arguments. Those that it takes donated are device arrays.
+
+        Returns:
+          What its function returned: with a pool, that and the result.
+        """
+        form, leaves = Form.of(arguments, program.places)
+        pool = () if kv is None else (kv,)
+        compiled = self.prepare(program, kv, *arguments, form=form)
+        return compiled(self.model.state, *pool, *form.pack(leaves))
+
+    def prepare(
+        self,
+        program: Program[..., Any],
+        kv: PagedKV | None,
+        *arguments: Any,
+        form: Form | None = None,
+    ) -> Callable[..., Any]:
+        """Compiles a program for arguments of these shapes, unless that was done before."""
+        form = form or Form.of(arguments, program.places)[0]
+        found = self._compiled.get((program.name, form))
+        if found is None:
+            # Calls return before their work is done: let it end, or it would hide behind the
+            # compilation and be missing from the caller's timings.
+            jax.block_until_ready([x for x in arguments if not isinstance(x, np.ndarray)])
+            started = time.perf_counter()
+            found = self._compiled[program.name, form] = self.compile(program, kv, *arguments)
+            self.compile_s += time.perf_counter() - started
+        return found
+
+    def compile(
+        self, program: Program[..., Any], kv: PagedKV | None, *arguments: Any
+    ) -> jax.stages.Compiled:
+        """Compiles a program for arguments of these shapes, whether that was done before or not."""
+        lowered = self.lower(program, kv, *arguments)
+        return lowered.compile(compiler_options=self._compiler_options)
+
+    def lower(
+        self, program: Program[..., Any], kv: PagedKV | None, *arguments: Any
+    ) -> jax.stages.Lowered:
+        """Traces a program for arguments of these shapes."""
+        form, leaves = Form.of(arguments, program.places)
+        given: Any = (*(() if kv is None else (kv,)), *form.pack(leaves))
+        if self._device is not None:
+            place = jax.sharding.SingleDeviceSharding(self._device)
+            given = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given
+            )
+        return self._jitted(program, form).lower(self.model.state, *given)
+
+    def _jitted(self, program: Program[..., Any], form: Form) -> Any:
+        """The jitted function of the model's state, a pool, and the arguments as they travel."""
+
+        def traced(state: nnx.State, *given: Any) -> Any:
+            *pool, taken, kept, words = given
+            model = nnx.merge(self.model.graph, state)
+            return program.function(self.build, model, *pool, *form.unpack(taken, kept, words))
+
+        traced.__name__ = program.name
+        if not program.pool:
+            return jax.jit(traced, donate_argnums=(1,))
+        pool = pool_format(self._device)
+        return jax.jit(
+            traced,
+            donate_argnums=(1, 2),
+            in_shardings=(None, pool, None, None, None),
+            out_shardings=(pool, None),
+        )

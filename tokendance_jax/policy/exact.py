@@ -1,0 +1,126 @@
+"""The exact policies: no page is read in another context than it was computed in."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from tokendance_jax.paged.page_pool import PagePool
+from tokendance_jax.paged.prefix_cache import PrefixCache
+from tokendance_jax.plan.lane import LanePlan
+from tokendance_jax.policy.policy import Compute, OpenRound, Policy, Steps
+from tokendance_jax.prompt.tokenized import TokenizedPrompt
+
+
+class Exact(Policy):
+    """Exact lanes, one by one: the round is all of them."""
+
+    def open_lane(
+        self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
+    ) -> LanePlan:
+        """Takes pages for a prompt and `room` more tokens.
+
+        Args:
+          token_ids: the prompt.
+          room: how many more tokens the lane must have room for.
+          answer_tokens: tokens at the end that are computed, whatever could be read.
+
+        Raises:
+          OutOfPages: if the pool cannot give them; nothing is held then.
+        """
+        raise NotImplementedError
+
+    def close_lane(self, lane: LanePlan, written: Int32[np.ndarray, " written"] | None) -> None:
+        """Gives a lane's pages back.
+
+        Args:
+          lane: an open lane.
+          written: the tokens whose K and V were written, in logical order; None if the round failed
+            and the pages may hold anything.
+        """
+        raise NotImplementedError
+
+    def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
+        """Opens a lane for each agent; see `Policy.open`."""
+        lanes: list[LanePlan] = []
+        try:
+            for prompt, room in zip(prompts, rooms, strict=True):
+                lanes.append(self.open_lane(prompt.token_ids, room, prompt.answer_tokens))
+        except BaseException:
+            for lane in lanes:
+                self.close_lane(lane, None)
+            raise
+        hits = [int(lane.computed[0]) for lane in lanes]
+        return OpenRound(lanes, [], hits, 0, _compute(lanes))
+
+    def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
+        """Closes every lane; see `Policy.close`."""
+        for index, lane in enumerate(opened.lanes):
+            self.close_lane(lane, None if written is None else written[index])
+
+
+def _compute(lanes: Sequence[LanePlan]) -> Steps:
+    yield Compute(lanes, range(len(lanes)))
+
+
+class Dense(Exact):
+    """Every agent computes its whole prompt into pages of its own."""
+
+    def __init__(self, pool: PagePool, page_size: int):
+        self._pool = pool
+        self._page_size = page_size
+
+    def open_lane(
+        self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
+    ) -> LanePlan:
+        """Takes fresh pages; see `Exact.open_lane`."""
+        del answer_tokens
+        pages = self._pool.allocate(pages_for(len(token_ids) + room, self._page_size))
+        return LanePlan.contiguous(token_ids, pages, computed_from=0, page_size=self._page_size)
+
+    def close_lane(self, lane: LanePlan, written: Int32[np.ndarray, " written"] | None) -> None:
+        """Frees the pages; see `Exact.close_lane`."""
+        del written
+        self._pool.release(lane.page)
+
+
+class Prefix(Exact):
+    """Exact reuse of full pages by their whole prefix, across agents and rounds.
+
+    As in vLLM's automatic prefix caching. Blocks are registered when a lane opens, before they are
+    computed: an agent of the same round may point its table at a page that an earlier agent's rows
+    write in the same call, for at each layer all rows write before any row attends.
+    """
+
+    def __init__(self, pool: PagePool, cache: PrefixCache, page_size: int):
+        self._pool = pool
+        self._cache = cache
+        self._page_size = page_size
+
+    def open_lane(
+        self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
+    ) -> LanePlan:
+        """Takes the longest cached prefix and fresh pages after it; see `Exact.open_lane`."""
+        hit = self._cache.match(token_ids[: len(token_ids) - answer_tokens])
+        wanted = pages_for(len(token_ids) + room, self._page_size)
+        pages = self._pool.extend(hit, wanted - len(hit))
+        self._cache.insert(token_ids, pages)
+        return LanePlan.contiguous(
+            token_ids,
+            pages,
+            computed_from=len(hit) * self._page_size,
+            page_size=self._page_size,
+        )
+
+    def close_lane(self, lane: LanePlan, written: Int32[np.ndarray, " written"] | None) -> None:
+        """Keeps full written pages for later rounds; see `Exact.close_lane`."""
+        if written is None:
+            self._cache.forget(lane.page[lane.computed[0] // self._page_size :])
+        else:
+            self._cache.insert(written, lane.page)
+        self._pool.release(lane.page)
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-tokens // page_size)

@@ -1,0 +1,262 @@
+"""Per-request position-independent caching, as published: CacheBlend and EPIC.
+
+Both cache the KV of every shared segment computed alone at position 0, found again by content. For
+each request they copy it to where the prompt needs it, keys rotated by the offset, recompute some
+of it, and keep a dense cache per agent.
+"""
+
+import abc
+import dataclasses
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from tokendance_jax.paged.page_pool import PagePool
+from tokendance_jax.plan.lane import LanePlan, with_rows
+from tokendance_jax.policy.bases import Placed, content_key
+from tokendance_jax.policy.exact import pages_for
+from tokendance_jax.policy.policy import (
+    NOBODY,
+    Compute,
+    Link,
+    Look,
+    OpenRound,
+    Rest,
+    Steps,
+    no_steps,
+)
+from tokendance_jax.policy.reuse import BaseReuse
+from tokendance_jax.policy.selection import deviations
+from tokendance_jax.prompt.tokenized import TokenizedPrompt
+
+_NO_TOKENS = np.zeros(0, np.int32)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _OpenRequests(OpenRound):
+    """An open round, and what each agent's lane copies; None: the lane is exact."""
+
+    links: list[Link | None] = dataclasses.field(default_factory=list)
+
+    @property
+    def linked(self) -> list[int]:
+        """Seats of the agents whose lanes copy something."""
+        return [seat for seat, link in enumerate(self.links) if link is not None]
+
+
+class PerRequest(BaseReuse):
+    """What both have in common: isolated bases, dense lanes, links from the one to the other."""
+
+    programs = ("prefill", "link")
+    bases = sys.maxsize
+
+    def __init__(self, pool: PagePool, page_size: int, namespace: str, *, salt: bytes = b""):
+        """Makes the policy with empty caches.
+
+        Args:
+          pool: the page pool.
+          page_size: token slots in a page.
+          namespace: what K and V depend on beside the tokens.
+          salt: secret of a tenant.
+        """
+        super().__init__(pool, page_size, namespace, kind="isolated", salt=salt)
+
+    def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
+        """Takes the bases' pages, then a dense lane for every agent; see `Policy.open`."""
+        opened = _OpenRequests([], [], [], 0, no_steps())
+        try:
+            placed: dict[bytes, Placed] = {}
+            for prompt in prompts:
+                for key, ids in _shared(prompt):
+                    if key not in placed:
+                        lane, (placed[key],) = self._store.open(_NO_TOKENS, [ids])
+                        opened.bases.append(lane)
+            # Exact agents first, as they are computed first: lanes find pages of those before them.
+            seats = sorted(range(len(prompts)), key=lambda seat: any(_shared(prompts[seat])))
+            for prompt, room in ((prompts[seat], rooms[seat]) for seat in seats):
+                if any(_shared(prompt)):
+                    lane, hits, link = self._open_lane(prompt, room, placed)
+                else:
+                    lane = self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
+                    hits, link = int(lane.computed[0]), None
+                opened.lanes.append(lane)
+                opened.exact_hits.append(hits)
+                opened.links.append(link)
+            place = np.argsort(seats)
+            opened.lanes = [opened.lanes[at] for at in place]
+            opened.exact_hits = [opened.exact_hits[at] for at in place]
+            opened.links = [opened.links[at] for at in place]
+            opened.steps = self._steps(opened)
+            return opened
+        except BaseException:
+            self.close(opened, None)
+            raise
+
+    def _reusing(self, opened: OpenRound) -> Collection[int]:
+        assert isinstance(opened, _OpenRequests)
+        return opened.linked
+
+    def _open_lane(
+        self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
+    ) -> tuple[LanePlan, int, Link]:
+        """A dense lane that computes its own text, and the copies of its shared text."""
+        ids = prompt.token_ids
+        spans = [span for span in prompt.spans if span.kind == "shared"]
+        blocks = self._cache.split(ids[: spans[0].start])
+        hit = self._cache.match_blocks(blocks)
+        wanted = pages_for(len(ids) + room, self._page_size)
+        page = self._pool.extend(hit, wanted - len(hit))
+        self._cache.insert_blocks(blocks, page)
+
+        hits = len(hit) * self._page_size
+        lane = LanePlan.contiguous(ids, page, computed_from=hits, page_size=self._page_size)
+        own = np.ones(len(ids), np.bool_)
+        own[:hits] = False
+        own[-1:] = True
+        source, shift = np.zeros((2, len(ids)), np.int32)
+        for span in spans:
+            place = placed[content_key(ids[span.start : span.stop])]
+            source[span.start : span.stop] = place.slot(self._page_size)
+            shift[span.start : span.stop] = span.start - place.canonical
+            own[span.start : span.stop] = False
+        copied = np.concatenate([np.arange(s.start, s.stop, dtype=np.int32) for s in spans])
+        target, _ = lane.locate(copied, self._page_size)
+        link = Link(source[copied], target, shift[copied])
+        return with_rows(lane, np.flatnonzero(own)), hits, link
+
+    def _exact_steps(self, opened: _OpenRequests) -> Steps:
+        """What comes before the links: bases, and agents that are exact."""
+        exact = [seat for seat, link in enumerate(opened.links) if link is None]
+        seats = [*[NOBODY] * len(opened.bases), *exact]
+        yield Compute([*opened.bases, *(opened.lanes[seat] for seat in exact)], seats)
+
+    @abc.abstractmethod
+    def _steps(self, opened: _OpenRequests) -> Steps: ...
+
+
+class Epic(PerRequest):
+    """EPIC's LegoLink-k (arXiv 2410.15332): the first k tokens of every segment are recomputed.
+
+    All requests of the round are linked and computed together.
+    """
+
+    def __init__(
+        self, pool: PagePool, page_size: int, namespace: str, *, tokens: int = 16, salt: bytes = b""
+    ):
+        """Makes the policy; see `PerRequest`.
+
+        Args:
+          pool: the page pool.
+          page_size: token slots in a page.
+          namespace: what K and V depend on beside the tokens.
+          tokens: how many tokens of each segment are recomputed.
+          salt: secret of a tenant.
+
+        Raises:
+          ValueError: the number of tokens is negative.
+        """
+        if tokens < 0:
+            raise ValueError(f"epic_tokens: {tokens} is negative; give 0 or more")
+        super().__init__(pool, page_size, namespace, salt=salt)
+        self._tokens = tokens
+
+    def _open_lane(
+        self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
+    ) -> tuple[LanePlan, int, Link]:
+        lane, hits, link = super()._open_lane(prompt, room, placed)
+        heads = [
+            np.arange(span.start, min(span.start + self._tokens, span.stop), dtype=np.int32)
+            for span in prompt.spans
+            if span.kind == "shared"
+        ]
+        rows = np.sort(np.concatenate([lane.computed, *heads]))
+        return with_rows(lane, rows), hits, link
+
+    def _steps(self, opened: _OpenRequests) -> Steps:
+        yield from self._exact_steps(opened)
+        linked = opened.linked
+        if linked:
+            yield join_links([link for link in opened.links if link is not None])
+            yield Compute([opened.lanes[seat] for seat in linked], linked)
+
+
+class Blend(PerRequest):
+    """CacheBlend (arXiv 2405.16444): tokens whose K and V deviate at layer 1 are recomputed.
+
+    Layer 0 is computed for all tokens of a request, and their K and V at layer 1. The shared tokens
+    that deviate most from the cached ones go on through the layers with the request's own text.
+    """
+
+    programs = ("prefill", "link", "deviation", "rest")
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        namespace: str,
+        *,
+        ratio: float = 0.15,
+        batched: bool = False,
+        salt: bytes = b"",
+    ):
+        """Makes the policy; see `PerRequest`.
+
+        Args:
+          pool: the page pool.
+          page_size: token slots in a page.
+          namespace: what K and V depend on beside the tokens.
+          ratio: share of a request's shared tokens that are recomputed.
+          batched: whether the round's requests are computed together, not one after another.
+          salt: secret of a tenant.
+
+        Raises:
+          ValueError: the ratio is not from 0 to 1.
+        """
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"blend_ratio: {ratio} is no share; give a number from 0 to 1")
+        super().__init__(pool, page_size, namespace, salt=salt)
+        self._ratio = ratio
+        self._batched = batched
+
+    def _steps(self, opened: _OpenRequests) -> Steps:
+        yield from self._exact_steps(opened)
+        linked = opened.linked
+        for seats in [linked] if self._batched else [[seat] for seat in linked]:
+            if seats:
+                yield from self._blend(opened, seats)
+
+    def _blend(self, opened: _OpenRequests, seats: Sequence[int]) -> Steps:
+        """Links some requests, and recomputes what deviates."""
+        links = [link for seat in seats for link in [opened.links[seat]] if link is not None]
+        yield join_links(links)
+        lanes = [opened.lanes[seat] for seat in seats]
+        starts = [opened.exact_hits[seat] for seat in seats]
+        everything = [
+            with_rows(lane, np.arange(start, len(lane.token_ids)))
+            for lane, start in zip(lanes, starts, strict=True)
+        ]
+        scores = yield Look("deviation", everything, seats, resume=True)
+        assert scores is not None
+        for seat, lane, start, square in zip(seats, lanes, starts, scores, strict=True):
+            shared = np.setdiff1d(np.arange(start, len(lane.token_ids)), lane.computed)
+            (score,) = deviations([square[:, shared - start]])
+            # Stable: of equal scores the token that stands first.
+            most = np.argsort(-score, kind="stable")[: int(self._ratio * len(shared))]
+            opened.lanes[seat] = with_rows(lane, np.union1d(lane.computed, shared[most]))
+        yield Rest([opened.lanes[seat] for seat in seats], seats)
+
+
+def join_links(links: Sequence[Link]) -> Link:
+    """All copies as one step."""
+    columns = zip(*((link.source, link.target, link.shift) for link in links), strict=True)
+    return Link(*(np.concatenate(column) for column in columns))
+
+
+def _shared(prompt: TokenizedPrompt) -> Iterator[tuple[bytes, Int32[np.ndarray, " _"]]]:
+    """The shared segments that a prompt links; none of an agent that asks to be exact."""
+    for span in prompt.spans:
+        if span.kind == "shared" and prompt.fidelity == "collective":
+            ids = prompt.token_ids[span.start : span.stop]
+            yield content_key(ids), ids

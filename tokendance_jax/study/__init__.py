@@ -1,0 +1,1 @@
+"""Measurements of engines, as functions: teacher forcing, comparisons, audits."""
