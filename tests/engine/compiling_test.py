@@ -33,7 +33,7 @@ def host_arrays(draw):
 
 
 @given(host_arrays())
-@settings(max_examples=8)  # each is compiled
+@settings(max_examples=5)  # each is compiled
 def test_arrays_of_the_host_arrive_with_their_bits(arrays):
     on_device = jnp.arange(3)
     arguments = (arrays, {"kept": on_device}, tuple(arrays[:1]))

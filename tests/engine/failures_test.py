@@ -34,9 +34,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "tokendance query": {"selection": "query"},
     "tokendance joint-agent": {"base": "joint-agent", "selection": "own"},
 }
-# Policies that together call every program. Of the others some are slow, and the rest a sweep.
-QUICK = ("prefix", "blend", "tokendance query")
-LONG = ("dense", "tokendance", "tokendance joint-agent")
+# With those that are slow they call every program. The others are a sweep.
+QUICK = ("prefix", "blend")
+LONG = ("tokendance", "tokendance query")
 NAMES = "abcd"
 
 

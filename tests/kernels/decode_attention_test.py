@@ -199,7 +199,7 @@ def test_the_gpu_kernel_moves_little_more_than_it_must(heads):
     ("heads", "page_size", "blocks", "dtype"),
     [
         (cases.Heads(14, 2, 64), 16, 128, "uint16"),
-        pytest.param(cases.Heads(10, 2, 128), 16, 16, "float32", marks=pytest.mark.slow),
+        pytest.param(cases.Heads(10, 2, 128), 16, 16, "float32", marks=pytest.mark.sweep),
         pytest.param(cases.Heads(10, 2, 128), 32, 16, "uint16", marks=pytest.mark.sweep),
         pytest.param(cases.Heads(14, 2, 64), 32, 128, "float32", marks=pytest.mark.sweep),
     ],

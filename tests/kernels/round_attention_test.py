@@ -140,6 +140,7 @@ def small_tiles(case, lanes, rows):
 
 
 # The simulator takes its time: the sweep and packed rows have the other precision.
+@pytest.mark.slow
 @cases.swept(
     ("heads", "page_size", "dtype"),
     [(cases.Heads(6, 2, 64), 32, "float32"), (cases.Heads(10, 2, 128), 32, "uint16")],
@@ -248,6 +249,7 @@ def tpu_kernel(interpret):
         (cases.Heads(8, 4, 128), 8, "float32"),
     ],
 )
+@pytest.mark.slow
 def test_the_tpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype):
     case = cases.tasks(page_size)
     shared = cases.share(case)

@@ -301,7 +301,8 @@ def test_bad_arguments_are_refused():
     )
 
 
-@pytest.mark.parametrize("form", ["int8", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["int8", pytest.param("exact", marks=pytest.mark.sweep)])
 def test_the_gpu_kernel_restores_what_xla_code_restores(form, simulator):
     spec = KVSpec(2, 12, 16, 2, 64, np.dtype(ml_dtypes.bfloat16))
     bias = np.random.default_rng(0).normal(size=(2, 2, 64), scale=100).astype(np.float32)

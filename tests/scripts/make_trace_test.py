@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.prompt.recording_test import RECORDING, texts
 from tokendance_jax.prompt import read_trace
 from tokendance_jax.prompt.recording import trace_of
@@ -26,8 +28,13 @@ def test_the_script_writes_a_trace_that_reads_back(tmp_path):
     assert [texts(p) for r in read.rounds for p in r.agents] == [
         texts(p) for r in expected.rounds for p in r.agents
     ]
+
+
+@pytest.mark.slow
+def test_the_script_says_what_is_wrong(tmp_path):
+    recording, trace = tmp_path / "recording.json", tmp_path / "trace.jsonl"
     recording.write_text("{", encoding="utf-8")
-    done = run(f"--recording={recording}", f"--trace={tmp_path / 'other.jsonl'}")
+    done = run(f"--recording={recording}", f"--trace={trace}")
     assert done.returncode == 1
     assert "is no JSON" in done.stderr
-    assert not (tmp_path / "other.jsonl").exists()
+    assert not trace.exists()

@@ -171,7 +171,7 @@ def served_rounds(monkeypatch):
             for prompt in round_.agents
         )
         ledger = RoundLedger({}, 1, 1, 1, 1, 1.0, 1.0, 0, len(round_.agents), 1, 1, 1)
-        return RoundResult(round_.index, tuple(agents), Timings(*[0.0] * 5), ledger)
+        return RoundResult(round_.index, tuple(agents), Timings(*[0.0] * 6), ledger)
 
     monkeypatch.setattr(RoundEngine, "serve", answer)
     return found
