@@ -115,7 +115,8 @@ _COLD = flags.DEFINE_bool("cold", False, "Count compilation in the times.")
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     "auto",
-    "Folder that keeps compiled programs between runs; auto: in the user's cache folder; 'off'.",
+    "Folder that keeps compiled programs between runs; auto: JAX_COMPILATION_CACHE_DIR, or one in "
+    "the user's cache folder; 'off'.",
 )
 _JSON = flags.DEFINE_string("json", None, "File to write configuration and results to.")
 

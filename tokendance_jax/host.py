@@ -32,8 +32,9 @@ def cache_compilations(folder: str | os.PathLike[str] | None = None) -> Path:
     """Keeps compiled programs on disk, so that the next process does not compile them again.
 
     Args:
-      folder: where; by default `tokendance-jax/xla` in the user's cache folder. Programs in it are
-        run as they are: do not share it with people you do not trust.
+      folder: where; by default the folder that `JAX_COMPILATION_CACHE_DIR` names, or
+        `tokendance-jax/xla` in the user's cache folder. Programs in it are run as they are: do not
+        share it with people you do not trust.
 
     Returns:
       The folder.
@@ -41,7 +42,7 @@ def cache_compilations(folder: str | os.PathLike[str] | None = None) -> Path:
     Raises:
       ValueError: if there is no cache folder, because the user has no home folder.
     """
-    if folder is None:
+    if folder is None and (folder := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is None:
         try:
             home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         except RuntimeError:  # neither HOME nor an entry in the password file, as in containers
@@ -51,7 +52,8 @@ def cache_compilations(folder: str | os.PathLike[str] | None = None) -> Path:
             ) from None
         folder = Path(home) / "tokendance-jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return Path(folder)
 
 

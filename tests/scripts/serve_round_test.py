@@ -233,6 +233,7 @@ def test_who_has_no_home_folder_is_told_so(serve, capsys, monkeypatch):
 
     monkeypatch.setattr(Path, "home", no_home)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     status, _ = serve("--compilation_cache=auto")
     assert status == 1
     assert capsys.readouterr().err.startswith(
