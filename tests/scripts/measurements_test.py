@@ -61,6 +61,8 @@ def test_quality_beside_work(tmp_path):
     assert "shuffled bases" in done.stdout
 
 
+# The training script asks probes too.
+@pytest.mark.sweep
 def test_answers_to_probes_beside_work(tmp_path):
     done, written = run(
         "eval_quality",
@@ -100,17 +102,15 @@ def test_time_beside_work(tmp_path):
 
 def test_a_step_over_shared_pages_beside_one_over_copies(tmp_path):
     sizes = "--agents=5", "--shared=600", "--private=40", "--steps=2", "--turns=2"
-    done, written = run("bench_groups", tmp_path / "result.json", "--model=demo", *sizes)
+    model = "--model=demo", "--dtype=float32"
+    done, written = run("bench_groups", tmp_path / "result.json", *model, *sizes)
     assert done.returncode == 0, done.stderr
     rows = written["timings"]
-    assert [(row["what"], row["dtype"]) for row in rows] == [
-        (what, dtype)
-        for dtype in ("float32", "bfloat16")
-        for what in ("attention of a step", "decode step")
-    ]
+    assert [row["what"] for row in rows] == ["attention of a step", "decode step"]
     for row in rows:
+        assert row["dtype"] == "float32"
         assert len(row["shared_s"]) == len(row["copied_s"]) == 2
-        assert row["difference"] < (1e-5 if row["dtype"] == "float32" else 1e-2)
+        assert row["difference"] < 1e-5
 
 
 def test_programs_beside_their_products(tmp_path):
