@@ -1,6 +1,8 @@
 """Compiling all programs that rounds of a size may need, before the first round."""
 
+import jax
 import numpy as np
+from jaxtyping import Float
 
 from tokendance_jax.engine import programs
 from tokendance_jax.engine.programs import DecodeState
@@ -38,19 +40,25 @@ def warm_up(runner: Runner, policy: Policy, *, agents: int, tokens: int, steps: 
         plan = RestorePlan.of_slots(nothing, nothing, nothing, page_size=shapes.page_size)
         runner.prepare(programs.link, plan.padded(rows, rows))
     for lanes in shapes.lanes.upto(agents):
-        runner.prepare(programs.first_token, runner.new_hidden(lanes), blank_sampling(lanes))
+        hidden = runner.new_hidden(lanes)
+        runner.prepare(programs.first_token, hidden, blank_sampling(lanes))
         for entries in shapes.entries.upto(most):
             for rows in shapes.rows.sizes:
-                _warm_up_prefill(runner, policy, agents, lanes, rows, entries)
+                _warm_up_prefill(runner, policy, agents, hidden, rows, entries)
             idle = blank_decode(lanes=lanes, entries=entries, steps=steps, shapes=shapes)
             runner.prepare(programs.decode, *idle)
 
 
 def _warm_up_prefill(
-    runner: Runner, policy: Policy, agents: int, seats: int, rows: int, entries: int
+    runner: Runner,
+    policy: Policy,
+    agents: int,
+    hidden: Float[jax.Array, "seats width"],
+    rows: int,
+    entries: int,
 ) -> None:
     """Compiles what takes plans of these shapes; bases may bring prefills of more lanes."""
-    shapes, hidden = runner.shapes, runner.new_hidden(seats)
+    shapes, seats = runner.shapes, len(hidden)
     most = min(min(agents, seats) + policy.bases, shapes.lanes.budget)
     for lanes in shapes.lanes.upto(max(seats, most)):
         if lanes < seats:

@@ -48,6 +48,7 @@ def trace_of(recording: Any, *, blocks: str = "all") -> Trace:
     agents, memories = recording["agents"], dict[str, list[Segment]]()
     for name, agent in agents.items():
         _check(agent, _AGENT, f"agent {name!r}")
+    limit = {key: value for key, value in recording.items() if key == "max_new_tokens"}
     rounds, shown = [], ()
     for index, turns in enumerate(recording["rounds"]):
         _check(turns, {name: dict for name in agents}, f"round {index}", what="agent")
@@ -72,10 +73,7 @@ def trace_of(recording: Any, *, blocks: str = "all") -> Trace:
                     recorded_output=turn.get("output"),
                 )
             )
-        limit = recording.get(
-            "max_new_tokens", Round.__dataclass_fields__["max_new_tokens"].default
-        )
-        rounds.append(Round(tuple(prompts), max_new_tokens=limit, index=index))
+        rounds.append(Round(tuple(prompts), index=index, **limit))
         outputs = {name: turn["output"] for name, turn in turns.items() if turn.get("output")}
         shown = gather(outputs, index)
     return Trace(recording["name"], tuple(rounds))
