@@ -1,15 +1,19 @@
-"""Which implementation of a kernel runs."""
+"""Which implementation of an operation runs."""
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, cast
 
 import jax
 
 # "interpret" runs the Mosaic GPU kernel on a CPU, in JAX's simulator of such kernels.
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "interpret")
 _BY_PLATFORM = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+
+Signature = TypeVar("Signature", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 
 def platform_of(implementation: str | None) -> str:
@@ -23,42 +27,50 @@ def platform_of(implementation: str | None) -> str:
     return named.get(implementation or "", jax.default_backend())
 
 
-def call(
-    name: str,
-    implementation: str | None,
-    kernels: Mapping[str, Callable[..., Any]],
-    *arguments: Any,
-    **keywords: Any,
-) -> Any:
-    """Runs one implementation of a kernel.
+@dataclasses.dataclass(frozen=True)
+class Op(Generic[Signature]):
+    """An operation and its implementations, which share one signature.
 
-    Args:
-      name: name of the kernel, for messages.
-      implementation: one of `IMPLEMENTATIONS`; None: what the default platform has, and XLA code
-        where that declares itself unfit for the arguments.
-      kernels: the implementations that there are, but for "interpret". One that cannot take the
-        arguments raises NotImplementedError with the reason.
-      arguments: for the kernel.
-      keywords: for the kernel.
+    An implementation that cannot take its arguments raises NotImplementedError with the reason.
 
-    Returns:
-      What the kernel returned.
-
-    Raises:
-      ValueError: there is no implementation of that name.
-      NotImplementedError: the named implementation is unfit for the arguments.
+    Attributes:
+      name: name of the operation, for messages.
+      xla: XLA code, which takes everything.
+      mosaic_gpu: a Pallas kernel for GPUs, which also takes `interpret`.
+      mosaic_tpu: a Pallas kernel for TPUs.
     """
-    _check(implementation)
-    if implementation == "interpret":
-        return _simulated(kernels["mosaic_gpu"], *arguments, **keywords)
-    if implementation is not None:
-        return kernels[implementation](*arguments, **keywords)
-    preferred = _BY_PLATFORM.get(jax.default_backend(), "xla")
-    try:
-        return kernels[preferred](*arguments, **keywords)
-    except NotImplementedError as reason:
-        _report(name, preferred, str(reason))
-        return kernels["xla"](*arguments, **keywords)
+
+    name: str
+    xla: Signature
+    mosaic_gpu: Signature
+    mosaic_tpu: Signature
+
+    def run(self, implementation: str | None, call: Callable[[Signature], Result]) -> Result:
+        """Calls one of the implementations.
+
+        Args:
+          implementation: one of `IMPLEMENTATIONS`; None: that of the default platform, and XLA code
+            where it raises NotImplementedError.
+          call: calls the implementation that it is given.
+
+        Returns:
+          What `call` returned.
+
+        Raises:
+          ValueError: there is no implementation of that name.
+          NotImplementedError: the named implementation cannot take the arguments.
+        """
+        _check(implementation)
+        if implementation == "interpret":
+            return call(cast(Signature, functools.partial(_simulated, self.mosaic_gpu)))
+        if implementation is not None:
+            return call(getattr(self, implementation))
+        preferred = _BY_PLATFORM.get(jax.default_backend(), "xla")
+        try:
+            return call(getattr(self, preferred))
+        except NotImplementedError as reason:
+            _report(self.name, preferred, str(reason))
+            return call(self.xla)
 
 
 def _check(implementation: str | None) -> None:
@@ -68,13 +80,7 @@ def _check(implementation: str | None) -> None:
 
 
 def _simulated(kernel: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """Runs a Mosaic GPU kernel in JAX's simulator of an H100, on a CPU.
-
-    Args:
-      kernel: takes `interpret`.
-      arguments: for the kernel.
-      keywords: for the kernel.
-    """
+    """Runs a Mosaic GPU kernel in JAX's simulator of an H100, on a CPU."""
     # The simulator is not public yet.
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
     from jax.sharding import AbstractDevice, AbstractMesh

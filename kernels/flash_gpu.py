@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from tokendance_jax.kernels import flash, rope
 from tokendance_jax.kernels.gpu_planes import planes_of, products, scores, split, store
 from tokendance_jax.kernels.gpu_tiles import QUERIES, SLOTS, Parts, Steps, Tiles
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 # Steps that are in shared memory or on their way; of float32 pages those of one, and its planes.
 STAGES = 2
@@ -33,13 +34,11 @@ LOG2E = math.log2(math.e)
 Ref = Any
 
 
-def check_pool(k_pool: jax.Array) -> None:
+def check_pool(pool: jax.Array) -> None:
     """Raises NotImplementedError for pools that the attention kernels cannot read."""
-    _, _, page_size, _, head_dim = k_pool.shape
-    if k_pool.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(
-            f"the kernel takes bfloat16 and float32 pools, not {k_pool.dtype}"
-        )
+    _, _, page_size, _, head_dim = pool.shape
+    if pool.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {pool.dtype}")
     if head_dim not in (64, 128) or page_size not in (8, 16, 32, 64):
         raise NotImplementedError(
             f"pages of {page_size} slots with heads of {head_dim}: the kernel takes pages of 8 to "
@@ -51,8 +50,7 @@ def check_pool(k_pool: jax.Array) -> None:
 @functools.partial(jax.jit, static_argnames=("theta", "most_parts", "with_lse", "interpret"))
 def flash_attention_gpu(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     tiles: Tiles,
     steps: Steps,
@@ -68,8 +66,7 @@ def flash_attention_gpu(
 
     Args:
       q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
-      k_pool: bf16 or f32 [layers, pages, page_size, kv_heads, head_dim].
-      v_pool: as k_pool.
+      kv: the pool, bfloat16 or float32.
       layer: index of the layer; data, so that all layers have one kernel.
       tiles: the rows; at most `QUERIES` queries of a KV head in a tile.
       steps: what the tiles walk.
@@ -88,13 +85,13 @@ def flash_attention_gpu(
       nothing `flash.MASKED`.
     """
     _, heads, head_dim = q.shape
-    _, pages, page_size, kv_heads, _ = k_pool.shape
+    _, pages, page_size, kv_heads, _ = kv.k.shape
     (count, tile_rows), group = tiles.row.shape, heads // kv_heads
     used = jnp.ones((), jnp.int32) if parts is None else parts
     inputs = {
         "q": q,
-        "k": k_pool.reshape(-1, kv_heads, head_dim),
-        "v": v_pool.reshape(-1, kv_heads, head_dim),
+        "k": kv.k.reshape(-1, kv_heads, head_dim),
+        "v": kv.v.reshape(-1, kv_heads, head_dim),
         "turns": jnp.asarray(rope.turn_tables(theta, head_dim)),
         "stop": steps.slot_position.max(axis=2),
         "parts": used[None],
@@ -102,10 +99,10 @@ def flash_attention_gpu(
         **vars(tiles),
         **{name: value for name, value in vars(steps).items() if value is not None},
     }
-    planes = planes_of(k_pool.dtype)
+    planes = planes_of(kv.k.dtype)
     column = plgpu.SMEM((QUERIES,), jnp.int32)
-    out_type = jnp.float32 if parts is None else k_pool.dtype
-    pages_of_steps = _swizzled((STAGES // planes, SLOTS, head_dim), k_pool.dtype)
+    out_type = jnp.float32 if parts is None else kv.k.dtype
+    pages_of_steps = _swizzled((STAGES // planes, SLOTS, head_dim), kv.k.dtype)
     scratch = {
         "q": _swizzled((planes, QUERIES, head_dim)),
         "k": pages_of_steps,
@@ -145,7 +142,7 @@ def flash_attention_gpu(
     results = [jax.ShapeDtypeStruct((most_parts, *q.shape), out_type)]
     if with_lse:
         results.append(jax.ShapeDtypeStruct((most_parts, count, kv_heads, QUERIES), jnp.float32))
-    return pl.kernel(
+    call: Any = pl.kernel(
         kernel,
         out_type=tuple(results),
         mesh=plgpu.Mesh(grid=(most_parts, kv_heads, count), grid_names=("part", "head", "tile")),
@@ -154,7 +151,8 @@ def flash_attention_gpu(
         ),
         interpret=interpret,
         name="flash_attention",
-    )(inputs)
+    )
+    return call(inputs)
 
 
 def _walk(

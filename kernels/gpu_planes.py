@@ -64,7 +64,8 @@ def products(left: list[Any], right: list[Ref], shape: tuple[int, int]) -> jax.A
             plgpu.wgmma(accumulator, one, other)
         return accumulator[...]
 
-    return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+    accumulator = plgpu.ACC(shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+    return pl.run_scoped(product, accumulator)
 
 
 def _pairs(left: list[Any], right: list[Any]) -> list[tuple[Any, Any]]:

@@ -23,13 +23,13 @@ import numpy as np
 # Planned on the host, read on the device.
 Array = jax.Array | np.ndarray
 
-# Slots per key block. 256 keys against a tile of 128 rows keep XLA's CPU products near their peak
-# while scores and values stay in the L2 cache.
+# Slots per key block, on every platform. Tuned on a CPU: 256 keys against a tile of 128 rows keep
+# XLA's products near their peak while scores and values stay in the L2 cache.
 KEY_BLOCK = 256
-# Rows per tile of prefill attention.
+# Rows per tile of prefill attention, on every platform. Tuned on a CPU, with `KEY_BLOCK`.
 TILE_ROWS = 128
-# Rows of many lanes in a tile of XLA code. They need not end where a lane ends, so there may be
-# more: on CPU twice the rows meet a key block in less than twice the time.
+# Rows of many lanes in a tile of XLA code. Tuned on a CPU: twice the rows of `TILE_ROWS` meet a key
+# block in less than twice the time, and these rows need not end where a lane ends.
 SHARED_TILE_ROWS = 256
 
 

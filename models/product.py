@@ -8,8 +8,8 @@ from jaxtyping import Float
 
 from tokendance_jax.kernels.flash import precision
 
-# Rows that XLA's CPU code multiplies at a time where it multiplies few. Products of `FEW_ROWS` rows
-# at most, or with `MANY_OUTPUTS`, are faster with the matrix on the left if they fill such groups.
+# Tuned on a CPU, for XLA's CPU code alone: products of at most `FEW_ROWS` rows, or with
+# `MANY_OUTPUTS` outputs, are faster with the matrix on the left if rows fill groups of `ROW_GROUP`.
 ROW_GROUP = 16
 FEW_ROWS = 64
 MANY_OUTPUTS = 1 << 15

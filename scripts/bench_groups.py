@@ -128,7 +128,7 @@ def time_steps(model: Model) -> list[Result]:
         # A chain, so that the layers follow each other as they do in a step.
         x, at = q, jnp.asarray(state.position)
         for layer in range(layers):
-            x = q + decode_attention(x, kv.k, kv.v, layer, at, tables, groups, theta=theta)
+            x = q + decode_attention(x, kv, layer, at, tables, groups, theta=theta)
         return x
 
     calls = [lambda t=t, g=g: attention(q, kv, t, g) for g, t in tables]

@@ -34,6 +34,7 @@ from tokendance_jax.kernels.gpu_planes import planes_of
 from tokendance_jax.kernels.gpu_tiles import SLOTS
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables, block_pages
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
 from tokendance_jax.models.qwen2.config import Qwen2Config
@@ -100,6 +101,7 @@ def cases(
     shared_pages, own_pages = shared // page_size, own // page_size
     pages = 1 + shared_pages + agents * (shared_pages + own_pages)
     pool = _shape(layers, pages, page_size, kv_heads, head_dim, dtype=dtype)
+    kv = PagedKV(pool, pool)
 
     pieces = agents * shared_pages
     piece = _shape(pieces)
@@ -108,12 +110,12 @@ def cases(
         "name": "sparse_restore",
         "what": f"{agents} mirrors of {shared} tokens, all layers",
         "call": lambda implementation: (
-            lambda k, v, plan: sparse_restore(
-                k, v, None, plan, theta=theta, implementation=implementation
+            lambda kv, plan: sparse_restore(
+                kv, None, plan, theta=theta, implementation=implementation
             )
         ),
-        "arguments": (pool, pool, plan),
-        "donate": (0, 1),
+        "arguments": (kv, plan),
+        "donate": (0,),
         "floor": layers * page * (shared_pages + pieces),
         "extra": 4 * (4 * pieces + 2 * shared_pages),
         # Two products and a sum for each number of a key, and as much for its angle.
@@ -136,11 +138,11 @@ def cases(
         "name": "decode_attention",
         "what": f"{agents} lanes, {shared} shared and {own} own tokens, one layer",
         "call": lambda implementation: (
-            lambda q, k, v, position, tables, groups: decode_attention(
-                q, k, v, 0, position, tables, groups, theta=theta, implementation=implementation
+            lambda q, kv, position, tables, groups: decode_attention(
+                q, kv, 0, position, tables, groups, theta=theta, implementation=implementation
             )
         ),
-        "arguments": (q, pool, pool, _shape(agents), tables, groups),
+        "arguments": (q, kv, _shape(agents), tables, groups),
         "donate": (),
         "floor": page * (shared_pages + agents * own_pages) + 2 * queries,
         "extra": beside - 2 * queries,
@@ -153,11 +155,11 @@ def cases(
         "name": "page_diff",
         "what": f"{agents} siblings of {shared} tokens, all layers",
         "call": lambda implementation: (
-            lambda k, v, plan: page_diff(
-                k, v, None, plan, theta=theta, threshold=0.1, implementation=implementation
+            lambda kv, plan: page_diff(
+                kv, None, plan, theta=theta, threshold=0.1, implementation=implementation
             )
         ),
-        "arguments": (pool, pool, plan),
+        "arguments": (kv, plan),
         "donate": (),
         "floor": layers * page * (shared_pages + pieces) + layers * pieces * 16,
         # On a GPU: scores of parts of pages, written and read again.
@@ -165,12 +167,12 @@ def cases(
         # A key is turned as in a restore; a difference, a maximum and a sum of squares for all.
         "operations": layers * pieces * page // (2 * itemsize) * (8 + 2 * 5),
     }
-    prefills = [_prefill(config, pool, page, rows, packing) for rows in _ROWS.value]
+    prefills = [_prefill(config, kv, page, rows, packing) for rows in _ROWS.value]
     return [restored, decoded, *prefills, compared]
 
 
 def _prefill(
-    config: Qwen2Config, pool: Any, page: int, each: int, packing: Packing | None
+    config: Qwen2Config, kv: PagedKV, page: int, each: int, packing: Packing | None
 ) -> dict[str, Any]:
     """Round attention of so many rows of each agent, behind what all of them share."""
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
@@ -181,7 +183,7 @@ def _prefill(
         rows=Buckets(rows, rows),
         lanes=Buckets(agents, agents),
         entries=Buckets(context // page_size, context // page_size),
-        pages=pool.shape[1],
+        pages=kv.k.shape[1],
         page_size=page_size,
         packing=packing,
     )
@@ -200,16 +202,16 @@ def _prefill(
     together = plan.shared if plan.shared and plan.shared.groups.count else None
     plans = jax.tree.map(lambda x: _shape(*x.shape, dtype=x.dtype.name), (plan.tables, plan.tiles))
     options = {} if together is None else {"shared": together}
-    numbers, planes = rows * heads * head_dim, planes_of(pool.dtype)
+    numbers, planes = rows * heads * head_dim, planes_of(kv.k.dtype)
     # On a GPU what rows see together is written and read as the pool's numbers are, and queries are
     # read once more.
-    part = pool.dtype.itemsize * numbers + 4 * rows * heads
+    part = kv.k.dtype.itemsize * numbers + 4 * rows * heads
     extra = 0 if together is None else 4 * numbers + 2 * part
 
     def call(implementation: str) -> Callable[..., Any]:
-        def program(q: Any, k: Any, v: Any, position: Any, plans: Any, options: Any) -> Any:
+        def program(q: Any, kv: PagedKV, position: Any, plans: Any, options: Any) -> Any:
             options = {**options, "theta": theta, "implementation": implementation}
-            return round_attention(q, k, v, 0, position, *plans, **options)
+            return round_attention(q, kv, 0, position, *plans, **options)
 
         return program
 
@@ -219,8 +221,7 @@ def _prefill(
         "call": call,
         "arguments": (
             _shape(rows, heads, head_dim, dtype="float32"),
-            pool,
-            pool,
+            kv,
             _shape(rows),
             plans,
             jax.tree.map(lambda x: _shape(*x.shape, dtype=x.dtype.name), options),

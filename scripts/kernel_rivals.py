@@ -15,6 +15,7 @@ import numpy as np
 
 from scripts.kernel_work import PATCHES, Work
 from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore import sparse_restore
 
 
@@ -101,8 +102,8 @@ def _paged(work: Work, op: Callable[..., jax.Array]) -> Attend:
         scaled = (q * q.shape[-1] ** -0.5).astype(k[layer].dtype)
         return op(scaled, k[layer], v[layer], page, length).astype(jnp.float32)
 
-    k, v = _copied(work)
-    return Attend(call, (split(k), split(v), _tables(work), work.last + np.int32(1)))
+    kv = _copied(work)
+    return Attend(call, (split(kv.k), split(kv.v), _tables(work), work.last + np.int32(1)))
 
 
 def tpu_ragged_paged_attention(work: Work) -> Attend:
@@ -125,9 +126,10 @@ def tpu_ragged_paged_attention(work: Work) -> Attend:
         return out.astype(jnp.float32)
 
     # Keys and values of a head stand beside each other.
+    kv = _copied(work)
     pages = [
         jnp.stack([storage.load(k), storage.load(v)], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
-        for k, v in zip(*_copied(work), strict=True)
+        for k, v in zip(kv.k, kv.v, strict=True)
     ]
     count = np.array([work.agents], np.int32)
     return Attend(call, (pages, work.last + np.int32(1), _tables(work), begin, count))
@@ -138,18 +140,18 @@ def _tables(work: Work) -> np.ndarray:
     return np.stack([lane.page for lane in work.lanes(copied=True)])
 
 
-def _copied(work: Work) -> tuple[jax.Array, jax.Array]:
-    """The pools with everybody's copy of the base."""
+def _copied(work: Work) -> PagedKV:
+    """The pool with everybody's copy of the base."""
     theta, plan = work.config.rope_theta, work.restore(patched=False)
     restore = functools.partial(sparse_restore, theta=theta, implementation="xla")
-    return jax.jit(restore)(*work.pools, None, plan)
+    return jax.jit(restore)(work.kv, None, plan)
 
 
-def three_steps(work: Work) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+def three_steps(work: Work) -> Callable[[PagedKV], PagedKV]:
     """A restore as three programs: gather the base, overlay the patches, rotate and write.
 
     Returns:
-      Takes the pools donated, and returns them.
+      Takes the pool donated, and returns it.
     """
     theta, head_dim = work.config.rope_theta, work.config.head_dim
     agents, patches = work.agents, min(PATCHES, len(work.base))
@@ -197,7 +199,7 @@ def three_steps(work: Work) -> Callable[[jax.Array, jax.Array], tuple[jax.Array,
         keys = rope.rotate(keys, cos[:, None, None, :], sin[:, None, None, :])
         return write(k, copy, storage.store(keys, k.dtype)), write(v, copy, dense_v)
 
-    def restore(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return rotate(*overlay(*gather(k, v), k, v), k, v)
+    def restore(kv: PagedKV) -> PagedKV:
+        return PagedKV(*rotate(*overlay(*gather(kv.k, kv.v), kv.k, kv.v), kv.k, kv.v))
 
     return restore

@@ -16,15 +16,15 @@ from scripts import kernel_rivals
 from scripts.kernel_rivals import Attend
 from scripts.kernel_work import PATCHES, Work
 from tokendance_jax.kernels import storage
+from tokendance_jax.kernels.attention_mass import attention_mass
+from tokendance_jax.kernels.attention_mass.reference import attention_mass_reference
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.kv_write import kv_write
 from tokendance_jax.kernels.page_diff import Deviation, DiffPlan, page_diff
 from tokendance_jax.kernels.page_diff.reference import page_diff_reference
-from tokendance_jax.kernels.round_attention import attention_mass, round_attention
-from tokendance_jax.kernels.round_attention.reference import (
-    attention_mass_reference,
-    round_attention_reference,
-)
+from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.round_attention import round_attention
+from tokendance_jax.kernels.round_attention.reference import round_attention_reference
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
 from tokendance_jax.kernels.sparse_restore.reference import sparse_restore_reference
 
@@ -72,22 +72,23 @@ class Subject:
 
 
 class _InPlace:
-    """Programs that write pools in place: all into one copy, the pools themselves stay."""
+    """Programs that write a pool in place: all into one copy, the pool itself stays."""
 
-    def __init__(self, pools: tuple[jax.Array, ...]):
-        self._pools = pools
-        self._copy: tuple[jax.Array, ...] = ()
+    def __init__(self, kv: PagedKV):
+        self._kv = kv
+        self._copy: PagedKV | None = None
 
-    def program(self, call: Callable[..., tuple[jax.Array, ...]]) -> Program:
-        """Of a call that takes the pools donated, and returns them."""
+    def program(self, call: Callable[[PagedKV], PagedKV]) -> Program:
+        """Of a call that takes the pool donated, and returns it."""
 
-        def again() -> tuple[jax.Array, ...]:
-            self._copy = call(*self._copy)
+        def again() -> PagedKV:
+            assert self._copy is not None
+            self._copy = call(self._copy)
             return self._copy
 
-        def check() -> tuple[jax.Array, ...]:
-            self._copy = ()
-            self._copy = tuple(jnp.copy(pool) for pool in self._pools)
+        def check() -> PagedKV:
+            self._copy = None  # at most one copy at a time
+            self._copy = jax.tree.map(jnp.copy, self._kv)
             return again()
 
         return Program(check, again)
@@ -100,29 +101,27 @@ def _error(found: jax.Array, expected: jax.Array) -> jax.Array:
 
 def sparse_restore_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
     """All layers of everybody's copy of the base, with patches, keys turned."""
-    plan, theta, pools = work.restore(), work.config.rope_theta, work.pools
-    layers, _, *page_shape = pools[0].shape
-    in_place = _InPlace(pools)
+    plan, theta, kv = work.restore(), work.config.rope_theta, work.kv
+    layers, _, *page_shape = kv.k.shape
+    in_place = _InPlace(kv)
 
     def program(implementation: str) -> Program:
-        def restore(k: jax.Array, v: jax.Array, plan: RestorePlan) -> tuple[jax.Array, jax.Array]:
-            return sparse_restore(k, v, None, plan, theta=theta, implementation=implementation)
+        def restore(kv: PagedKV, plan: RestorePlan) -> PagedKV:
+            return sparse_restore(kv, None, plan, theta=theta, implementation=implementation)
 
-        jitted = jax.jit(restore, donate_argnums=(0, 1))
-        return in_place.program(lambda k, v: jitted(k, v, plan))
+        jitted = jax.jit(restore, donate_argnums=0)
+        return in_place.program(lambda kv: jitted(kv, plan))
 
     @jax.jit
-    def error_of_layer(pools: Any, found: Any, layer: jax.Array) -> jax.Array:
+    def error_of_layer(kv: PagedKV, found: PagedKV, layer: jax.Array) -> jax.Array:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=layer, slice_size=1)
-        k, v = (cut(pool) for pool in pools)
-        expected = sparse_restore_reference(k, v, None, plan, theta=theta)
-        errors = [_error(cut(x), y) for x, y in zip(found, expected, strict=True)]
-        return jnp.max(jnp.stack(errors))
+        expected = sparse_restore_reference(jax.tree.map(cut, kv), None, plan, theta=theta)
+        return jnp.maximum(_error(cut(found.k), expected.k), _error(cut(found.v), expected.v))
 
-    def error(found: tuple[jax.Array, ...]) -> float:
-        return max(float(error_of_layer(pools, found, jnp.int32(at))) for at in range(layers))
+    def error(found: PagedKV) -> float:
+        return max(float(error_of_layer(kv, found, jnp.int32(at))) for at in range(layers))
 
-    page = 2 * int(np.prod(page_shape)) * pools[0].dtype.itemsize
+    page = 2 * int(np.prod(page_shape)) * kv.k.dtype.itemsize
     return Subject(
         what=f"{work.agents} mirrors of {work.shared} tokens, {PATCHES} pages of each its own",
         bytes=layers * page * (len(plan.page) + len(plan.first)),
@@ -140,30 +139,30 @@ def sparse_restore_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
 
 def page_diff_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
     """All layers of the base beside everybody's copy of it."""
-    plan, theta, pools = work.comparisons(), work.config.rope_theta, work.pools
-    layers, _, *page_shape = pools[0].shape
+    plan, theta, kv = work.comparisons(), work.config.rope_theta, work.kv
+    layers, _, *page_shape = kv.k.shape
 
     def program(implementation: str) -> Program:
-        def compare(k: jax.Array, v: jax.Array, plan: DiffPlan) -> Deviation:
+        def compare(kv: PagedKV, plan: DiffPlan) -> Deviation:
             return page_diff(
-                k, v, None, plan, theta=theta, threshold=0.0, implementation=implementation
+                kv, None, plan, theta=theta, threshold=0.0, implementation=implementation
             )
 
         jitted = jax.jit(compare)
-        call = functools.partial(jitted, *pools, plan)
+        call = functools.partial(jitted, kv, plan)
         return Program(call, call)
 
     def error(found: Deviation) -> float:
         worst = 0.0
         for layer in range(layers):
-            k, v = (pool[layer : layer + 1] for pool in pools)
-            expected = page_diff_reference(k, v, None, plan, theta=theta)[:, 0]
+            of_layer = PagedKV(kv.k[layer : layer + 1], kv.v[layer : layer + 1])
+            expected = page_diff_reference(of_layer, None, plan, theta=theta)[:, 0]
             scores = found.k_largest, found.k_squares, found.v_largest, found.v_squares
             errors = [_error(score[layer], x) for score, x in zip(scores, expected, strict=True)]
             worst = max(worst, *map(float, errors))
         return worst
 
-    page = 2 * int(np.prod(page_shape)) * pools[0].dtype.itemsize
+    page = 2 * int(np.prod(page_shape)) * kv.k.dtype.itemsize
     return Subject(
         what=f"{work.agents} siblings of {work.shared} tokens",
         bytes=layers * page * (len(plan.page) + len(plan.sibling)),
@@ -232,11 +231,11 @@ def decode_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]])
 
     def attend(implementation: str) -> Attend:
         def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
-            k, v, *rest = arguments
+            kv, *rest = arguments
             keywords = {"theta": work.config.rope_theta, "implementation": implementation}
-            return decode_attention(q, k, v, layer, *rest, **keywords)
+            return decode_attention(q, kv, layer, *rest, **keywords)
 
-        return Attend(call, (*work.pools, work.last, tables, groups))
+        return Attend(call, (work.kv, work.last, tables, groups))
 
     lane = np.arange(work.agents, dtype=np.int32)
     return _attention(
@@ -247,7 +246,7 @@ def decode_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]])
         kernel_rivals.decode(work),
         rows=work.agents,
         expected=lambda q, layer: work.expected(
-            round_attention_reference, work.pools, q, layer, work.last, lane
+            round_attention_reference, q, layer, work.last, lane
         ),
     )
 
@@ -258,12 +257,11 @@ def round_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) 
 
     def attend(implementation: str) -> Attend:
         def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
-            k, v, *rest = arguments
-            *rest, shared = rest
+            kv, *rest, shared = arguments
             keywords = {"theta": work.config.rope_theta, "implementation": implementation}
-            return round_attention(q, k, v, layer, *rest, shared=shared, **keywords)
+            return round_attention(q, kv, layer, *rest, shared=shared, **keywords)
 
-        return Attend(call, (*work.pools, plan.rows.position, plan.tables, plan.tiles, plan.shared))
+        return Attend(call, (work.kv, plan.rows.position, plan.tables, plan.tiles, plan.shared))
 
     return _attention(
         work,
@@ -273,7 +271,7 @@ def round_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) 
         kernel_rivals.prefill(work),
         rows=len(plan.lane),
         expected=lambda q, layer: work.expected(
-            round_attention_reference, work.pools, q, layer, plan.rows.position, plan.lane
+            round_attention_reference, q, layer, plan.rows.position, plan.lane
         ),
     )
 
@@ -281,16 +279,13 @@ def round_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) 
 def attention_mass_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
     """How much the rows of a prefill attend to each entry: the products with keys, twice."""
     plan, case = work.prefill, cases["round_attention"]
-    k = work.pools[0]
 
     def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
-        k, *rest = arguments
-        return attention_mass(q, k, layer, *rest, theta=work.config.rope_theta)
+        kv, *rest = arguments
+        return attention_mass(q, kv, layer, *rest, theta=work.config.rope_theta)
 
     def expected(q: jax.Array, layer: int) -> jax.Array:
-        rows = work.expected(
-            attention_mass_reference, (k,), q, layer, plan.rows.position, plan.lane
-        )
+        rows = work.expected(attention_mass_reference, q, layer, plan.rows.position, plan.lane)
         return jnp.zeros(plan.tables.page.shape, jnp.float32).at[plan.lane].add(rows)
 
     # Neither values nor results of queries' size.
@@ -300,7 +295,7 @@ def attention_mass_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
         work,
         {**case, "floor": floor},
         ("xla",),
-        lambda _: Attend(call, (k, plan.rows.position, plan.tables, plan.tiles)),
+        lambda _: Attend(call, (work.kv, plan.rows.position, plan.tables, plan.tiles)),
         {"jax.experimental.pallas": "it has no op that sums weights"},
         rows=len(plan.lane),
         expected=expected,
@@ -308,33 +303,34 @@ def attention_mass_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
 
 
 def kv_write_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
-    """The keys of a prefill's rows, through all layers."""
+    """Keys and values of a prefill's rows, through all layers."""
     del cases
-    slot, keys = np.asarray(work.prefill.rows.slot), work.pools[0]
-    layers, _, page_size, *head_shape = keys.shape
-    value = jax.random.normal(jax.random.key(2), (len(slot), *head_shape))
+    slot, kv = np.asarray(work.prefill.rows.slot), work.kv
+    layers, _, page_size, *head_shape = kv.k.shape
+    k, v = jax.random.normal(jax.random.key(2), (2, len(slot), *head_shape))
 
-    def write(pool: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+    def write(kv: PagedKV, slot: jax.Array, k: jax.Array, v: jax.Array) -> PagedKV:
         for layer in range(layers):
-            pool = kv_write(pool, layer, slot, value)
-        return pool
+            kv = kv_write(kv, layer, slot, k, v)
+        return kv
 
     jitted = jax.jit(write, donate_argnums=0)
-    program = _InPlace((keys,)).program(lambda pool: (jitted(pool, slot, value),))
+    program = _InPlace(kv).program(lambda kv: jitted(kv, slot, k, v))
 
-    def error(found: tuple[jax.Array, ...]) -> float:
-        stored = np.asarray(storage.store(value, keys.dtype))
+    def error(found: PagedKV) -> float:
         worst = 0.0
-        for layer in range(layers):
-            expected = np.array(keys[layer])
-            expected[slot // page_size, slot % page_size] = stored
-            worst = max(worst, float(_error(found[0][layer], jnp.asarray(expected))))
+        for pool, written, value in ((kv.k, found.k, k), (kv.v, found.v, v)):
+            stored = np.asarray(storage.store(value, pool.dtype))
+            for layer in range(layers):
+                expected = np.array(pool[layer])
+                expected[slot // page_size, slot % page_size] = stored
+                worst = max(worst, float(_error(written[layer], jnp.asarray(expected))))
         return worst
 
-    numbers = len(slot) * int(np.prod(head_shape))
+    numbers = 2 * len(slot) * int(np.prod(head_shape))
     return Subject(
-        what=f"keys of {len(slot)} rows, one layer",
-        bytes=numbers * (4 + keys.dtype.itemsize) + 4 * len(slot),
+        what=f"keys and values of {len(slot)} rows, one layer",
+        bytes=numbers * (4 + kv.k.dtype.itemsize) + 4 * len(slot),
         operations=0,
         calls=layers,
         implementations=("xla",),

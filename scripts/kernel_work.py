@@ -1,7 +1,7 @@
 """A round's pages, tables and rows at the sizes of a model, for kernels to work on."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.lanes import KEY_BLOCK, Array, GroupTables, LaneTables
 from tokendance_jax.kernels.page_diff import DiffPlan
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.plan.buckets import Buckets
@@ -92,8 +93,8 @@ class Work:
         )
 
     @cached_property
-    def pools(self) -> tuple[jax.Array, jax.Array]:
-        """Random K and V [layers, pages, page_size, kv_heads, head_dim], in the storage dtype."""
+    def kv(self) -> PagedKV:
+        """A pool of random numbers."""
         c = self.config
         stored = storage.storage_dtype(jnp.dtype(self.dtype), jax.default_backend())
         shape = self.shapes.pages, self.page_size, c.num_key_value_heads, c.head_dim
@@ -105,7 +106,7 @@ class Work:
             )
 
         keys = jax.random.split(jax.random.key(0), (2, c.num_hidden_layers))
-        return draw(keys[0]), draw(keys[1])
+        return PagedKV(draw(keys[0]), draw(keys[1]))
 
     def lanes(self, *, copied: bool = False) -> list[LanePlan]:
         """Everybody's lane; `copied`: over the copies of the base, which lie in frame 0."""
@@ -184,7 +185,6 @@ class Work:
     def expected(
         self,
         reference: Callable[..., jax.Array],
-        pools: Sequence[jax.Array],
         q: jax.Array,
         layer: int,
         position: Array,
@@ -194,11 +194,11 @@ class Work:
         theta = self.config.rope_theta
 
         @jax.jit
-        def call(pools: Sequence[jax.Array], rows: Any, tables: LaneTables) -> jax.Array:
+        def call(kv: PagedKV, rows: Any, tables: LaneTables) -> jax.Array:
             def one(row: tuple[jax.Array, ...]) -> jax.Array:
                 q, *at = (x[None] for x in row)
-                return reference(q, *pools, layer, *at, tables, theta=theta)[0]
+                return reference(q, kv, layer, *at, tables, theta=theta)[0]
 
             return jax.lax.map(one, rows, batch_size=_ROWS)
 
-        return call(pools, (q, position, lane), self.prefill.tables)
+        return call(self.kv, (q, position, lane), self.prefill.tables)

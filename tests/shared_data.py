@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tokendance_jax.models.loading import Checkpoint, load_checkpoint
+
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -19,6 +21,12 @@ def shared_dir() -> Path:
 def real_gguf() -> Path:
     """Returns the verified file of Qwen2.5-Coder-0.5B-Instruct, fetched if need be."""
     return _fetch(shared_dir())
+
+
+@functools.cache
+def real_checkpoint(dtype: str) -> Checkpoint:
+    """Returns the real model, loaded once in a process for each type of its matrices."""
+    return load_checkpoint(real_gguf(), dtype=dtype)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Attention of one new token per lane."""
 
+from typing import Protocol
+
 import jax
 
 from tokendance_jax.kernels import dispatch
@@ -7,12 +9,36 @@ from tokendance_jax.kernels.decode_attention.mosaic_gpu import decode_attention_
 from tokendance_jax.kernels.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 from tokendance_jax.kernels.decode_attention.xla import decode_attention_xla
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
+from tokendance_jax.kernels.paged_kv import PagedKV
+
+
+class DecodeAttention(Protocol):
+    """The signature of `decode_attention`'s implementations."""
+
+    def __call__(
+        self,
+        q: jax.Array,
+        kv: PagedKV,
+        layer: int | jax.Array,
+        position: jax.Array,
+        tables: LaneTables,
+        groups: GroupTables,
+        *,
+        theta: float,
+    ) -> jax.Array: ...
+
+
+OP = dispatch.Op[DecodeAttention](
+    "decode_attention",
+    xla=decode_attention_xla,
+    mosaic_gpu=decode_attention_mosaic_gpu,
+    mosaic_tpu=decode_attention_mosaic_tpu,
+)
 
 
 def decode_attention(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -27,15 +53,13 @@ def decode_attention(
 
     Args:
       q: f32 [lanes, heads, head_dim], rotated at logical positions, not scaled.
-      k_pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype, the new rows
-        already written.
-      v_pool: as k_pool.
+      kv: the pool, the new rows already written.
       layer: index of the layer.
       position: i32 [lanes]; logical positions; -1 for a lane that attends to nothing.
       tables: block tables of all lanes, without what stands in the groups.
       groups: what several lanes hold; a lane that is not at -1 lies behind all that it sees there.
       theta: base of the rotary frequencies.
-      implementation: see `dispatch.call`.
+      implementation: see `dispatch.Op.run`.
 
     Returns:
       f32 [lanes, heads, head_dim]; zero where a lane attends to nothing.
@@ -43,20 +67,6 @@ def decode_attention(
     Raises:
       NotImplementedError: the named implementation cannot take these shapes.
     """
-    return dispatch.call(
-        "decode_attention",
-        implementation,
-        {
-            "xla": decode_attention_xla,
-            "mosaic_gpu": decode_attention_mosaic_gpu,
-            "mosaic_tpu": decode_attention_mosaic_tpu,
-        },
-        q,
-        k_pool,
-        v_pool,
-        layer,
-        position,
-        tables,
-        groups,
-        theta=theta,
+    return OP.run(
+        implementation, lambda run: run(q, kv, layer, position, tables, groups, theta=theta)
     )

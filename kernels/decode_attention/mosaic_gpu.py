@@ -17,6 +17,7 @@ from tokendance_jax.kernels.gpu_tiles import (
     rows_of_tiles,
 )
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 # Blocks of threads that a kernel should have at least: one for each core of an H100.
 BLOCKS = 132
@@ -28,8 +29,7 @@ PARTS_SHARE = 16
 
 def decode_attention_mosaic_gpu(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -45,9 +45,9 @@ def decode_attention_mosaic_gpu(
     and goes on where those parts ended, so that a result is written once. Where the tiles of lanes
     are so few that their steps are split too, all parts are merged afterwards.
     """
-    check_pool(k_pool)
+    check_pool(kv.k)
     lanes, heads, _ = q.shape
-    page_size, kv_heads = k_pool.shape[2:4]
+    page_size, kv_heads = kv.k.shape[2:4]
     group = heads // kv_heads
     position = jnp.asarray(position)
     lane = jnp.arange(lanes, dtype=jnp.int32)
@@ -62,8 +62,7 @@ def decode_attention_mosaic_gpu(
     limit = jnp.where(row < lanes, jnp.take(position, row, mode="clip"), -1)
     out, lse = flash_attention_gpu(
         q,
-        k_pool,
-        v_pool,
+        kv,
         layer,
         Tiles.of(row, jnp.zeros_like(row[:, 0]), jnp.minimum(limit, 0), group),
         walked,
@@ -77,8 +76,7 @@ def decode_attention_mosaic_gpu(
     if own_most == 1:
         (out,) = flash_attention_gpu(
             q,
-            k_pool,
-            v_pool,
+            kv,
             layer,
             own_tiles,
             own,
@@ -91,8 +89,7 @@ def decode_attention_mosaic_gpu(
     count = jnp.full((), own_most, jnp.int32)
     out, lse = flash_attention_gpu(
         q,
-        k_pool,
-        v_pool,
+        kv,
         layer,
         own_tiles,
         own,

@@ -17,14 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 from tokendance_jax.kernels import flash, flash_tpu, rope
 from tokendance_jax.kernels.flash_tpu import PLACES, TILE, product
 from tokendance_jax.kernels.lanes import Array, GroupTables, LaneTables, block_pages
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 Ref = Any
 
 
 def decode_attention_mosaic_tpu(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -40,8 +40,7 @@ def decode_attention_mosaic_tpu(
 
     Args:
       q: f32 [lanes, heads, head_dim].
-      k_pool: [layers, pages, page_size, kv_heads, head_dim], bfloat16 or float32.
-      v_pool: as k_pool.
+      kv: the pool, bfloat16 or float32.
       layer: index of the layer.
       position: i32 [lanes].
       tables: block tables of all lanes.
@@ -50,9 +49,9 @@ def decode_attention_mosaic_tpu(
       interpret: whether to run on a CPU, or parameters of the simulator.
     """
     lanes, heads, head_dim = q.shape
-    page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
-    dtype, group = k_pool.dtype, heads // kv_heads
-    flash_tpu.check_pool(k_pool)
+    page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
+    dtype, group = kv.k.dtype, heads // kv_heads
+    flash_tpu.check_pool(kv.k)
     columns, reading = _columns(
         layer, position, tables, groups, page_size, theta=theta, head_dim=head_dim
     )
@@ -83,13 +82,18 @@ def decode_attention_mosaic_tpu(
     out = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(queries.shape, jnp.float32),
-        in_specs=[jax.tree.map(lambda _: smem, columns), there, whole, there, there],
+        in_specs=[
+            jax.tree.map(lambda _: smem, columns),
+            there,
+            whole,
+            jax.tree.map(lambda _: there, kv),
+        ],
         out_specs=whole,
         scratch_shapes=[scratch],
         compiler_params=flash_tpu.compiler_params(columns, vmem),
         interpret=interpret,
         name="decode_attention",
-    )(columns, reading, queries, k_pool, v_pool)
+    )(columns, reading, queries, kv)
     return out[:, :, :group].transpose(1, 0, 2, 3).reshape(q.shape)
 
 
@@ -153,14 +157,16 @@ def _attend_blocks(
     columns: dict[str, Ref],
     reading: Ref,
     q: Ref,
-    k_pool: Ref,
-    v_pool: Ref,
+    kv: PagedKV,
     out: Ref,
     vmem: dict[str, Ref],
     *,
     simulated: bool,
 ) -> None:
-    """Attends all lanes to all blocks in use. The values' sums are in `out` until the end."""
+    """Attends all lanes to all blocks in use. The values' sums are in `out` until the end.
+
+    All arrays are references, those of the pool too.
+    """
     layer, shared = columns["count"][0], columns["count"][1]
     items = shared + columns["count"][2]
     lanes, entries = q.shape[1], vmem["k"].shape[1]
@@ -194,7 +200,7 @@ def _attend_blocks(
 
             @pl.when(columns["stop"][number] > columns["first"][number])
             def _() -> None:
-                for name, pool in (("k", k_pool), ("v", v_pool)):
+                for name, pool in (("k", kv.k), ("v", kv.v)):
                     page = pool.at[layer, columns["page"][number]]
                     act(pltpu.make_async_copy(page, vmem[name].at[place, entry], arrived))
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 
 from tokendance_jax.kernels import flash, rope
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables, block_pages
+from tokendance_jax.kernels.paged_kv import PagedKV
 
-# Most key blocks of lanes' own tables that are read in one step. On CPU 8 take 0.7 of the time of
-# one by one, and 4 take 0.75; but blocks that the last step lacks are paid for.
+# Most key blocks of lanes' own tables that are read in one step. Tuned on a CPU: steps of 8 take
+# 0.7 of the time of steps of one, steps of 4 take 0.75. The last step pays for blocks it lacks.
 STEP_BLOCKS = 8
-# Shared key blocks that are read at once where all lanes see them whole.
+# Shared key blocks that are read at once where all lanes see them whole. Tuned on a CPU.
 PLAIN_BLOCKS = 2
 
 # The online softmax of each KV head.
@@ -18,8 +19,7 @@ Softmax = tuple[flash.Carry, ...]
 
 def decode_attention_xla(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -33,15 +33,14 @@ def decode_attention_xla(
     every layer, so XLA computes it once for all of them.
     """
     scaled = q * q.shape[2] ** -0.5
-    own = _own_blocks(scaled, k_pool, v_pool, layer, position, tables, theta=theta)
-    shared = _shared_blocks(scaled, k_pool, v_pool, layer, position, groups, theta=theta)
+    own = _own_blocks(scaled, kv, layer, position, tables, theta=theta)
+    shared = _shared_blocks(scaled, kv, layer, position, groups, theta=theta)
     return flash.finish(flash.merge(own, shared)).reshape(q.shape)
 
 
 def _own_blocks(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -58,7 +57,7 @@ def _own_blocks(
     strided copy of the block, where the memory's speed is the limit.
     """
     lanes, heads, head_dim = q.shape
-    page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
+    page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
     group, width = heads // kv_heads, kv_heads * head_dim
     # Where every lane has as many blocks, the last step lacks few.
     size = -(-lanes // -(-lanes // STEP_BLOCKS))
@@ -74,8 +73,8 @@ def _own_blocks(
 
         step_lane, step_page, step_seen = of_step(lane), of_step(page), of_step(seen)
         mine = step_lane[:, None] == jnp.arange(lanes, dtype=jnp.int32)[None, :]
-        keys = flash.read_pages(k_pool, layer, step_page).reshape(size, -1, width)
-        values = flash.read_pages(v_pool, layer, step_page).reshape(size, -1, width)
+        keys = flash.read_pages(kv.k, layer, step_page).reshape(size, -1, width)
+        values = flash.read_pages(kv.v, layer, step_page).reshape(size, -1, width)
         # Slots that are not seen may hold anything; a weight of zero would keep a NaN.
         values = jnp.where(step_seen[:, :, None], values, jnp.zeros((), values.dtype))
 
@@ -158,8 +157,7 @@ def _list_blocks(
 
 def _shared_blocks(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     groups: GroupTables,
@@ -175,7 +173,7 @@ def _shared_blocks(
     al., 2025), so that it may lie at a different place in each.
     """
     lanes, heads, head_dim = q.shape
-    page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
+    page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
     group = heads // kv_heads
     blocks = groups.page.shape[0]
     page, frame = jnp.asarray(groups.page), jnp.asarray(groups.frame)
@@ -205,7 +203,7 @@ def _shared_blocks(
         """Attends to a block, or to several of them at once."""
         keys, values = (
             flash.read_pages(pool, layer, page[block]).reshape(-1, kv_heads, head_dim)
-            for pool in (k_pool, v_pool)
+            for pool in (kv.k, kv.v)
         )
         if mask is not None:
             values = jnp.where(valid[block][:, None, None], values, jnp.zeros((), values.dtype))

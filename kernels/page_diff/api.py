@@ -1,5 +1,7 @@
 """Comparing pages that hold the same tokens: which of them need a patch, and how far they are."""
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 
@@ -9,12 +11,28 @@ from tokendance_jax.kernels.page_diff.mosaic_gpu import page_diff_mosaic_gpu
 from tokendance_jax.kernels.page_diff.mosaic_tpu import page_diff_mosaic_tpu
 from tokendance_jax.kernels.page_diff.plan import Deviation, DiffPlan
 from tokendance_jax.kernels.page_diff.xla import page_diff_xla
+from tokendance_jax.kernels.paged_kv import PagedKV
+
+
+class PageDiff(Protocol):
+    """The signature of `page_diff`'s implementations, which give `reference`'s scores."""
+
+    def __call__(
+        self, kv: PagedKV, siblings: PagedKV | None, plan: DiffPlan, *, theta: float
+    ) -> jax.Array: ...
+
+
+OP = dispatch.Op[PageDiff](
+    "page_diff",
+    xla=page_diff_xla,
+    mosaic_gpu=page_diff_mosaic_gpu,
+    mosaic_tpu=page_diff_mosaic_tpu,
+)
 
 
 def page_diff(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    siblings: tuple[Array, Array] | None,
+    kv: PagedKV,
+    siblings: PagedKV | None,
     plan: DiffPlan,
     *,
     theta: float,
@@ -27,14 +45,13 @@ def page_diff(
     rounding. A base page is read once for all its siblings, and every sibling once.
 
     Args:
-      k_pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype; base pages.
-      v_pool: as k_pool.
-      siblings: K and V of pages outside the pool, shaped as the pool's but for their number; None:
-        siblings are pages of the pool itself.
+      kv: the pool, with the base pages.
+      siblings: pages outside the pool, shaped as the pool's but for their number; None: siblings
+        are pages of the pool itself.
       plan: what is compared.
       theta: base of the rotary frequencies.
       threshold: the largest absolute difference of a number that is near.
-      implementation: see `dispatch.call`.
+      implementation: see `dispatch.Op.run`.
 
     Returns:
       The deviation of each comparison.
@@ -44,21 +61,8 @@ def page_diff(
       NotImplementedError: the named implementation cannot take these shapes.
     """
     if siblings is not None:
-        _check(k_pool, siblings)
-    scores = dispatch.call(
-        "page_diff",
-        implementation,
-        {
-            "xla": page_diff_xla,
-            "mosaic_gpu": page_diff_mosaic_gpu,
-            "mosaic_tpu": page_diff_mosaic_tpu,
-        },
-        k_pool,
-        v_pool,
-        siblings,
-        plan,
-        theta=theta,
-    )
+        _check(kv, siblings)
+    scores = OP.run(implementation, lambda run: run(kv, siblings, plan, theta=theta))
     largest, squares = (scores[kind::2] for kind in range(2))
     unknown = jnp.isnan(squares)
     largest, squares = (jnp.where(unknown, jnp.inf, x) for x in (largest, squares))
@@ -72,12 +76,12 @@ def page_diff(
     )
 
 
-def _check(k_pool: jax.Array, siblings: tuple[Array, Array]) -> None:
-    layers, _, *slot_shape = k_pool.shape
-    expected = layers, siblings[0].shape[1], *slot_shape
-    for pages in siblings:
-        if pages.shape != expected or pages.dtype != k_pool.dtype:
+def _check(kv: PagedKV, siblings: PagedKV) -> None:
+    layers, _, *slot_shape = kv.k.shape
+    expected = layers, siblings.k.shape[1], *slot_shape
+    for pages in (siblings.k, siblings.v):
+        if pages.shape != expected or pages.dtype != kv.k.dtype:
             raise ValueError(
-                f"siblings: pages {pages.shape} of {pages.dtype} for a pool {k_pool.shape} of "
-                f"{k_pool.dtype}; all but the number of pages must agree"
+                f"siblings: pages {pages.shape} of {pages.dtype} for a pool {kv.k.shape} of "
+                f"{kv.k.dtype}; all but the number of pages must agree"
             )

@@ -14,17 +14,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokendance_jax.kernels.gpu_pages import PARAMETERS, PageParts, rotate, rotation
-from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
 from tokendance_jax.kernels.page_diff.tuning import STAGES
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 Ref = Any
 
 
 def page_diff_mosaic_gpu(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    siblings: tuple[Array, Array] | None,
+    kv: PagedKV,
+    siblings: PagedKV | None,
     plan: DiffPlan,
     *,
     theta: float,
@@ -33,24 +32,23 @@ def page_diff_mosaic_gpu(
     """Arguments as `api.page_diff`, results as `reference.page_diff_reference`.
 
     Args:
-      k_pool: keys, bfloat16 or float32.
-      v_pool: values.
+      kv: the pool, bfloat16 or float32.
       siblings: pages outside the pool; None: the pool.
       plan: what is compared.
       theta: base of the rotary frequencies.
       interpret: parameters of the simulator, to run on a CPU.
     """
-    dtype = k_pool.dtype
+    dtype = kv.k.dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {dtype}")
-    parts = PageParts.of(k_pool)
-    own_k, own_v = siblings or (k_pool, v_pool)
+    parts = PageParts.of(kv.k)
+    own = kv if siblings is None else siblings
     columns = (plan.page, plan.begin, plan.sibling, plan.frame, plan.first, plan.slots)
     inputs = {
-        "k": parts.flat(k_pool),
-        "v": parts.flat(v_pool),
-        "own_k": parts.flat(own_k),
-        "own_v": parts.flat(own_v),
+        "k": parts.flat(kv.k),
+        "v": parts.flat(kv.v),
+        "own_k": parts.flat(own.k),
+        "own_v": parts.flat(own.v),
         "tables": parts.turn_tables(theta),
     }
     shape = parts.rows, parts.head_dim
@@ -71,7 +69,7 @@ def page_diff_mosaic_gpu(
         )
 
     comparisons, pages = plan.sibling.shape[0], plan.page.shape[0]
-    out = pl.kernel(
+    call: Any = pl.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(
             (parts.layers, comparisons, parts.of_page, SCORES), jnp.float32
@@ -80,7 +78,8 @@ def page_diff_mosaic_gpu(
         compiler_params=PARAMETERS,
         interpret=interpret,
         name="page_diff",
-    )([jnp.asarray(column) for column in columns], inputs)
+    )
+    out = call([jnp.asarray(column) for column in columns], inputs)
     k_largest, k_squares, v_largest, v_squares = jnp.moveaxis(out, 3, 0)
     scores = jnp.stack(
         [

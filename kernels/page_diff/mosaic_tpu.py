@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tokendance_jax.kernels import flash_tpu, rope
-from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
 from tokendance_jax.kernels.page_diff.tuning import LAYERS_BYTES
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 # Lanes of a vector register.
 COLUMNS = 128
@@ -25,9 +25,8 @@ Ref = Any
 
 
 def page_diff_mosaic_tpu(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    siblings: tuple[Array, Array] | None,
+    kv: PagedKV,
+    siblings: PagedKV | None,
     plan: DiffPlan,
     *,
     theta: float,
@@ -39,18 +38,17 @@ def page_diff_mosaic_tpu(
     128 that have another layout.
 
     Args:
-      k_pool: keys [layers, pages, page_size, kv_heads, head_dim], bfloat16 or float32.
-      v_pool: values, as k_pool.
+      kv: the pool, bfloat16 or float32.
       siblings: pages outside the pool; None: the pool.
       plan: what is compared.
       theta: base of the rotary frequencies.
       interpret: whether to run on a CPU, or parameters of the simulator.
     """
-    layers, _, page_size, kv_heads, head_dim = k_pool.shape
-    dtype = k_pool.dtype
+    layers, _, page_size, kv_heads, head_dim = kv.k.shape
+    dtype = kv.k.dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {dtype}")
-    own_k, own_v = (jnp.asarray(x) for x in siblings or (k_pool, v_pool))
+    own = jax.tree.map(jnp.asarray, kv if siblings is None else siblings)
     page_bytes = page_size * kv_heads * max(head_dim, 128) * dtype.itemsize
     most = min(layers, max(1, LAYERS_BYTES // page_bytes))
     of_chunk = next(n for n in range(most, 0, -1) if layers % n == 0)
@@ -101,7 +99,7 @@ def page_diff_mosaic_tpu(
         ),
         interpret=interpret,
         name="page_diff",
-    )(columns, tables, k_pool, v_pool, own_k, own_v)
+    )(columns, tables, kv.k, kv.v, own.k, own.v)
     return out.reshape(comparisons, layers, COLUMNS)[:, :, :SCORES].T
 
 

@@ -7,12 +7,12 @@ import numpy as np
 from tokendance_jax.kernels import rope, storage
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 
 def page_diff_reference(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    siblings: tuple[Array, Array] | None,
+    kv: PagedKV,
+    siblings: PagedKV | None,
     plan: DiffPlan,
     *,
     theta: float,
@@ -22,7 +22,7 @@ def page_diff_reference(
     Returns:
       f32 [SCORES, layers, comparisons], in the order of `Deviation`.
     """
-    layers, _, page_size, _, head_dim = k_pool.shape
+    layers, _, page_size, _, head_dim = kv.k.shape
     plan = jax.tree.map(np.asarray, plan)
     count = int(plan.begin[-1])
     base = np.repeat(plan.page, np.diff(plan.begin))
@@ -34,10 +34,9 @@ def page_diff_reference(
 
     frame = jnp.asarray(plan.frame[:count], jnp.int32)[None, :, None, None]
     cos, sin = rope.rotation(frame, theta=theta, head_dim=head_dim)
-    keys, values = rope.rotate(load(k_pool, base), cos, sin), load(v_pool, base)
-    own_keys, own_values = (
-        load(pool, plan.sibling[:count]) for pool in siblings or (k_pool, v_pool)
-    )
+    keys, values = rope.rotate(load(kv.k, base), cos, sin), load(kv.v, base)
+    other = kv if siblings is None else siblings
+    own_keys, own_values = (load(pool, plan.sibling[:count]) for pool in (other.k, other.v))
     scores = []
     for own, shown in ((own_keys, keys), (own_values, values)):
         gap = jnp.where(used[None, :, :, None, None], jnp.abs(own - shown), 0)

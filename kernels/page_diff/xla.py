@@ -6,21 +6,21 @@ import jax.numpy as jnp
 from tokendance_jax.kernels import flash, rope
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
+from tokendance_jax.kernels.paged_kv import PagedKV
 
-# Comparisons of one step: on CPU, their pages stay in the cache.
+# Comparisons of one step. Tuned on a CPU, where their pages stay in the cache.
 STEP = 16
 
 
 def page_diff_xla(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    siblings: tuple[Array, Array] | None,
+    kv: PagedKV,
+    siblings: PagedKV | None,
     plan: DiffPlan,
     *,
     theta: float,
 ) -> jax.Array:
     """Arguments as `api.page_diff`, results as `reference.page_diff_reference`."""
-    layers, _, page_size, _, head_dim = k_pool.shape
+    layers, _, page_size, _, head_dim = kv.k.shape
     comparisons = plan.sibling.shape[0]
     room = -(-comparisons // STEP) * STEP
     begin = jnp.asarray(plan.begin)
@@ -37,7 +37,7 @@ def page_diff_xla(
     inside = jnp.arange(page_size, dtype=jnp.int32)[None, :] - first[:, None]
     used = (inside >= 0) & (inside < slots[:, None]) & (number < count)[:, None]
     cos, sin = rope.rotation(frame[:, None, None], theta=theta, head_dim=head_dim)
-    own_k, own_v = (jnp.asarray(x) for x in siblings or (k_pool, v_pool))
+    own = jax.tree.map(jnp.asarray, kv if siblings is None else siblings)
 
     def step(index: jax.Array, scores: jax.Array) -> jax.Array:
         layer, start = index % layers, index // layers * STEP
@@ -48,15 +48,15 @@ def page_diff_xla(
         def read(pool: jax.Array, page: jax.Array) -> jax.Array:
             return flash.read_pages(pool, layer, of_step(page)).astype(jnp.float32)
 
-        keys = read(k_pool, base)
+        keys = read(kv.k, base)
         keys = jax.lax.cond(
             jnp.all(of_step(frame) == 0),
             lambda: keys,
             lambda: rope.rotate(keys, of_step(cos), of_step(sin)),
         )
         found = [
-            *_deviation(read(own_k, sibling), keys, of_step(used)),
-            *_deviation(read(own_v, sibling), read(v_pool, base), of_step(used)),
+            *_deviation(read(own.k, sibling), keys, of_step(used)),
+            *_deviation(read(own.v, sibling), read(kv.v, base), of_step(used)),
         ]
         return jax.lax.dynamic_update_slice(scores, jnp.stack(found)[:, None], (0, layer, start))
 

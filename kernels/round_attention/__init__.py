@@ -1,2 +1,1 @@
 from tokendance_jax.kernels.round_attention.api import round_attention as round_attention
-from tokendance_jax.kernels.round_attention.mass import attention_mass as attention_mass

@@ -1,21 +1,47 @@
 """Attention of a round's rows through their lanes' block tables."""
 
-from typing import Literal, overload
+from typing import Literal, Protocol, overload
 
 import jax
 
 from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.round_attention.mosaic_gpu import round_attention_mosaic_gpu
 from tokendance_jax.kernels.round_attention.mosaic_tpu import round_attention_mosaic_tpu
 from tokendance_jax.kernels.round_attention.xla import round_attention_xla
 
 
+class RoundAttention(Protocol):
+    """The signature of `round_attention`'s implementations."""
+
+    def __call__(
+        self,
+        q: jax.Array,
+        kv: PagedKV,
+        layer: int | jax.Array,
+        position: jax.Array,
+        tables: LaneTables,
+        tiles: RowTiles,
+        *,
+        theta: float,
+        shared: SharedRows | None = None,
+        with_lse: bool = False,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
+OP = dispatch.Op[RoundAttention](
+    "round_attention",
+    xla=round_attention_xla,
+    mosaic_gpu=round_attention_mosaic_gpu,
+    mosaic_tpu=round_attention_mosaic_tpu,
+)
+
+
 @overload
 def round_attention(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -31,8 +57,7 @@ def round_attention(
 @overload
 def round_attention(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -47,8 +72,7 @@ def round_attention(
 
 def round_attention(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -66,9 +90,7 @@ def round_attention(
 
     Args:
       q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
-      k_pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype, this round's
-        rows already written.
-      v_pool: as k_pool.
+      kv: the pool, this round's rows already written.
       layer: index of the layer.
       position: i32 [rows]; logical positions.
       tables: block tables of all lanes.
@@ -77,7 +99,7 @@ def round_attention(
       shared: which rows of many lanes meet shared pages together; its tables and tiles then stand
         for the others.
       with_lse: whether log-sum-exps are wanted.
-      implementation: see `dispatch.call`.
+      implementation: see `dispatch.Op.run`.
 
     Returns:
       f32 [rows, heads, head_dim]; zero in rows that stand in no tile. With `with_lse` also the
@@ -86,22 +108,17 @@ def round_attention(
     Raises:
       NotImplementedError: the named implementation cannot take these shapes.
     """
-    return dispatch.call(
-        "round_attention",
+    return OP.run(
         implementation,
-        {
-            "xla": round_attention_xla,
-            "mosaic_gpu": round_attention_mosaic_gpu,
-            "mosaic_tpu": round_attention_mosaic_tpu,
-        },
-        q,
-        k_pool,
-        v_pool,
-        layer,
-        position,
-        tables,
-        tiles,
-        theta=theta,
-        shared=shared,
-        with_lse=with_lse,
+        lambda run: run(
+            q,
+            kv,
+            layer,
+            position,
+            tables,
+            tiles,
+            theta=theta,
+            shared=shared,
+            with_lse=with_lse,
+        ),
     )

@@ -16,12 +16,12 @@ from tokendance_jax.kernels.gpu_tiles import (
     scores_of_tiles,
 )
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 
 def round_attention_mosaic_gpu(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -37,12 +37,12 @@ def round_attention_mosaic_gpu(
     Rows that share pages meet them first, packed into full tiles whichever their lanes; the tiles
     of their lanes go on where that ended.
     """
-    check_pool(k_pool)
+    check_pool(kv.k)
     rows, heads, _ = q.shape
-    page_size, kv_heads = k_pool.shape[2:4]
+    page_size, kv_heads = kv.k.shape[2:4]
     group, before = heads // kv_heads, None
     if shared is not None:
-        before = _attend_shared(q, k_pool, v_pool, layer, shared, theta=theta, interpret=interpret)
+        before = _attend_shared(q, kv, layer, shared, theta=theta, interpret=interpret)
         tables, tiles = shared.tables, shared.tiles
     row, lane = rows_of_tiles(jnp.asarray(tiles.row), group, rows), jnp.asarray(tiles.lane)
     blocks = row.shape[1]
@@ -60,8 +60,7 @@ def round_attention_mosaic_gpu(
         parts = Parts(out, lse, number, saw.astype(jnp.int32))
     out, *lse = flash_attention_gpu(
         q,
-        k_pool,
-        v_pool,
+        kv,
         layer,
         Tiles.of(row, jnp.zeros_like(lane), limit, group),
         lane_steps(tables, page_size, lane, last),
@@ -77,8 +76,7 @@ def round_attention_mosaic_gpu(
 
 def _attend_shared(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     shared: SharedRows,
     *,
@@ -92,7 +90,7 @@ def _attend_shared(
       f32 [rows, heads], there `flash.MASKED`.
     """
     rows, heads, _ = q.shape
-    page_size, kv_heads = k_pool.shape[2:4]
+    page_size, kv_heads = kv.k.shape[2:4]
     lanes, group = shared.groups.frame.shape[1], heads // kv_heads
     row = rows_of_tiles(jnp.asarray(shared.row)[None], group, rows)[0]
     lane = rows_of_tiles(jnp.asarray(shared.lane)[None], group, 0)[0]
@@ -101,8 +99,7 @@ def _attend_shared(
     limit = jnp.where(row < rows, 0, -1)
     out, lse = flash_attention_gpu(
         q,
-        k_pool,
-        v_pool,
+        kv,
         layer,
         Tiles.of(row, jnp.zeros_like(row[:, 0]), limit, group),
         group_steps(shared.groups, lane, group, page_size),

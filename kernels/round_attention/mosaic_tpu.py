@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tokendance_jax.kernels import flash, flash_tpu, rope
 from tokendance_jax.kernels.flash_tpu import PLACES, TILE, product
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows, block_pages
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.round_attention.tpu_stretches import (
     WINDOW,
     WORD,
@@ -36,8 +37,7 @@ Ref = Any
 
 def round_attention_mosaic_tpu(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -55,8 +55,7 @@ def round_attention_mosaic_tpu(
 
     Args:
       q: f32 [rows, heads, head_dim].
-      k_pool: [layers, pages, page_size, kv_heads, head_dim], bfloat16 or float32.
-      v_pool: as k_pool.
+      kv: the pool, bfloat16 or float32.
       layer: index of the layer.
       position: i32 [rows].
       tables: block tables of all lanes.
@@ -67,9 +66,9 @@ def round_attention_mosaic_tpu(
       interpret: whether to run on a CPU, or parameters of the simulator.
     """
     heads, head_dim = q.shape[1:]
-    page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
-    dtype, group, tile_rows = k_pool.dtype, heads // kv_heads, tiles.row.shape[1]
-    flash_tpu.check_pool(k_pool)
+    page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
+    dtype, group, tile_rows = kv.k.dtype, heads // kv_heads, tiles.row.shape[1]
+    flash_tpu.check_pool(kv.k)
     columns, arrays = stretches(layer, position, tables, tiles, shared, page_size)
     if shared is not None and flash_tpu.table_bytes(columns) > flash_tpu.TABLE_BYTES:
         columns, arrays = stretches(layer, position, tables, tiles, None, page_size)
@@ -110,7 +109,7 @@ def round_attention_mosaic_tpu(
         "sent": pltpu.SemaphoreType.DMA,
     }
     smem, there = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
-    inputs = arrays | {"q": queries, "k": k_pool, "v": v_pool}
+    inputs = arrays | {"q": queries, "k": kv.k, "v": kv.v}
     inputs["angles"] = jnp.asarray(np.tile(rope.turn_tables(theta, head_dim), 2))
     specs = dict.fromkeys(inputs, there)
     specs["angles"] = specs["row_position"] = pl.BlockSpec(memory_space=pltpu.VMEM)

@@ -1,16 +1,16 @@
-"""Round attention in plain jax.numpy: the definitions that other paths are tested against."""
+"""Round attention in plain jax.numpy: the definition that other paths are tested against."""
 
 import jax
 import jax.numpy as jnp
 
 from tokendance_jax.kernels import rope, storage
 from tokendance_jax.kernels.lanes import LaneTables
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 
 def round_attention_reference(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     lane: jax.Array,
@@ -23,38 +23,18 @@ def round_attention_reference(
     Rotating the keys, where the product rotates queries, makes this an independent statement of
     the same result. Arguments as `api.round_attention`, and `lane` i32 [rows] in place of tiles.
     """
-    kv_heads, head_dim = k_pool.shape[3:]
-    weights, seen = _weights(q, k_pool, layer, position, lane, tables, theta=theta)
-    values = storage.load(v_pool[layer, tables.page]).astype(jnp.float32)
+    kv_heads, head_dim = kv.k.shape[3:]
+    weights, seen = weights_of(q, kv, layer, position, lane, tables, theta=theta)
+    values = storage.load(kv.v[layer, tables.page]).astype(jnp.float32)
     values = values.reshape(values.shape[0], -1, kv_heads, head_dim)[lane]
     values = jnp.where(seen[:, :, None, None], values, jnp.zeros((), values.dtype))
     exact = jax.lax.Precision.HIGHEST
     return jnp.einsum("rkgs,rskh->rkgh", weights, values, precision=exact).reshape(q.shape)
 
 
-def attention_mass_reference(
+def weights_of(
     q: jax.Array,
-    k_pool: jax.Array,
-    layer: int | jax.Array,
-    position: jax.Array,
-    lane: jax.Array,
-    tables: LaneTables,
-    *,
-    theta: float,
-) -> jax.Array:
-    """Sums the weights of `round_attention_reference` by entry, as `mass.attention_mass` does.
-
-    Returns:
-      f32 [rows, entries]: of each row by itself.
-    """
-    weights, _ = _weights(q, k_pool, layer, position, lane, tables, theta=theta)
-    entries = weights.reshape(*weights.shape[:3], -1, k_pool.shape[2])
-    return entries.sum(axis=(1, 2, 4))
-
-
-def _weights(
-    q: jax.Array,
-    k_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     lane: jax.Array,
@@ -64,12 +44,12 @@ def _weights(
 ) -> tuple[jax.Array, jax.Array]:
     """Weights f32 [rows, kv_heads, group, slots], and which slots a row sees [rows, slots]."""
     rows, heads, head_dim = q.shape
-    page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
+    page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
     slot_position = tables.slot_positions(page_size).reshape(tables.page.shape[0], -1)[lane]
     seen = slot_position <= position[:, None]
 
-    cos, sin = rope.rotation(tables.frame, theta=theta, head_dim=head_dim)
-    keys = storage.load(k_pool[layer, tables.page]).astype(jnp.float32)
+    cos, sin = rope.rotation(jnp.asarray(tables.frame), theta=theta, head_dim=head_dim)
+    keys = storage.load(kv.k[layer, tables.page]).astype(jnp.float32)
     keys = rope.rotate(keys, cos[:, :, None, None, :], sin[:, :, None, None, :])
     keys = keys.reshape(keys.shape[0], -1, kv_heads, head_dim)[lane]
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)

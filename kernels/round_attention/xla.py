@@ -9,9 +9,11 @@ import numpy as np
 
 from tokendance_jax.kernels import flash, rope, storage
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows, block_pages
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, continued, nothing_seen
 
-# Rows of small tiles: what is left of a lane behind its full tiles is often little.
+# Rows of smaller tiles, for the few rows that a lane often has behind its full tiles. Tuned on a
+# CPU.
 SMALL_TILES = (32, 64)
 
 # For each KV head: queries turned into the frame of the block before, and the online softmax.
@@ -20,8 +22,7 @@ Carry = tuple[tuple[jax.Array, ...], tuple[flash.Carry, ...]]
 
 def round_attention_xla(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -37,11 +38,11 @@ def round_attention_xla(
     no row of a tile may see cost nothing, whatever the bucket.
     """
     rows, heads, head_dim = q.shape
-    page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
+    page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
     group = heads // kv_heads
     # What rows saw so far; a tile replaces it by what they saw in the end.
     if shared is not None:
-        results = attend_shared(q, k_pool, v_pool, layer, shared, theta=theta)
+        results = attend_shared(q, kv, layer, shared, theta=theta)
         tables, tiles = shared.tables, shared.tiles
     else:
         results = nothing_seen(q)[: 1 + with_lse]
@@ -57,7 +58,7 @@ def round_attention_xla(
         tile_rows: int, index: jax.Array, results: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
         """What a tile's first rows find, [tile_rows, heads, ...]."""
-        row, lane = tiles.row[index, :tile_rows], tiles.lane[index]
+        row, lane = jnp.asarray(tiles.row)[index, :tile_rows], tiles.lane[index]
         row_position = jnp.take(position, row, mode="clip")
         last = jnp.max(jnp.where(row < rows, row_position, -1))
         least = jnp.min(jnp.where(row < rows, row_position, np.iinfo(np.int32).max))
@@ -72,7 +73,7 @@ def round_attention_xla(
         def block(index: jax.Array, carry: Carry, *, masked: bool) -> Carry:
             turned, softmax = carry
             at = lane, order[index]
-            keys, values = (flash.read_block(pool, layer, tables, *at) for pool in (k_pool, v_pool))
+            keys, values = (flash.read_block(pool, layer, tables, *at) for pool in (kv.k, kv.v))
             turned = jax.lax.cond(
                 moved[index],
                 lambda: tuple(
@@ -96,10 +97,10 @@ def round_attention_xla(
 
         whole_blocks, blocks = (jnp.sum(x.astype(jnp.int32)) for x in (whole, seen))
         carry = (
-            tuple(x.astype(storage.value_dtype(k_pool.dtype)) for x in queries),
+            tuple(x.astype(storage.value_dtype(kv.k.dtype)) for x in queries),
             tuple(flash.start(tile_rows * group, head_dim) for _ in range(kv_heads))
             if shared is None
-            else continued(results, row, kv_heads),
+            else continued((results[0], results[1]), row, kv_heads),
         )
         if tile_rows > max(SMALL_TILES):  # few small tiles would pay for compiling another loop
             carry = jax.lax.fori_loop(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from tokendance_jax.kernels import flash, rope, storage
 from tokendance_jax.kernels.lanes import SHARED_TILE_ROWS, SharedRows
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 # What rows saw: the output f32 [rows, heads, head_dim] over it, and the log-sum-exp of their
 # scores f32 [rows, heads].
@@ -17,8 +18,7 @@ Carry = tuple[tuple[jax.Array, ...], tuple[flash.Carry, ...]]
 
 def attend_shared(
     q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     shared: SharedRows,
     *,
@@ -29,7 +29,7 @@ def attend_shared(
     Each row's query is rotated into the frame that the block has in the row's lane.
     """
     rows, heads, head_dim = q.shape
-    page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
+    page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
     groups = shared.groups
     tile_rows = min(SHARED_TILE_ROWS, len(shared.row))
     room = -len(shared.row) % tile_rows
@@ -58,7 +58,7 @@ def attend_shared(
             at = order[index]
             keys, values = (
                 flash.read_pages(pool, layer, page[at]).reshape(-1, kv_heads, head_dim)
-                for pool in (k_pool, v_pool)
+                for pool in (kv.k, kv.v)
             )
 
             def turn() -> tuple[jax.Array, ...]:
@@ -82,7 +82,7 @@ def attend_shared(
                 for head in range(kv_heads)
             )
 
-        dtype = storage.value_dtype(k_pool.dtype)
+        dtype = storage.value_dtype(kv.k.dtype)
         carry = (
             flash.split_heads(jnp.zeros(q_tile.shape, dtype), kv_heads),  # the first block turns
             tuple(flash.start(tile_rows * heads // kv_heads, head_dim) for _ in range(kv_heads)),

@@ -1,40 +1,55 @@
 """Restoring pages into the pool: from the pool itself, or from pages at rest."""
 
-import jax
+from typing import Protocol
 
 from tokendance_jax.kernels import dispatch
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore.mosaic_gpu import sparse_restore_mosaic_gpu
 from tokendance_jax.kernels.sparse_restore.mosaic_tpu import sparse_restore_mosaic_tpu
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 from tokendance_jax.kernels.sparse_restore.xla import sparse_restore_xla
 
 
+class SparseRestore(Protocol):
+    """The signature of `sparse_restore`'s implementations."""
+
+    def __call__(
+        self, kv: PagedKV, source: Source | None, plan: RestorePlan, *, theta: float
+    ) -> PagedKV: ...
+
+
+OP = dispatch.Op[SparseRestore](
+    "sparse_restore",
+    xla=sparse_restore_xla,
+    mosaic_gpu=sparse_restore_mosaic_gpu,
+    mosaic_tpu=sparse_restore_mosaic_tpu,
+)
+
+
 def sparse_restore(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     source: Source | None,
     plan: RestorePlan,
     *,
     theta: float,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> PagedKV:
     """Copies pieces of pages to slots of the pool, with keys rotated to where they go.
 
     Base pages and the patches that take their place are pieces alike: a mirror's plan names the
     patch page where it has one, and the base page elsewhere. A source page is read once, however
     many mirrors show it, and every slot is written once: the fused restore of TokenDance
-    (arXiv 2604.03143, section 4.3). In place when the pools are donated.
+    (arXiv 2604.03143, section 4.3). In place when the pool is donated.
 
     Args:
-      k_pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype.
-      v_pool: as k_pool.
+      kv: the pool.
       source: pages outside the pool; None: pages of the pool itself, of which none is written too.
       plan: what goes where.
       theta: base of the rotary frequencies.
-      implementation: see `dispatch.call`.
+      implementation: see `dispatch.Op.run`.
 
     Returns:
-      The pools with the pieces written.
+      The pool with the pieces written.
 
     Raises:
       ValueError: the source's pages are not of the pool's shape, or its arrays do not fit each
@@ -42,37 +57,24 @@ def sparse_restore(
       NotImplementedError: the named implementation cannot take these shapes.
     """
     if source is not None:
-        _check(k_pool, source)
+        _check(kv, source)
     if plan.first.shape[0] == 0:
-        return k_pool, v_pool
-    return dispatch.call(
-        "sparse_restore",
-        implementation,
-        {
-            "xla": sparse_restore_xla,
-            "mosaic_gpu": sparse_restore_mosaic_gpu,
-            "mosaic_tpu": sparse_restore_mosaic_tpu,
-        },
-        k_pool,
-        v_pool,
-        source,
-        plan,
-        theta=theta,
-    )
+        return kv
+    return OP.run(implementation, lambda run: run(kv, source, plan, theta=theta))
 
 
-def _check(k_pool: jax.Array, source: Source) -> None:
-    layers, _, *slot_shape = k_pool.shape
+def _check(kv: PagedKV, source: Source) -> None:
+    layers, _, *slot_shape = kv.k.shape
     pages = source.k.shape[1]
     if source.k.shape != (layers, pages, *slot_shape) or source.v.shape != source.k.shape:
         raise ValueError(
-            f"source: pages {source.k.shape} and {source.v.shape} for a pool {k_pool.shape}; "
+            f"source: pages {source.k.shape} and {source.v.shape} for a pool {kv.k.shape}; "
             "all but the number of pages must agree"
         )
     quantised = source.k.dtype == "int8"
-    if not quantised and source.k.dtype != k_pool.dtype:
+    if not quantised and source.k.dtype != kv.k.dtype:
         raise ValueError(
-            f"source: {source.k.dtype} pages for a pool of {k_pool.dtype}; store them as int8 "
+            f"source: {source.k.dtype} pages for a pool of {kv.k.dtype}; store them as int8 "
             "or in the pool's dtype"
         )
     for scale in (source.k_scale, source.v_scale):

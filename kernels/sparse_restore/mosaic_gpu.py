@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokendance_jax.kernels.gpu_pages import PARAMETERS, THREADS, PageParts, rotate, rotation
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 from tokendance_jax.kernels.sparse_restore.tuning import STAGES
 
@@ -21,25 +22,23 @@ Ref = Any
 
 
 def sparse_restore_mosaic_gpu(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     source: Source | None,
     plan: RestorePlan,
     *,
     theta: float,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> PagedKV:
     """Arguments as `api.sparse_restore`.
 
     Args:
-      k_pool: keys.
-      v_pool: values.
+      kv: the pool, bfloat16 or float32.
       source: where from; None: the pool.
       plan: what goes where.
       theta: base of the rotary frequencies.
       interpret: parameters of the simulator, to run on a CPU.
     """
-    parts, dtype = PageParts.of(k_pool), k_pool.dtype
+    parts, dtype = PageParts.of(kv.k), kv.k.dtype
     rotated = source is None or source.rotated
     scaled = source is not None and source.k_scale is not None
     biased = source is not None and source.key_bias is not None
@@ -50,12 +49,12 @@ def sparse_restore_mosaic_gpu(
     inputs = {"tables": parts.turn_tables(theta)}
     if source is not None:
         inputs |= {"k": parts.flat(source.k), "v": parts.flat(source.v)}
-    if scaled:
+    if source is not None and scaled:
         inputs |= {
             "k_scale": jnp.asarray(source.k_scale).reshape(-1),
             "v_scale": jnp.asarray(source.v_scale).reshape(-1),
         }
-    if at_rest:
+    if source is not None and at_rest:
         bias = source.key_bias
         none = parts.layers, parts.kv_heads, parts.head_dim
         inputs["bias"] = parts.flat(jnp.zeros(none) if bias is None else bias)
@@ -72,7 +71,7 @@ def sparse_restore_mosaic_gpu(
     }
     if at_rest:
         scratch |= {"k_plain": plgpu.SMEM(shape, jnp.float32), "v_plain": plgpu.SMEM(shape, dtype)}
-    pools = [jax.new_ref(parts.flat(x), memory_space=plgpu.GMEM) for x in (k_pool, v_pool)]
+    pools = [jax.new_ref(parts.flat(x), memory_space=plgpu.GMEM) for x in (kv.k, kv.v)]
 
     def kernel(columns: list[Ref], inputs: dict[str, Ref], k_pool: Ref, v_pool: Ref) -> None:
         source = {"k": k_pool, "v": v_pool} | inputs
@@ -81,16 +80,17 @@ def sparse_restore_mosaic_gpu(
         )
         pl.run_scoped(work, scratch, plgpu.Barrier(num_barriers=3))
 
-    pl.kernel(
+    call: Any = pl.kernel(
         kernel,
         out_type=(),
         mesh=parts.mesh(plan.page.shape[0]),
         compiler_params=PARAMETERS,
         interpret=interpret,
         name="sparse_restore",
-    )(arrays, inputs, *pools)
-    k, v = (jax.freeze(pool).reshape(k_pool.shape) for pool in pools)
-    return k, v
+    )
+    call(arrays, inputs, *pools)
+    k, v = (jax.freeze(pool).reshape(kv.k.shape) for pool in pools)
+    return PagedKV(k, v)
 
 
 def _restore_part(

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tokendance_jax.kernels import rope
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 
 # Bytes of a page over the layers that are restored at a time: ten times as much is in VMEM at most,
@@ -57,29 +58,27 @@ class _Sizes:
 
 
 def sparse_restore_mosaic_tpu(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     source: Source | None,
     plan: RestorePlan,
     *,
     theta: float,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> PagedKV:
     """Arguments as `api.sparse_restore`.
 
     Pools and sources are read row by row. XLA lays out large pools with heads narrower than 128 in
     another way: who has such pools gives them the layout of rows, or XLA copies them.
 
     Args:
-      k_pool: keys [layers, pages, page_size, kv_heads, head_dim], bfloat16 or float32.
-      v_pool: values, as k_pool.
+      kv: the pool, bfloat16 or float32.
       source: where from; None: the pool.
       plan: what goes where.
       theta: base of the rotary frequencies.
       interpret: whether to run on a CPU, or parameters of the simulator.
     """
-    layers, _, page_size, kv_heads, head_dim = k_pool.shape
-    dtype = k_pool.dtype
+    layers, _, page_size, kv_heads, head_dim = kv.k.shape
+    dtype = kv.k.dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {dtype}")
     page_bytes = page_size * kv_heads * max(head_dim, 128) * dtype.itemsize
@@ -132,34 +131,30 @@ def sparse_restore_mosaic_tpu(
         columns: dict[str, Ref],
         inputs: dict[str, Ref],
         fetched: dict[str, Ref],
-        _k: Ref,
-        _v: Ref,
-        k_pool: Ref,
-        v_pool: Ref,
+        _: PagedKV,
+        kv: PagedKV,
         scratch: dict[str, Ref],
     ) -> None:
-        fetched = {"k": k_pool, "v": v_pool} | fetched
-        _restore(sizes, columns, inputs, fetched, k_pool, v_pool, scratch, rotated=rotated)
+        fetched = {"k": kv.k, "v": kv.v} | fetched
+        _restore(sizes, columns, inputs, fetched, kv, scratch, rotated=rotated)
 
     whole, there = pl.BlockSpec(memory_space=pltpu.VMEM), pl.BlockSpec(memory_space=pl.ANY)
     before = len(columns) + len(inputs) + len(fetched)
-    k, v = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (k_pool, v_pool)],
+        out_shape=jax.tree.map(lambda pool: jax.ShapeDtypeStruct(pool.shape, pool.dtype), kv),
         in_specs=[
             jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.SMEM), columns),
             jax.tree.map(lambda _: whole, inputs),
             jax.tree.map(lambda _: there, fetched),
-            there,
-            there,
+            jax.tree.map(lambda _: there, kv),
         ],
-        out_specs=[there, there],
+        out_specs=jax.tree.map(lambda _: there, kv),
         scratch_shapes=[scratch],
         input_output_aliases={before: 0, before + 1: 1},
         interpret=interpret,
         name="sparse_restore",
-    )(columns, inputs, fetched, k_pool, v_pool)
-    return k, v
+    )(columns, inputs, fetched, kv)
 
 
 def _restore(
@@ -167,8 +162,7 @@ def _restore(
     columns: dict[str, Ref],
     inputs: dict[str, Ref],
     fetched: dict[str, Ref],
-    k_pool: Ref,
-    v_pool: Ref,
+    kv: PagedKV,
     vmem: dict[str, Ref],
     *,
     rotated: bool,
@@ -204,8 +198,8 @@ def _restore(
                 there = pl.ds(chunk * sizes.layers, sizes.layers), page, pl.ds(offset + done, size)
                 sent = vmem["sent"].at[stage]
                 k = vmem["k_stage"].at[stage]
-                act(pltpu.make_async_copy(k.at[here], k_pool.at[there], sent))
-                act(pltpu.make_async_copy(v.at[here], v_pool.at[there], sent))
+                act(pltpu.make_async_copy(k.at[here], kv.k.at[there], sent))
+                act(pltpu.make_async_copy(v.at[here], kv.v.at[there], sent))
 
     @pl.when(items > 0)
     def _() -> None:

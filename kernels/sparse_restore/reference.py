@@ -6,20 +6,20 @@ import numpy as np
 
 from tokendance_jax.kernels import rope, storage
 from tokendance_jax.kernels.lanes import Array
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 
 
 def sparse_restore_reference(
-    k_pool: jax.Array,
-    v_pool: jax.Array,
+    kv: PagedKV,
     source: Source | None,
     plan: RestorePlan,
     *,
     theta: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> PagedKV:
     """Gathers, rotates and scatters. Arguments as `api.sparse_restore`, the plan on the host."""
-    page_size, head_dim = k_pool.shape[2], k_pool.shape[4]
-    origin = Source(k_pool, v_pool) if source is None else source
+    page_size, head_dim = kv.k.shape[2], kv.k.shape[4]
+    origin = Source(kv.k, kv.v) if source is None else source
     plan = jax.tree.map(np.asarray, plan)
     pieces = int(plan.begin[-1])
     page = np.repeat(plan.page, np.diff(plan.begin))
@@ -41,7 +41,7 @@ def sparse_restore_reference(
         keys = keys + jnp.asarray(origin.key_bias)[:, None]
     cos, sin = rope.rotation(jnp.asarray(turn, jnp.int32), theta=theta, head_dim=head_dim)
     keys = rope.rotate(keys, cos[None, :, None, :], sin[None, :, None, :])
-    return (
-        k_pool.at[write].set(storage.store(keys, k_pool.dtype)),
-        v_pool.at[write].set(storage.store(values, v_pool.dtype)),
+    return PagedKV(
+        kv.k.at[write].set(storage.store(keys, kv.k.dtype)),
+        kv.v.at[write].set(storage.store(values, kv.v.dtype)),
     )

@@ -17,10 +17,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
 from tokendance_jax.kernels import rope
+from tokendance_jax.kernels.kv_write import kv_write
 from tokendance_jax.kernels.lanes import Array, Rows
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.models.product import matmul
 from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.paged.kv import PagedKV
 
 QueriesKeysValues = tuple[
     Float[jax.Array, "rows heads head_dim"],
@@ -196,7 +197,7 @@ class Qwen2(nnx.Module):
         ) -> tuple[jax.Array, PagedKV]:
             x, kv = carry
             q, k, v = of_layer(layer, Block.project, x)
-            kv = kv.write(layer, rows.slot, rope.rotate(k, *k_rotation), v)
+            kv = kv_write(kv, layer, jnp.asarray(rows.slot), rope.rotate(k, *k_rotation), v)
             attended = attend(rope.rotate(q, *q_rotation), kv, layer)
             x = of_layer(layer, Block.finish, x, attended)
             if watch is not None:
@@ -204,7 +205,7 @@ class Qwen2(nnx.Module):
             return x, kv
 
         if x is None:
-            x = self.embed_tokens(rows.token)
+            x = self.embed_tokens(jnp.asarray(rows.token))
         if watch is not None:
             watch(x)
         if rolled and len(span) > 1:

@@ -10,7 +10,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 
 from tests import shared_data
@@ -18,7 +17,7 @@ from tests.engine.rounds import gathering, mixed, small_engine
 from tokendance_jax.demo import demo_trace
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.engine.engine import RoundEngine
-from tokendance_jax.model import load_model
+from tokendance_jax.model import Model
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import read_trace
 
@@ -66,7 +65,7 @@ def demo(name):
 
 @functools.cache
 def real_model():
-    return load_model(shared_data.real_gguf(), dtype=jnp.float32)
+    return Model.from_checkpoint(shared_data.real_checkpoint("float32"), "float32")
 
 
 def real(name):

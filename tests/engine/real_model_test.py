@@ -4,13 +4,12 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import shared_data
 from tokendance_jax.engine.engine import RoundEngine
-from tokendance_jax.model import load_model
+from tokendance_jax.model import Model
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import read_trace, tokenize_round
 from tokendance_jax.study.quality import agreement
@@ -22,7 +21,7 @@ SIZES: dict[str, Any] = {"kv_memory": 256 << 20, "row_budget": 256, "max_agents"
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(shared_data.real_gguf(), dtype=jnp.float32)
+    return Model.from_checkpoint(shared_data.real_checkpoint("float32"), "float32")
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +52,21 @@ def test_everything_recomputed_is_dense(score):
         assert np.abs(dense - other).max() < 1e-3
 
 
-def test_the_collective_round_is_nearer_to_dense_than_its_rivals(score):
-    def against_dense(policy, **options):
-        return agreement(score("dense"), score(policy, **options))
+def against_dense(score, policy, **options):
+    return agreement(score("dense"), score(policy, **options))
 
-    none = against_dense("tokendance", selection="none")
-    head = against_dense("tokendance", selection="head", head_pages=4)
-    for rival in (against_dense("blend-batched"), against_dense("epic")):
-        assert none.kl_mean < rival.kl_mean
-        assert none.top1 >= rival.top1
+
+# The program of CacheBlend's choice takes long to compile.
+@pytest.mark.parametrize("rival", ["epic", pytest.param("blend-batched", marks=pytest.mark.sweep)])
+def test_the_collective_round_is_nearer_to_dense_than_its_rivals(score, rival):
+    none = against_dense(score, "tokendance", selection="none")
+    other = against_dense(score, rival)
+    assert none.kl_mean < other.kl_mean
+    assert none.top1 >= other.top1
+
+
+def test_recomputed_heads_bring_it_nearer(score):
+    none = against_dense(score, "tokendance", selection="none")
+    head = against_dense(score, "tokendance", selection="head", head_pages=4)
     assert head.kl_mean < none.kl_mean
     assert head.top1 > 0.9

@@ -10,6 +10,7 @@ from tests.kernels.cases import shape
 from tokendance_jax import hlo, targets
 from tokendance_jax.kernels.gpu_planes import planes_of
 from tokendance_jax.kernels.lanes import LaneTables
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.paged.kv import pool_format
 
 # Heads of Qwen2.5: 0.5B, 1.5B, 3B, 7B, 14B and 32B, 72B.
@@ -43,7 +44,8 @@ def for_tpus(test):
 def pool_of(heads, page_size, dtype="bfloat16", pages=PAGES):
     """A pool of its own for each size: what was compiled once is not compiled again."""
     pages += heads.heads
-    return shape(LAYERS, pages, page_size, heads.kv_heads, heads.head_dim, dtype=dtype)
+    pool = shape(LAYERS, pages, page_size, heads.kv_heads, heads.head_dim, dtype=dtype)
+    return PagedKV(pool, pool)
 
 
 def queries_of(rows, heads):
@@ -58,11 +60,11 @@ def tables_of(lanes, entries):
 def attend(kernel, implementation, layers=(3,)):
     """Layers of a kernel, as a program of its arrays."""
 
-    def program(q, k, v, *arguments):
+    def program(q, kv, *arguments):
         for layer in layers:
             with jax.named_scope(f"layer_{layer}"):
                 q = kernel(
-                    q, k, v, layer, *arguments, theta=cases.THETA, implementation=implementation
+                    q, kv, layer, *arguments, theta=cases.THETA, implementation=implementation
                 )
         return q
 
@@ -87,7 +89,7 @@ def check_layers_have_one_kernel(kernel, shapes, kernels):
 
 def compile_for_an_h100(kernel, shapes, page_size):
     """Compiles a kernel and checks each program of it. Returns them, and what memory they need."""
-    h100, pool = targets.TARGETS["h100"], shapes[1]
+    h100, pool = targets.TARGETS["h100"], shapes[1].k
     planes = planes_of(pool.dtype)
     compiled, programs = targets.gpu_kernels(h100, attend(kernel, "mosaic_gpu"), *shapes)
     for program in programs:
@@ -109,7 +111,7 @@ def compile_for_a_tpu(kernel, shapes, target):
     target = targets.TARGETS[target]
     pool = pool_format(targets.device(target))
     program = jax.jit(
-        attend(kernel, "mosaic_tpu"), in_shardings=(None, pool, pool, *[None] * (len(shapes) - 3))
+        attend(kernel, "mosaic_tpu"), in_shardings=(None, pool, *[None] * (len(shapes) - 2))
     )
     return memory_of(program.lower(*targets.placed(target, shapes)).compile())
 

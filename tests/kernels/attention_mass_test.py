@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import cases
-from tokendance_jax.kernels.round_attention import attention_mass
+from tokendance_jax.kernels.attention_mass import attention_mass
 
 SMALL = cases.HEADS[1]
 
@@ -47,15 +47,15 @@ def naive(case, heads, q, k):
 def check(case, heads, dtype):
     """The pool holds NaN wherever no token lies; what is computed is compared entry by entry."""
     q = cases.queries(cases.ROWS, heads)
-    k, _ = cases.pools(case, heads, dtype)
+    kv = cases.pool(case, heads, dtype)
     out = np.asarray(
-        program(q, cases.poisoned(case, k), cases.LAYER, case.position, case.tables, case.tiles)
+        program(q, cases.poisoned(case, kv), cases.LAYER, case.position, case.tables, case.tiles)
     )
     assert out.shape == case.tables.page.shape
     used = np.asarray(case.tables.slots) > 0
     assert not out[~used].any()
     for index, (plan, expected) in enumerate(
-        zip(case.lanes, naive(case, heads, q, k), strict=True)
+        zip(case.lanes, naive(case, heads, q, kv.k), strict=True)
     ):
         found = out[index][used[index]]
         whole = len(plan.computed) * heads.heads

@@ -14,6 +14,7 @@ import pytest
 from tokendance_jax.kernels import rope, storage
 from tokendance_jax.kernels.flash import MASKED
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows, block_pages
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.round_attention.reference import round_attention_reference
 from tokendance_jax.plan import shared_rows
 from tokendance_jax.plan.buckets import Buckets
@@ -269,17 +270,18 @@ def turned(x: np.ndarray, frame: int | np.ndarray) -> np.ndarray:
     return np.concatenate([moved.real, moved.imag], axis=-1)
 
 
-def log_sum_exps(case: Case, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+def log_sum_exps(case: Case, q: np.ndarray, kv: PagedKV) -> np.ndarray:
     """The log-sum-exp of each query's scores over its lane, from rotated keys."""
     rows, heads, head_dim = q.shape
     found = np.full((rows, heads), MASKED, np.float32)
-    pool = np.asarray(storage.load(jnp.asarray(k[LAYER])), np.float32).reshape(-1, *k.shape[3:])
+    pool = np.asarray(storage.load(jnp.asarray(kv.k[LAYER])), np.float32)
+    pool = pool.reshape(-1, *kv.k.shape[3:])
     for index, plan in enumerate(case.lanes):
         position = np.arange(len(plan.token_ids), dtype=np.int32)
         slot, canonical = plan.locate(position, case.page_size)
         # On the host, as every lane is of another length: XLA would compile for each.
         keys = turned(pool[slot], (position - canonical)[:, None, None]).astype(np.float32)
-        keys = np.repeat(keys, heads // k.shape[3], axis=1)
+        keys = np.repeat(keys, heads // kv.k.shape[3], axis=1)
         mine = np.flatnonzero(case.lane == index)
         scores = np.einsum("rnh,snh->rns", q[mine], keys) * head_dim**-0.5
         seen = position[None, None, :] <= case.position[mine][:, None, None]
@@ -306,27 +308,33 @@ def random_case(seed: int, page_size: int) -> Case:
     return Case.of(lanes, pages=40, page_size=page_size)
 
 
-def pools(case: Case, heads: Heads, dtype: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Random K and V in storage dtype ("float32", or "uint16" for bfloat16 bits)."""
+def pool(case: Case, heads: Heads, dtype: str, seed: int = 0) -> PagedKV:
+    """A pool of random numbers in storage dtype ("float32", or "uint16" for bfloat16 bits)."""
     shape = (LAYERS, case.pages, case.page_size, heads.kv_heads, heads.head_dim)
     drawn = np.random.default_rng(seed).standard_normal((2, *shape)).astype(np.float32)
     k, v = drawn.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "uint16" else drawn
-    return k, v
+    return PagedKV(k, v)
 
 
-def poisoned(case: Case, pool: np.ndarray) -> np.ndarray:
+def poisoned(case: Case, kv: PagedKV) -> PagedKV:
     """The pool with NaN wherever no lane has a token: page 0, other pages, rests, later slots."""
     clean = case.read_slots()
     assert not clean[0].any()
-    pool = pool.copy()
-    pool[:, ~clean] = BF16_NAN if pool.dtype == np.uint16 else np.nan
-    pool[1 - LAYER] = BF16_NAN if pool.dtype == np.uint16 else np.nan
-    return pool
+
+    def of_pool(pool: np.ndarray) -> np.ndarray:
+        pool = pool.copy()
+        pool[:, ~clean] = BF16_NAN if pool.dtype == np.uint16 else np.nan
+        pool[1 - LAYER] = BF16_NAN if pool.dtype == np.uint16 else np.nan
+        return pool
+
+    return jax.tree.map(of_pool, kv)
 
 
-def numbers_of(pool: np.ndarray) -> jax.Array:
+def numbers_of(kv: PagedKV) -> PagedKV:
     """A pool as accelerators store it: bfloat16 in place of its bits."""
-    return jnp.asarray(pool.view(ml_dtypes.bfloat16) if pool.dtype == np.uint16 else pool)
+    return jax.tree.map(
+        lambda x: jnp.asarray(x.view(ml_dtypes.bfloat16) if x.dtype == np.uint16 else x), kv
+    )
 
 
 def on_tensor_cores(dtype: str) -> str:
@@ -348,8 +356,7 @@ _definition = jax.jit(
 def reference(
     case: Case,
     q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
+    kv: PagedKV,
     position: np.ndarray,
     lane: np.ndarray,
     *,
@@ -364,7 +371,7 @@ def reference(
     for start in range(0, len(used), chunk):
         rows = used[start : start + chunk]
         filled = np.resize(rows, chunk)
-        part = _definition(q[filled], k, v, LAYER, position[filled], lane[filled], case.tables)
+        part = _definition(q[filled], kv, LAYER, position[filled], lane[filled], case.tables)
         out[rows] = part[: len(rows)]
     return out
 
@@ -386,11 +393,11 @@ def assert_close(out: np.ndarray, expected: np.ndarray, dtype: str) -> None:
     np.testing.assert_allclose(out, expected, rtol=0, atol=atol)
 
 
-def rerotated(case: Case, k_pool: np.ndarray, pages: int) -> tuple[Case, np.ndarray, np.ndarray]:
+def rerotated(case: Case, kv: PagedKV, pages: int) -> tuple[Case, PagedKV]:
     """The same case in frame 0: lanes read copies of their pages, keys rotated by the frame.
 
     Returns:
-      The case, its keys in a pool of `pages` pages, and the page that each of them copies.
+      The case, and its pool of `pages` pages.
     """
     source, frame, lanes = [0], [0], []
     for plan in case.lanes:
@@ -400,8 +407,9 @@ def rerotated(case: Case, k_pool: np.ndarray, pages: int) -> tuple[Case, np.ndar
         frame += plan.frame.tolist()
     filler = [0] * (pages - len(source))
     source, frame = np.array(source + filler), jnp.array(frame + filler, jnp.int32)
-    cos, sin = rope.rotation(frame, theta=THETA, head_dim=k_pool.shape[-1])
+    cos, sin = rope.rotation(frame, theta=THETA, head_dim=kv.k.shape[-1])
     keys = rope.rotate(
-        jnp.asarray(k_pool[:, source]), cos[None, :, None, None, :], sin[None, :, None, None, :]
+        jnp.asarray(kv.k[:, source]), cos[None, :, None, None, :], sin[None, :, None, None, :]
     )
-    return Case.of(lanes, pages=pages, page_size=case.page_size), np.asarray(keys), source
+    moved = Case.of(lanes, pages=pages, page_size=case.page_size)
+    return moved, PagedKV(keys, jnp.asarray(kv.v[:, source]))

@@ -9,12 +9,12 @@ LANES, BLOCKS, TOKENS = 25, 12, 512
 
 
 def arguments(heads, page_size, **pool):
-    pool, q = aot.pool_of(heads, page_size, **pool), aot.queries_of(LANES, heads)
+    kv, q = aot.pool_of(heads, page_size, **pool), aot.queries_of(LANES, heads)
     entries = block_pages(page_size)
     member = shape(BLOCKS, LANES, entries, dtype="bool")
     column = shape(BLOCKS, entries)
     groups = GroupTables(column, column, column, shape(BLOCKS, LANES), member, shape())
-    return q, pool, pool, shape(LANES), aot.tables_of(LANES, TOKENS // page_size), groups
+    return q, kv, shape(LANES), aot.tables_of(LANES, TOKENS // page_size), groups
 
 
 @aot.on_platforms
@@ -30,7 +30,7 @@ def test_compiles_for_an_h100(heads, page_size, dtype):
     shapes = arguments(heads, page_size, dtype=dtype)
     kernels, memory = aot.compile_for_an_h100(decode_attention, shapes, page_size)
     assert len(kernels) == 2  # shared blocks, own pages
-    assert memory.temp_size_in_bytes < 0.05 * shapes[1].size
+    assert memory.temp_size_in_bytes < 0.05 * shapes[1].k.size
 
 
 @pytest.mark.aot

@@ -21,7 +21,7 @@ ENDED = st.sets(st.integers(0, cases.LANES - 1))
 
 program = jax.jit(
     functools.partial(decode_attention, theta=cases.THETA),
-    static_argnums=3,
+    static_argnums=2,
     static_argnames="implementation",
 )
 
@@ -44,19 +44,19 @@ def split(case, cost=shared_block_cost):
         return group_tables(case.lanes, shapes)
 
 
-def run(case, q, k, v, position, cost=shared_block_cost):
+def run(case, q, kv, position, cost=shared_block_cost):
     groups, tables = split(case, cost)
-    return np.asarray(program(q, k, v, cases.LAYER, position, tables, groups))
+    return np.asarray(program(q, kv, cases.LAYER, position, tables, groups))
 
 
 def check(case, heads, dtype, position, cost=shared_block_cost):
     """Poisoned pools against the reference on clean ones; lanes at -1 give zeros."""
     q = cases.queries(cases.LANES, heads)
-    k, v = cases.pools(case, heads, dtype)
-    out = run(case, q, cases.poisoned(case, k), cases.poisoned(case, v), position, cost)
+    kv = cases.pool(case, heads, dtype)
+    out = run(case, q, cases.poisoned(case, kv), position, cost)
     live = position >= 0
     lane = np.where(live, np.arange(cases.LANES, dtype=np.int32), np.int32(cases.LANES))
-    cases.assert_close(out, cases.reference(case, q, k, v, position, lane), dtype)
+    cases.assert_close(out, cases.reference(case, q, kv, position, lane), dtype)
     assert not out[~live].any()
 
 
@@ -136,21 +136,22 @@ def test_a_frame_equals_keys_rotated_by_it(seed):
     # Invariant 4: +d, -d and large d.
     case = case_of(cases.random_case(seed, page_size=16).lanes, 16)
     q, position = cases.queries(cases.LANES, SMALL), case.last_positions()
-    k, v = cases.pools(case, SMALL, "float32")
-    moved, moved_k, source = cases.rerotated(case, k, PAGES)
-    framed = run(case, q, k, v, position, cost=lambda _: 0.0)
-    cases.assert_close(framed, run(moved, q, moved_k, v[:, source], position), "float32")
+    kv = cases.pool(case, SMALL, "float32")
+    moved, moved_kv = cases.rerotated(case, kv, PAGES)
+    framed = run(case, q, kv, position, cost=lambda _: 0.0)
+    cases.assert_close(framed, run(moved, q, moved_kv, position), "float32")
 
 
 def test_lanes_outside_of_a_group_give_its_slots_no_weight():
     # Values of the base far above all others would show in the smallest weight.
     case = base_round(16)
     q, position = cases.queries(cases.LANES, SMALL), case.last_positions()
-    k, v = cases.pools(case, SMALL, "float32")
-    loud = v.copy()
-    loud[:, 1:35] *= 1e30
+    kv = cases.pool(case, SMALL, "float32")
+    values = np.array(kv.v)
+    values[:, 1:35] *= 1e30
+    loud = dataclasses.replace(kv, v=values)
     outside = len(case.lanes) - 1
-    quiet, noisy = (run(case, q, k, values, position)[outside] for values in (v, loud))
+    quiet, noisy = (run(case, q, x, position)[outside] for x in (kv, loud))
     np.testing.assert_array_equal(quiet, noisy)
     assert quiet.any()
 
@@ -163,8 +164,8 @@ def test_lanes_that_see_only_shared_slots():
     # As if nothing of their own was left: no row has seen a slot before the merge.
     tables = jax.tree.map(np.zeros_like, tables)
     q, position = cases.queries(cases.LANES, SMALL), case.last_positions()
-    k, v = cases.pools(case, SMALL, "float32")
-    out = np.asarray(program(q, k, v, cases.LAYER, position, tables, groups))
+    kv = cases.pool(case, SMALL, "float32")
+    out = np.asarray(program(q, kv, cases.LAYER, position, tables, groups))
     assert np.isfinite(out).all()
     assert out[:6].any(axis=(1, 2)).all()
     assert not out[6:].any()
@@ -172,8 +173,8 @@ def test_lanes_that_see_only_shared_slots():
 
 def test_nothing_live_gives_zeros():
     case = base_round(16)
-    k, v = cases.pools(case, SMALL, "float32")
-    out = run(case, cases.queries(cases.LANES, SMALL), k, v, np.full(cases.LANES, -1, np.int32))
+    kv = cases.pool(case, SMALL, "float32")
+    out = run(case, cases.queries(cases.LANES, SMALL), kv, np.full(cases.LANES, -1, np.int32))
     assert not out.any()
 
 
@@ -220,14 +221,14 @@ def test_the_gpu_kernel_equals_the_reference_without_races(
     assert mosaic_gpu.parts_of(cases.LANES, heads.heads, heads.kv_heads, **counted) > 1
     position = case.last_positions()
     q = cases.queries(cases.LANES, heads)
-    k, v = cases.pools(case, heads, dtype)
-    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
+    kv = cases.pool(case, heads, dtype)
+    poisoned = cases.numbers_of(cases.poisoned(case, kv))
     out = jax.jit(
         functools.partial(decode_attention, theta=cases.THETA, implementation="interpret"),
-        static_argnums=3,
-    )(q, *inputs, cases.LAYER, position, tables, groups)
+        static_argnums=2,
+    )(q, poisoned, cases.LAYER, position, tables, groups)
     lane = np.where(position >= 0, np.arange(cases.LANES), cases.LANES).astype(np.int32)
-    expected = cases.reference(case, q, k, v, position, lane)
+    expected = cases.reference(case, q, kv, position, lane)
     cases.assert_close(np.asarray(out), expected, cases.on_tensor_cores(dtype))
     assert not np.asarray(out)[position < 0].any()
     assert not simulator.races()
@@ -257,11 +258,11 @@ def check_tpu(heads, page_size, dtype, interpret):
     assert groups.count
     position = case.last_positions()
     q = cases.queries(cases.LANES, heads)
-    k, v = cases.pools(case, heads, dtype)
-    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
+    kv = cases.pool(case, heads, dtype)
+    poisoned = cases.numbers_of(cases.poisoned(case, kv))
     kernel = functools.partial(decode_attention_mosaic_tpu, theta=cases.THETA, interpret=interpret)
-    out = jax.jit(kernel, static_argnums=3)(q, *inputs, cases.LAYER, position, tables, groups)
+    out = jax.jit(kernel, static_argnums=2)(q, poisoned, cases.LAYER, position, tables, groups)
     lane = np.where(position >= 0, np.arange(cases.LANES), cases.LANES).astype(np.int32)
-    expected = cases.reference(case, q, k, v, position, lane)
+    expected = cases.reference(case, q, kv, position, lane)
     cases.assert_close(np.asarray(out), expected, dtype)
     assert not np.asarray(out)[position < 0].any()

@@ -14,7 +14,7 @@ def twice(x):
     return 2 * x
 
 
-KERNELS = {"mosaic_gpu": unfit, "xla": twice}
+FOLD = dispatch.Op("fold", xla=twice, mosaic_gpu=unfit, mosaic_tpu=unfit)
 
 
 @pytest.fixture
@@ -27,20 +27,20 @@ def on_a_gpu(monkeypatch):
 
 def test_code_in_place_of_a_kernel_is_told_once_with_the_reason(on_a_gpu, caplog):
     with caplog.at_level(logging.WARNING):
-        assert [dispatch.call("fold", None, KERNELS, 32) for _ in range(3)] == [64] * 3
+        assert [FOLD.run(None, lambda fold: fold(32)) for _ in range(3)] == [64] * 3
     (record,) = caplog.records
     assert record.getMessage() == "fold: XLA code in place of mosaic_gpu: no heads of 32"
     with caplog.at_level(logging.WARNING):
-        dispatch.call("fold", None, KERNELS, 48)
+        FOLD.run(None, lambda fold: fold(48))
     assert "no heads of 48" in caplog.records[-1].getMessage()
 
 
 def test_a_named_kernel_has_nothing_in_its_place(on_a_gpu, caplog):
     with pytest.raises(NotImplementedError, match="no heads of 32"):
-        dispatch.call("fold", "mosaic_gpu", KERNELS, 32)
+        FOLD.run("mosaic_gpu", lambda fold: fold(32))
     assert not caplog.records
 
 
 def test_xla_code_needs_no_word_on_a_cpu(caplog):
-    assert dispatch.call("fold", None, KERNELS, 32) == 64
+    assert FOLD.run(None, lambda fold: fold(32)) == 64
     assert not caplog.records

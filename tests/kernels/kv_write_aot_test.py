@@ -12,6 +12,7 @@ from tests.kernels.cases import shape, swept
 from tokendance_jax import targets
 from tokendance_jax.hlo import Program
 from tokendance_jax.kernels.kv_write import kv_write
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.paged.kv import pool_format
 
 # KV heads and head dims of Qwen2.5 from 0.5B to 72B.
@@ -26,25 +27,26 @@ def compiled_write(target, heads, dtype, sizes, **options):
     """The program, which is in place whatever the target."""
     page_size, rows = sizes
     pool = shape(LAYERS, SLOTS // page_size, page_size, *heads, dtype=dtype)
-    arguments = pool, shape(rows), shape(rows, *heads, dtype="float32")
+    value = shape(rows, *heads, dtype="float32")
+    arguments = PagedKV(pool, pool), shape(rows), value, value
     layout = pool_format(targets.device(target))
     program = jax.jit(
-        lambda pool, slot, value: kv_write(pool, 3, slot, value),
+        lambda kv, slot, k, v: kv_write(kv, 3, slot, k, v),
         donate_argnums=0,
-        in_shardings=(layout, None, None),
+        in_shardings=(layout, None, None, None),
         out_shardings=layout,
     )
     compiled = program.lower(*targets.placed(target, arguments)).compile(**options)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    assert memory.alias_size_in_bytes >= pool.size * pool.dtype.itemsize
+    assert memory.alias_size_in_bytes >= 2 * pool.size * pool.dtype.itemsize
     assert memory.temp_size_in_bytes < 1 << 20
     found = Program(compiled)
     assert found.made(pool.shape) == []
     # Rows in and out, and their slots, in a few steps; no page, and no part of one.
     row = math.prod(heads) * (4 + jnp.dtype(dtype).itemsize)
-    assert found.bytes_moved() < 4 * rows * (row + 4)
+    assert found.bytes_moved() < 2 * 4 * rows * (row + 4)
     assert " sort(" not in text
     return found
 
@@ -56,10 +58,10 @@ def test_an_h100_writes_rows_alone(heads, dtype, sizes, tmp_path):
     found = compiled_write(
         h100, heads, dtype, sizes, compiler_options={"xla_dump_to": str(tmp_path)}
     )
-    # One kernel: the conversion is part of it.
+    # One kernel for keys and one for values: the conversion is part of it.
     opcodes = [instruction.opcode for instruction, _ in found.executed()]
     assert set(opcodes) == {"parameter", "bitcast", "fusion"}
-    assert opcodes.count("fusion") == 1
+    assert opcodes.count("fusion") == 2
     ptx = "".join(file.read_text() for file in tmp_path.glob("*.ptx"))
     stores = re.findall(r"\bst\S*\.global\S*", ptx)
     assert stores

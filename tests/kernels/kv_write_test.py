@@ -1,5 +1,6 @@
 import functools
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import cases
 from tokendance_jax.kernels.kv_write import kv_write
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 LAYERS, PAGES, PAGE_SIZE, KV_HEADS, HEAD_DIM = SHAPE = (3, 5, 4, 2, 8)
 SLOTS, ROWS = PAGES * PAGE_SIZE, 12
@@ -34,30 +37,32 @@ def bits(random, dtype):
 @settings(max_examples=25)
 def test_writes_the_named_slots_and_nothing_else(dtype, seed, sentinel, dropped):
     random = np.random.default_rng(seed)
-    pool, layer = bits(random, dtype), seed % LAYERS
+    pools: Any = [bits(random, dtype) for _ in "kv"]
+    layer = seed % LAYERS
     slot = random.permutation(SLOTS)[:ROWS].astype(np.int32)
     slot[list(dropped)] = sentinel
-    value = random.standard_normal((ROWS, KV_HEADS, HEAD_DIM)).astype(np.float32)
+    values = random.standard_normal((2, ROWS, KV_HEADS, HEAD_DIM)).astype(np.float32)
+    written = write(PagedKV(*pools), layer, slot, *values)
 
-    stored = value.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "uint16" else value
-    expected = pool.copy()
-    for row in set(range(ROWS)) - dropped:
-        expected[layer, slot[row] // PAGE_SIZE, slot[row] % PAGE_SIZE] = stored[row]
-    written = write(pool, layer, slot, value)
-    assert written.dtype == pool.dtype
-    assert np.asarray(written).tobytes() == expected.tobytes()
+    stored = values.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "uint16" else values
+    for found, pool, value in zip((written.k, written.v), pools, stored, strict=True):
+        expected = pool.copy()
+        for row in set(range(ROWS)) - dropped:
+            expected[layer, slot[row] // PAGE_SIZE, slot[row] % PAGE_SIZE] = value[row]
+        assert found.dtype == pool.dtype
+        assert np.asarray(found).tobytes() == expected.tobytes()
 
 
 def memory(dtype):
     """Alias and temporaries of a jitted write to a large donated pool, as shares of it."""
-    pool = jax.ShapeDtypeStruct((8, 2048, 16, 2, 64), dtype)  # at least 64 MiB, never allocated
+    pool = cases.shape(8, 2048, 16, 2, 64, dtype=dtype)  # at least 64 MiB, never allocated
     slot, value = (
         jax.ShapeDtypeStruct((256,), jnp.int32),
         jax.ShapeDtypeStruct((256, 2, 64), jnp.float32),
     )
-    program = jax.jit(functools.partial(kv_write, layer=3), donate_argnames="pool")
-    compiled = program.lower(pool=pool, slot=slot, value=value).compile()
-    size, needs = pool.size * pool.dtype.itemsize, compiled.memory_analysis()
+    program = jax.jit(functools.partial(kv_write, layer=3), donate_argnames="kv")
+    compiled = program.lower(kv=PagedKV(pool, pool), slot=slot, k=value, v=value).compile()
+    size, needs = 2 * pool.size * pool.dtype.itemsize, compiled.memory_analysis()
     assert needs is not None
     return SimpleNamespace(
         alias=needs.alias_size_in_bytes / size, temp=needs.temp_size_in_bytes / size

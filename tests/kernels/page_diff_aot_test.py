@@ -8,6 +8,7 @@ from tests.kernels import cases
 from tests.kernels.cases import shape, swept
 from tokendance_jax import targets
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 # KV heads and head dims of Qwen2.5 from 0.5B to 72B.
 HEADS = ((2, 64), (2, 128), (4, 128), (8, 128))
@@ -17,10 +18,10 @@ LAYERS, PAGES, BASES, COMPARISONS, SIBLINGS = 24, 512, 64, 256, 128
 
 def arguments(heads, page_size, dtype, *, outside):
     pool = shape(LAYERS, PAGES, page_size, *heads, dtype=dtype)
-    siblings = (shape(LAYERS, SIBLINGS, page_size, *heads, dtype=dtype),) * 2
+    other = shape(LAYERS, SIBLINGS, page_size, *heads, dtype=dtype)
     column = shape(COMPARISONS)
     plan = DiffPlan(shape(BASES), shape(BASES + 1), column, column, column, column)
-    return pool, pool, siblings if outside else None, plan
+    return PagedKV(pool, pool), PagedKV(other, other) if outside else None, plan
 
 
 def diff(implementation):

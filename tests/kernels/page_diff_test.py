@@ -14,6 +14,7 @@ from tests.kernels import cases
 from tokendance_jax.kernels.page_diff import Deviation, DiffPlan, page_diff
 from tokendance_jax.kernels.page_diff.mosaic_tpu import page_diff_mosaic_tpu
 from tokendance_jax.kernels.page_diff.reference import page_diff_reference
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 # Layers, pages, page size, KV heads, head dim.
 SMALL = (3, 12, 4, 2, 16)
@@ -22,10 +23,9 @@ SCORES = ("k_largest", "k_squares", "v_largest", "v_squares")
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
-def diff(k, v, siblings, plan, threshold, implementation="xla"):
+def diff(kv, siblings, plan, threshold, implementation="xla"):
     return page_diff(
-        k,
-        v,
+        kv,
         siblings,
         plan,
         theta=cases.THETA,
@@ -88,9 +88,10 @@ class Pages:
         plan, siblings = self.plan, None
         if self.outside:
             start = self.k.shape[1] - len(plan.sibling)
-            siblings = jnp.asarray(self.k[:, start:]), jnp.asarray(self.v[:, start:])
+            siblings = PagedKV(jnp.asarray(self.k[:, start:]), jnp.asarray(self.v[:, start:]))
             plan = dataclasses.replace(plan, sibling=plan.sibling - np.int32(start))
-        return jnp.asarray(self.k), jnp.asarray(self.v), siblings, plan.padded(pages, comparisons)
+        kv = PagedKV(jnp.asarray(self.k), jnp.asarray(self.v))
+        return kv, siblings, plan.padded(pages, comparisons)
 
 
 def comparisons_of(page_size):
@@ -115,9 +116,9 @@ def check(found, expected):
     assert (np.asarray(found.far) == np.asarray(expected.far)).all()
 
 
-def reference(k, v, siblings, plan):
+def reference(kv, siblings, plan):
     return jax.jit(functools.partial(page_diff_reference, plan=plan, theta=cases.THETA))(
-        k, v, siblings
+        kv, siblings
     )
 
 
@@ -267,7 +268,13 @@ def test_the_threshold_itself_is_near(implementation, request):
     v[0, 2, 5, 1, 3] = k[0, 3, 9, 0, 60] = 0.1
     threshold = np.float32(0.1)
     for limit, far in ((threshold, False), (np.nextafter(threshold, np.float32(0)), True)):
-        found = diff(k, v, None, plan, limit, implementation=implementation)
+        found = diff(
+            PagedKV(jnp.asarray(k), jnp.asarray(v)),
+            None,
+            plan,
+            limit,
+            implementation=implementation,
+        )
         assert np.asarray(found.far).tolist() == [far, far]
         assert np.asarray(found.v_largest).tolist() == [[threshold, 0]]
         assert np.asarray(found.k_largest).tolist() == [[0, threshold]]
@@ -284,7 +291,13 @@ def test_what_is_no_number_is_infinitely_far(number, implementation, request):
     # Key 8 of sibling 3, in frame 0; of sibling 4 it is not compared. Value 2 of both page 2 and 5.
     plan = DiffPlan.of_comparisons(*np.array([base, sibling, [0, 0, 9], [0, 9, 0], [16, 7, 16]]))
     k[1, 3:5, 8, 1, 40] = v[0, 2, 2, 0, 0] = v[0, 5, 2, 0, 0] = number
-    found = diff(k, v, None, plan, np.float32(np.inf), implementation=implementation)
+    found = diff(
+        PagedKV(jnp.asarray(k), jnp.asarray(v)),
+        None,
+        plan,
+        np.float32(np.inf),
+        implementation=implementation,
+    )
     assert np.asarray(found.far).tolist() == [True, False, True]
     infinite = np.array([[False, False, False], [True, False, False]])
     for score in (found.k_largest, found.k_squares):
@@ -299,7 +312,7 @@ def test_a_plan_of_nothing_finds_nothing():
     nothing = np.zeros(0, np.int32)
     plan = DiffPlan.of_comparisons(*[nothing] * 5).padded(2, 4)
     pool = jnp.full(SMALL, jnp.nan)
-    found = diff(pool, pool, None, plan, 0.0)
+    found = diff(PagedKV(pool, pool), None, plan, 0.0)
     assert not np.asarray(found.far).any()
     assert not any(np.asarray(getattr(found, name)).any() for name in SCORES)
 
@@ -329,7 +342,7 @@ def test_little_memory_is_needed(dtype):
     pool = cases.shape(8, 2048, 16, 2, 64, dtype=dtype)  # at least 64 MiB, never allocated
     column = cases.shape(1024)
     plan = DiffPlan(column, cases.shape(1025), *[column] * 4)
-    needs = diff.lower(pool, pool, None, plan, 0.1).compile().memory_analysis()
+    needs = diff.lower(PagedKV(pool, pool), None, plan, 0.1).compile().memory_analysis()
     assert needs is not None
     assert needs.temp_size_in_bytes < 0.03 * 2 * pool.size * pool.dtype.itemsize
 
@@ -341,20 +354,20 @@ def test_little_memory_is_needed(dtype):
 def test_siblings_that_do_not_fit_are_refused(shape, dtype, kind):
     pool = jnp.zeros(SMALL)
     fitting, other = jnp.zeros((3, 4, 4, 2, 16)), jnp.zeros(shape, dtype)
-    siblings = (fitting, other) if kind else (other, fitting)
+    siblings = PagedKV(fitting, other) if kind else PagedKV(other, fitting)
     plan = DiffPlan.of_comparisons(*np.array([[1], [2], [0], [0], [4]]))
     with pytest.raises(ValueError, match="siblings: pages"):
-        page_diff(pool, pool, siblings, plan, theta=cases.THETA, threshold=0.1)
+        page_diff(PagedKV(pool, pool), siblings, plan, theta=cases.THETA, threshold=0.1)
 
 
 def test_an_unfit_kernel_says_why():
     pool = jnp.zeros(SMALL)
     plan = DiffPlan.of_comparisons(*np.array([[1], [2], [0], [0], [4]]))
     with pytest.raises(NotImplementedError, match="heads of 16"):
-        diff(pool, pool, None, plan, 0.1, implementation="mosaic_gpu")
+        diff(PagedKV(pool, pool), None, plan, 0.1, implementation="mosaic_gpu")
     bits = pool.astype("uint16")
     for implementation in ("mosaic_gpu", "mosaic_tpu"):
         with pytest.raises(NotImplementedError, match="bfloat16 and float32 pools, not uint16"):
-            diff(bits, bits, None, plan, 0.1, implementation=implementation)
+            diff(PagedKV(bits, bits), None, plan, 0.1, implementation=implementation)
     with pytest.raises(ValueError, match="implementation: 'cuda' is none of"):
-        diff(pool, pool, None, plan, 0.1, implementation="cuda")
+        diff(PagedKV(pool, pool), None, plan, 0.1, implementation="cuda")

@@ -10,9 +10,9 @@ SHARED_ROWS = 1024
 
 
 def arguments(heads, page_size, **pool):
-    pool, q = aot.pool_of(heads, page_size, **pool), aot.queries_of(ROWS, heads)
+    kv, q = aot.pool_of(heads, page_size, **pool), aot.queries_of(ROWS, heads)
     tiles = RowTiles(shape(TILES, TILE_ROWS), shape(TILES), shape())
-    return q, pool, pool, shape(ROWS), aot.tables_of(LANES, TOKENS // page_size), tiles
+    return q, kv, shape(ROWS), aot.tables_of(LANES, TOKENS // page_size), tiles
 
 
 def shared_rows(page_size):
@@ -27,9 +27,9 @@ def shared_rows(page_size):
     return SharedRows(row, row, groups, tables, tiles)
 
 
-def with_shared_rows(q, k, v, layer, position, tables, tiles, shared, **options):
+def with_shared_rows(q, kv, layer, position, tables, tiles, shared, **options):
     return round_attention(
-        q, k, v, layer, position, tables, tiles, shared=shared, with_lse=True, **options
+        q, kv, layer, position, tables, tiles, shared=shared, with_lse=True, **options
     )
 
 
@@ -53,10 +53,10 @@ def test_compiles_for_an_h100(heads, page_size, dtype):
     kernels, memory = aot.compile_for_an_h100(round_attention, shapes, page_size)
     assert len(kernels) == 1
     # Temporaries are queries and results, in a few arrangements, and never a pool.
-    q, pool, *_ = shapes
+    q, kv, *_ = shapes
     tiled = TILES * TILE_ROWS * q.size // ROWS * 4
     assert memory.temp_size_in_bytes < 4 * tiled
-    assert memory.temp_size_in_bytes < pool.size * 2
+    assert memory.temp_size_in_bytes < kv.k.size * 2
 
 
 @pytest.mark.aot
@@ -73,7 +73,7 @@ def test_compiles_shared_rows_for_an_h100(heads, page_size, dtype):
     shapes = *arguments(heads, page_size, dtype=dtype), shared_rows(page_size)
     kernels, memory = aot.compile_for_an_h100(with_shared_rows, shapes, page_size)
     assert len(kernels) == 2  # shared blocks, lanes' own
-    assert memory.temp_size_in_bytes < 0.1 * shapes[1].size
+    assert memory.temp_size_in_bytes < 0.1 * shapes[1].k.size
 
 
 @pytest.mark.aot

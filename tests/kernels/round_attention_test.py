@@ -20,22 +20,22 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 program = jax.jit(
     functools.partial(round_attention, theta=cases.THETA),
-    static_argnums=3,
+    static_argnums=2,
     static_argnames=("implementation", "with_lse"),
 )
 
 
-def run(case, q, k, v, shared=None):
-    arguments = q, k, v, cases.LAYER, case.position, case.tables, case.tiles
+def run(case, q, kv, shared=None):
+    arguments = q, kv, cases.LAYER, case.position, case.tables, case.tiles
     return np.asarray(program(*arguments, shared=shared))
 
 
 def check(case, heads, dtype, shared=None):
     """The pools hold NaN wherever no token lies; the reference reads clean ones."""
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, dtype)
-    out = run(case, q, cases.poisoned(case, k), cases.poisoned(case, v), shared)
-    cases.assert_close(out, cases.reference(case, q, k, v, case.position, case.lane), dtype)
+    kv = cases.pool(case, heads, dtype)
+    out = run(case, q, cases.poisoned(case, kv), shared)
+    cases.assert_close(out, cases.reference(case, q, kv, case.position, case.lane), dtype)
     assert not out[~case.used].any()
 
 
@@ -80,12 +80,12 @@ def test_random_lanes_share_rows(seed):
 def test_log_sum_exps_are_those_of_the_scores(sharing):
     case = cases.tasks(16)
     q = cases.queries(cases.ROWS, SMALL)
-    k, v = cases.pools(case, SMALL, "float32")
-    arguments = q, k, v, cases.LAYER, case.position, case.tables, case.tiles
+    kv = cases.pool(case, SMALL, "float32")
+    arguments = q, kv, cases.LAYER, case.position, case.tables, case.tiles
     shared = cases.share(case) if sharing else None
     out, lse = program(*arguments, shared=shared, with_lse=True)
-    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=1e-4)
-    np.testing.assert_array_equal(out, run(case, q, k, v, shared))
+    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, kv), rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(out, run(case, q, kv, shared))
 
 
 @given(SEEDS)
@@ -94,18 +94,18 @@ def test_a_frame_equals_keys_rotated_by_it(seed):
     # Invariant 4: +d, -d and large d.
     case = cases.random_case(seed, page_size=16)
     q = cases.queries(cases.ROWS, SMALL)
-    k, v = cases.pools(case, SMALL, "float32")
-    moved, moved_k, source = cases.rerotated(case, k, pages=200)
-    cases.assert_close(run(case, q, k, v), run(moved, q, moved_k, v[:, source]), "float32")
+    kv = cases.pool(case, SMALL, "float32")
+    moved, moved_kv = cases.rerotated(case, kv, pages=200)
+    cases.assert_close(run(case, q, kv), run(moved, q, moved_kv), "float32")
 
 
 @given(SEEDS)
 @settings(max_examples=4)
 def test_rows_may_stand_in_any_order(seed):
     case = cases.sharing(16)
-    k, v = cases.pools(case, SMALL, "float32")
+    kv = cases.pool(case, SMALL, "float32")
     q = cases.queries(cases.ROWS, SMALL)
-    in_order = run(case, q, k, v)
+    in_order = run(case, q, kv)
 
     order = np.random.default_rng(seed).permutation(cases.ROWS).astype(np.int32)
     row, lane = np.full_like(case.tiles.row, cases.ROWS), np.zeros_like(case.tiles.lane)
@@ -117,7 +117,7 @@ def test_rows_may_stand_in_any_order(seed):
             row[count, : len(part)], lane[count] = part, index
             count += 1
     tiles = RowTiles(row, lane, np.asarray(count, np.int32))
-    out = program(q[order], k, v, cases.LAYER, case.position[order], case.tables, tiles)
+    out = program(q[order], kv, cases.LAYER, case.position[order], case.tables, tiles)
     cases.assert_close(np.asarray(out), in_order[order], "float32")
 
 
@@ -149,11 +149,11 @@ def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, dty
     case, lanes = cases.sharing(page_size), range(1, 6)
     tiles = small_tiles(case, lanes, 16)
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, dtype)
-    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
+    kv = cases.pool(case, heads, dtype)
+    poisoned = cases.numbers_of(cases.poisoned(case, kv))
     out = program(
         q,
-        *inputs,
+        poisoned,
         cases.LAYER,
         case.position,
         case.tables,
@@ -161,7 +161,7 @@ def test_the_gpu_kernel_equals_the_reference_without_races(heads, page_size, dty
         implementation="interpret",
     )
     lane = np.where(np.isin(case.lane, lanes), case.lane, cases.LANES)
-    expected = cases.reference(case, q, k, v, case.position, lane)
+    expected = cases.reference(case, q, kv, case.position, lane)
     cases.assert_close(np.asarray(out), expected, cases.on_tensor_cores(dtype))
     assert not simulator.races()
 
@@ -181,14 +181,14 @@ def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype, simula
     row = np.where(tiles.row < cases.ROWS, tiles.row, cases.ROWS)[:, :64]
     shared = dataclasses.replace(shared, tiles=dataclasses.replace(tiles, row=row))
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, dtype)
-    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
-    arguments = q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
+    kv = cases.pool(case, heads, dtype)
+    poisoned = cases.numbers_of(cases.poisoned(case, kv))
+    arguments = q, poisoned, cases.LAYER, case.position, case.tables, case.tiles
     out, lse = program(*arguments, shared=shared, with_lse=True, implementation="interpret")
-    expected = cases.reference(case, q, k, v, case.position, case.lane)
+    expected = cases.reference(case, q, kv, case.position, case.lane)
     cases.assert_close(np.asarray(out), expected, cases.on_tensor_cores(dtype))
     atol = 2e-2 if dtype == "uint16" else 1e-4
-    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=atol)
+    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, kv), rtol=0, atol=atol)
     assert not simulator.races()
 
 
@@ -204,14 +204,14 @@ def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype, simula
 def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
     case = cases.sharing(page_size)
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, dtype)
-    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
+    kv = cases.pool(case, heads, dtype)
+    poisoned = cases.numbers_of(cases.poisoned(case, kv))
     kernel = functools.partial(round_attention_mosaic_tpu, theta=cases.THETA, interpret=True)
-    out = jax.jit(kernel, static_argnums=3)(
-        q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
+    out = jax.jit(kernel, static_argnums=2)(
+        q, poisoned, cases.LAYER, case.position, case.tables, case.tiles
     )
     cases.assert_close(
-        np.asarray(out), cases.reference(case, q, k, v, case.position, case.lane), dtype
+        np.asarray(out), cases.reference(case, q, kv, case.position, case.lane), dtype
     )
     assert not np.asarray(out)[~case.used].any()
 
@@ -224,21 +224,21 @@ def test_the_tpu_kernel_gives_log_sum_exps():
 def run_on_tpu(case, heads, dtype, shared, interpret=True):
     """The TPU kernel gives outputs and log-sum-exps, of packed rows too unless `shared` is None."""
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, dtype)
-    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
-    arguments = q, *inputs, cases.LAYER, case.position, case.tables, case.tiles
+    kv = cases.pool(case, heads, dtype)
+    poisoned = cases.numbers_of(cases.poisoned(case, kv))
+    arguments = q, poisoned, cases.LAYER, case.position, case.tables, case.tiles
     out, lse = tpu_kernel(interpret)(*arguments, shared=shared)
-    expected = cases.reference(case, q, k, v, case.position, case.lane)
+    expected = cases.reference(case, q, kv, case.position, case.lane)
     cases.assert_close(np.asarray(out), expected, dtype)
     atol = 2e-2 if dtype == "uint16" else 1e-4
-    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, k), rtol=0, atol=atol)
+    np.testing.assert_allclose(lse, cases.log_sum_exps(case, q, kv), rtol=0, atol=atol)
     assert not np.asarray(out)[~case.used].any()
 
 
 @functools.cache
 def tpu_kernel(interpret):
     options = {"theta": cases.THETA, "with_lse": True, "interpret": interpret}
-    return jax.jit(functools.partial(round_attention_mosaic_tpu, **options), static_argnums=3)
+    return jax.jit(functools.partial(round_attention_mosaic_tpu, **options), static_argnums=2)
 
 
 @cases.swept(
@@ -284,17 +284,17 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     case, heads = cases.sharing(16), cases.Heads(4, 2, 128)
     lanes = range(1, 6)
     q = cases.queries(cases.ROWS, heads)
-    k, v = cases.pools(case, heads, "uint16")
-    inputs = (cases.numbers_of(cases.poisoned(case, pool)) for pool in (k, v))
+    kv = cases.pool(case, heads, "uint16")
+    poisoned = cases.numbers_of(cases.poisoned(case, kv))
     kernel = functools.partial(
         round_attention_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
     )
     tiles = small_tiles(case, lanes, 16)
-    out = jax.jit(kernel, static_argnums=3)(
-        q, *inputs, cases.LAYER, case.position, case.tables, tiles
+    out = jax.jit(kernel, static_argnums=2)(
+        q, poisoned, cases.LAYER, case.position, case.tables, tiles
     )
     lane = np.where(np.isin(case.lane, lanes), case.lane, cases.LANES)
-    expected = cases.reference(case, q, k, v, case.position, lane)
+    expected = cases.reference(case, q, kv, case.position, lane)
     cases.assert_close(np.asarray(out), expected, "uint16")
     assert not tpu_simulator.races()
 
@@ -317,8 +317,8 @@ def test_the_tpu_kernel_packs_rows_without_races(tpu_simulator):
 )
 def test_the_gpu_kernel_says_what_it_takes(heads, dtype, message):
     case = cases.sharing(16)
-    k, v = (pool.astype(dtype) for pool in cases.pools(case, heads, "float32"))
+    kv = jax.tree.map(lambda x: x.astype(dtype), cases.pool(case, heads, "float32"))
     q = cases.queries(cases.ROWS, heads)
-    arguments = q, k, v, cases.LAYER, case.position, case.tables, case.tiles
+    arguments = q, kv, cases.LAYER, case.position, case.tables, case.tiles
     with pytest.raises(NotImplementedError, match=message):
         program(*arguments, implementation="mosaic_gpu")

@@ -8,6 +8,7 @@ import pytest
 from tests.kernels import cases
 from tests.kernels.cases import shape, swept
 from tokendance_jax import targets
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore import RestorePlan, Source, sparse_restore
 
 # KV heads and head dims of Qwen2.5 from 0.5B to 72B.
@@ -32,7 +33,7 @@ def arguments(heads, page_size, dtype, kind):
     }[kind]
     piece = shape(PIECES)
     plan = RestorePlan(shape(SOURCES), shape(SOURCES + 1), piece, piece, piece, piece)
-    return pool, pool, source, plan
+    return PagedKV(pool, pool), source, plan
 
 
 def restore(implementation):
@@ -50,7 +51,7 @@ def check_in_place(compiled, pool, *, temporary):
 @pytest.mark.parametrize("kind", KINDS)
 @swept("dtype", [("bfloat16",), ("float32",)])
 def test_lowers(dtype, kind, implementation, platform):
-    program = jax.jit(restore(implementation), donate_argnums=(0, 1))
+    program = jax.jit(restore(implementation), donate_argnums=0)
     lowered = program.trace(*arguments((2, 128), 16, dtype, kind)).lower(
         lowering_platforms=(platform,)
     )
@@ -63,7 +64,7 @@ def test_lowers(dtype, kind, implementation, platform):
 def test_compiles_for_an_h100(heads, page_size, dtype, kind):
     h100 = targets.TARGETS["h100"]
     shapes = arguments(heads, page_size, dtype, kind)
-    compiled, (kernel,) = targets.gpu_kernels(h100, restore("mosaic_gpu"), *shapes, donate=(0, 1))
+    compiled, (kernel,) = targets.gpu_kernels(h100, restore("mosaic_gpu"), *shapes, donate=(0,))
     assert kernel.spill_bytes == kernel.stack_bytes == 0
     assert kernel.shared_bytes <= h100.scratch
     # Enough blocks in flight to hide the memory's latency.
@@ -74,7 +75,7 @@ def test_compiles_for_an_h100(heads, page_size, dtype, kind):
     assert kernel.count(r"\bst\.global") == 0
     assert kernel.count(r"\bld\.global\S*\.(b16|b8|u8|s8|u16)\b") == 0
     # The tables of angles.
-    check_in_place(compiled, shapes[0], temporary=16 * 1024)
+    check_in_place(compiled, shapes[0].k, temporary=16 * 1024)
 
 
 @pytest.mark.aot
@@ -85,6 +86,6 @@ def test_compiles_for_an_h100(heads, page_size, dtype, kind):
 def test_compiles_for_a_tpu(heads, dtype, kind, target):
     shapes = arguments(heads, 16, dtype, kind)
     compiled = targets.compile_for(
-        targets.TARGETS[target], restore("mosaic_tpu"), *shapes, donate=(0, 1)
+        targets.TARGETS[target], restore("mosaic_tpu"), *shapes, donate=(0,)
     )
-    check_in_place(compiled, shapes[0], temporary=1 << 20)
+    check_in_place(compiled, shapes[0].k, temporary=1 << 20)

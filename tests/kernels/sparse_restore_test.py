@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.kernels import cases
 from tokendance_jax.kernels import rope
+from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore import RestorePlan, Source, sparse_restore
 from tokendance_jax.kernels.sparse_restore.mosaic_tpu import sparse_restore_mosaic_tpu
 from tokendance_jax.kernels.sparse_restore.reference import sparse_restore_reference
@@ -23,8 +24,8 @@ SMALL = (3, 8, 4, 2, 16)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
-def restore(k, v, source, plan, implementation="xla"):
-    return sparse_restore(k, v, source, plan, theta=cases.THETA, implementation=implementation)
+def restore(kv, source, plan, implementation="xla"):
+    return sparse_restore(kv, source, plan, theta=cases.THETA, implementation=implementation)
 
 
 def stored(x, dtype):
@@ -39,9 +40,9 @@ def values(x):
     return (x.view(ml_dtypes.bfloat16) if x.dtype == np.uint16 else x).astype(np.float32)
 
 
-def pools(random, shape, dtype):
+def pool_of(random, shape, dtype):
     numbers = (random.standard_normal(shape).astype(np.float32) for _ in "kv")
-    return tuple(jnp.asarray(stored(x, dtype)) for x in numbers)
+    return PagedKV(*(jnp.asarray(stored(x, dtype)) for x in numbers))
 
 
 def source_of(kind, random, shape, dtype, pages=4):
@@ -87,16 +88,16 @@ def plan_of(pieces, page_size):
     return RestorePlan.of_slots(*columns, page_size=page_size)
 
 
-def reference(k, v, source, plan):
+def reference(kv, source, plan):
     return jax.jit(functools.partial(sparse_restore_reference, plan=plan, theta=cases.THETA))(
-        k, v, source
+        kv, source
     )
 
 
 def check(found, expected, dtype):
     # One rounding of a number of up to 256 apart.
     rtol = 1e-5 if dtype == "float32" else 2**-7
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(values(one), values(other), rtol=rtol, atol=2e-5)
 
 
@@ -107,11 +108,11 @@ def check(found, expected, dtype):
 )
 def test_xla_equals_the_reference(shape, dtype, kind):
     random = np.random.default_rng(0)
-    k, v = pools(random, shape, dtype)
+    kv = pool_of(random, shape, dtype)
     source = source_of(kind, random, shape, dtype)
     plan = plan_of(pieces_of(shape[2]), shape[2])
-    expected = reference(k, v, source, plan)
-    check(restore(k, v, source, plan.padded(7, 30)), expected, dtype)
+    expected = reference(kv, source, plan)
+    check(restore(kv, source, plan.padded(7, 30)), expected, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,11 +126,11 @@ def test_xla_equals_the_reference(shape, dtype, kind):
 )
 def test_the_gpu_kernel_equals_the_reference_without_races(shape, dtype, kind, simulator):
     random = np.random.default_rng(0)
-    k, v = pools(random, shape, dtype)
+    kv = pool_of(random, shape, dtype)
     source = source_of(kind, random, shape, dtype)
     plan = plan_of(pieces_of(shape[2]), shape[2])
-    expected = reference(k, v, source, plan)
-    found = restore(k, v, source, plan.padded(4, 30), implementation="interpret")
+    expected = reference(kv, source, plan)
+    found = restore(kv, source, plan.padded(4, 30), implementation="interpret")
     check(found, expected, dtype)
     assert not simulator.races()
 
@@ -140,25 +141,25 @@ def test_the_gpu_kernel_equals_the_reference_without_races(shape, dtype, kind, s
 )
 def test_the_tpu_kernel_equals_the_reference(shape, dtype, kind):
     random = np.random.default_rng(0)
-    k, v = pools(random, shape, dtype)
+    kv = pool_of(random, shape, dtype)
     source = source_of(kind, random, shape, dtype)
     plan = plan_of(pieces_of(shape[2]), shape[2])
-    expected = reference(k, v, source, plan)
+    expected = reference(kv, source, plan)
     kernel = functools.partial(sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=True)
-    check(jax.jit(kernel)(k, v, source, plan.padded(4, 30)), expected, dtype)
+    check(jax.jit(kernel)(kv, source, plan.padded(4, 30)), expected, dtype)
 
 
 def test_the_tpu_kernel_has_no_races(tpu_simulator):
     shape = (2, 12, 16, 2, 128)
     random = np.random.default_rng(0)
-    k, v = pools(random, shape, "bfloat16")
+    kv = pool_of(random, shape, "bfloat16")
     source = source_of("int8", random, shape, "bfloat16")
     plan = plan_of(pieces_of(16), 16)
-    expected = reference(k, v, source, plan)
+    expected = reference(kv, source, plan)
     kernel = functools.partial(
         sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
     )
-    check(jax.jit(kernel)(k, v, source, plan.padded(4, 30)), expected, "bfloat16")
+    check(jax.jit(kernel)(kv, source, plan.padded(4, 30)), expected, "bfloat16")
     assert not tpu_simulator.races()
 
 
@@ -172,64 +173,64 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
 def test_any_slots_go_anywhere_and_all_others_keep_their_bits(dtype, seed, turns, copies):
     layers, pages, page_size, kv_heads, head_dim = SMALL
     random = np.random.default_rng(seed)
-    k, v = pools(random, SMALL, dtype)
+    kv = pool_of(random, SMALL, dtype)
     order = random.permutation(pages * page_size).astype(np.int32)
     # Some sources are copied twice; no source is a target.
     source, target = random.choice(order[:6], copies), order[6 : 6 + copies]
     turn = np.array(turns[:copies], np.int32)
     plan = RestorePlan.of_slots(source, target, turn, page_size=page_size)
-    found_k, found_v = restore(k, v, None, plan.padded(12, 12))
+    found = restore(kv, None, plan.padded(12, 12))
 
     def flat(pool):
         return np.asarray(pool).reshape(layers, pages * page_size, kv_heads, head_dim)
 
     kept = np.setdiff1d(np.arange(pages * page_size), target)
-    assert flat(found_k)[:, kept].tobytes() == flat(k)[:, kept].tobytes()
-    assert flat(found_v)[:, kept].tobytes() == flat(v)[:, kept].tobytes()
-    assert (flat(found_v)[:, target] == flat(v)[:, source]).all()
+    assert flat(found.k)[:, kept].tobytes() == flat(kv.k)[:, kept].tobytes()
+    assert flat(found.v)[:, kept].tobytes() == flat(kv.v)[:, kept].tobytes()
+    assert (flat(found.v)[:, target] == flat(kv.v)[:, source]).all()
     # The same rotation in float64.
-    first, second = np.split(values(flat(k)[:, source]).astype(np.float64), 2, axis=-1)
+    first, second = np.split(values(flat(kv.k)[:, source]).astype(np.float64), 2, axis=-1)
     frequency = cases.THETA ** (-2 * np.arange(head_dim // 2) / head_dim)
     moved = (first + 1j * second) * np.exp(1j * turn[None, :, None, None] * frequency)
     expected = np.concatenate([moved.real, moved.imag], axis=-1)
     # A float32 angle at its worst, and half a step of bfloat16 for numbers below 8.
     atol = 2e-2 if dtype == "uint16" else 1e-5
-    np.testing.assert_allclose(values(flat(found_k)[:, target]), expected, atol=atol)
+    np.testing.assert_allclose(values(flat(found.k)[:, target]), expected, atol=atol)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret", "mosaic_tpu"])
 def test_a_plan_of_no_pieces_changes_nothing(implementation):
-    k, v = pools(np.random.default_rng(0), (2, 12, 16, 2, 64), "float32")
+    kv = pool_of(np.random.default_rng(0), (2, 12, 16, 2, 64), "float32")
     nothing = np.zeros(0, np.int32)
     plan = RestorePlan.of_slots(nothing, nothing, nothing, page_size=16)
-    found = restore(k, v, None, plan, implementation=implementation)
-    np.testing.assert_array_equal(found, (k, v))
+    found = restore(kv, None, plan, implementation=implementation)
+    jax.tree.map(np.testing.assert_array_equal, found, kv)
 
 
 @pytest.mark.parametrize("kind", ["pool", pytest.param("int8", marks=pytest.mark.slow)])
 def test_padding_alone_changes_nothing(kind, simulator):
     random, shape = np.random.default_rng(0), (2, 12, 16, 2, 64)
-    k, v = pools(random, shape, "float32")
+    kv = pool_of(random, shape, "float32")
     source, nothing = source_of(kind, random, shape, "float32"), np.zeros(0, np.int32)
     plan = RestorePlan.of_slots(nothing, nothing, nothing, page_size=16).padded(4, 8)
     tpu = functools.partial(sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=True)
     for found in (
-        restore(k, v, source, plan),
-        restore(k, v, source, plan, implementation="interpret"),
-        jax.jit(tpu)(k, v, source, plan),
+        restore(kv, source, plan),
+        restore(kv, source, plan, implementation="interpret"),
+        jax.jit(tpu)(kv, source, plan),
     ):
-        np.testing.assert_array_equal(found, (k, v))
+        jax.tree.map(np.testing.assert_array_equal, found, kv)
     assert not simulator.races()
 
 
 def test_keys_are_turned_once_and_rounded_once():
     # The bits are those of one rotation in float32, rounded to the pool's precision.
     layers, pages, page_size, kv_heads, head_dim = SMALL
-    k, _ = pools(np.random.default_rng(0), SMALL, "uint16")
+    k = pool_of(np.random.default_rng(0), SMALL, "uint16").k
     source, target = np.arange(4, 8, dtype=np.int32), np.arange(20, 24, dtype=np.int32)
     turn = np.array([3, -3, 5000, 0], np.int32)
     plan = RestorePlan.of_slots(source, target, turn, page_size=page_size)
-    moved, _ = restore(k, k, None, plan)
+    moved = restore(PagedKV(k, k), None, plan).k
     cos, sin = rope.rotation(jnp.asarray(turn), theta=cases.THETA, head_dim=head_dim)
     keys = values(k).reshape(layers, pages * page_size, kv_heads, head_dim)[:, source]
     expected = rope.rotate(jnp.asarray(keys), cos[None, :, None, :], sin[None, :, None, :])
@@ -242,13 +243,13 @@ def test_keys_are_turned_once_and_rounded_once():
 def test_what_is_not_turned_keeps_every_bit(seed):
     # All patterns of bits: zeros with signs, infinities, NaN with their payload.
     random = np.random.default_rng(seed)
-    k, v = (random.integers(0, 2**16, SMALL, np.uint16) for _ in "kv")
+    kv = PagedKV(*(jnp.asarray(random.integers(0, 2**16, SMALL, np.uint16)) for _ in "kv"))
     pages_k, pages_v = (random.integers(0, 2**16, SMALL, np.uint16) for _ in "kv")
     source = Source(pages_k, pages_v)
     slots = np.arange(4, 8, dtype=np.int32)
     plan = RestorePlan.of_slots(slots, slots + 8, np.zeros(4, np.int32), page_size=4)
-    found = restore(k, v, source, plan)
-    for one, pages in zip(found, (source.k, source.v), strict=True):
+    found = restore(kv, source, plan)
+    for one, pages in ((found.k, source.k), (found.v, source.v)):
         assert (np.asarray(one)[:, 3] == pages[:, 1]).all()
 
 
@@ -286,11 +287,11 @@ def test_a_plan_that_is_cut_does_the_same_work(seed, size):
 
 @pytest.mark.parametrize("dtype", ["float32", "uint16"])
 def test_a_donated_pool_is_written_in_place(dtype):
-    pool = jax.ShapeDtypeStruct((8, 2048, 16, 2, 64), dtype)  # at least 64 MiB, never allocated
+    pool = cases.shape(8, 2048, 16, 2, 64, dtype=dtype)  # at least 64 MiB, never allocated
     slots = np.arange(512, dtype=np.int32)
     plan = RestorePlan.of_slots(slots, slots + 16 * 1024, slots, page_size=16)
-    program = jax.jit(functools.partial(sparse_restore, theta=cases.THETA), donate_argnums=(0, 1))
-    needs = program.lower(pool, pool, None, plan).compile().memory_analysis()
+    program = jax.jit(functools.partial(sparse_restore, theta=cases.THETA), donate_argnums=0)
+    needs = program.lower(PagedKV(pool, pool), None, plan).compile().memory_analysis()
     assert needs is not None
     size = 2 * pool.size * pool.dtype.itemsize
     assert needs.alias_size_in_bytes == size
@@ -309,19 +310,19 @@ def test_a_donated_pool_is_written_in_place(dtype):
 )
 def test_a_source_that_does_not_fit_is_refused(change, problem):
     random = np.random.default_rng(0)
-    k, v = pools(random, SMALL, "float32")
+    kv = pool_of(random, SMALL, "float32")
     source = source_of("pages", random, SMALL, "float32")
     assert source is not None
     source = dataclasses.replace(source, **change)
     plan = plan_of([(0, 0, 2, 20, 0)], 4)
     with pytest.raises(ValueError, match=problem):
-        sparse_restore(k, v, source, plan, theta=cases.THETA)
+        sparse_restore(kv, source, plan, theta=cases.THETA)
 
 
 def test_an_unfit_kernel_says_why():
-    k, v = pools(np.random.default_rng(0), SMALL, "float32")
+    kv = pool_of(np.random.default_rng(0), SMALL, "float32")
     plan = plan_of([(0, 0, 2, 20, 0)], 4)
     with pytest.raises(NotImplementedError, match="heads of 16"):
-        sparse_restore(k, v, None, plan, theta=cases.THETA, implementation="mosaic_gpu")
+        sparse_restore(kv, None, plan, theta=cases.THETA, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="implementation: 'cuda' is none of"):
-        sparse_restore(k, v, None, plan, theta=cases.THETA, implementation="cuda")
+        sparse_restore(kv, None, plan, theta=cases.THETA, implementation="cuda")

@@ -24,7 +24,7 @@ from tokendance_jax.mirror import (
     save_mirrors,
 )
 from tokendance_jax.mirror.layout import cut
-from tokendance_jax.model import Model, load_model
+from tokendance_jax.model import Model
 from tokendance_jax.paged import PagePool
 from tokendance_jax.paged.kv import KVSpec, PagedKV
 from tokendance_jax.plan.lane import LanePlan
@@ -37,7 +37,7 @@ from tokendance_jax.study.scoring import logits
 
 pytestmark = pytest.mark.real_model
 
-AGENTS = 3
+AGENTS = 2
 TOKENS = 32  # of each recorded answer
 
 
@@ -64,7 +64,7 @@ class Live:
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(shared_data.real_gguf(), dtype="bfloat16")
+    return Model.from_checkpoint(shared_data.real_checkpoint("bfloat16"), "bfloat16")
 
 
 @pytest.fixture(

@@ -153,7 +153,7 @@ def collective(name):
     return counted
 
 
-@pytest.mark.parametrize("name", TRACES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_no_round_computes_more_than_prefix(name):
     # Both serve the same rounds, each with its own caches.
     preamble = np.array(tokenizer().encode_text(DEFAULT_PREAMBLE), np.int32)

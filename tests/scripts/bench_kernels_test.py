@@ -33,7 +33,7 @@ from absl import app
 from scripts import bench_kernels, kernel_subjects
 
 right = kernel_subjects.kv_write
-kernel_subjects.kv_write = lambda pool, layer, slot, value: right(pool, layer, slot, 2 * value)
+kernel_subjects.kv_write = lambda kv, layer, slot, k, v: right(kv, layer, slot, 2 * k, v)
 sys.argv[0] = "bench_kernels"
 app.run(bench_kernels.main)
 """

@@ -222,7 +222,7 @@ def test_the_script(tmp_path):
     command = [
         *(sys.executable, "-m", "scripts.train_demo_model", f"--out={tmp_path / 'run'}"),
         *("--steps=4", "--warmup=1", "--layers=1", "--inner=64", "--draws=1"),
-        *("--stage=1.0:128:2:2", "--dtype=float32", "--setting=16 agents"),
+        *("--stage=1.0:128:2:2", "--dtype=float32", "--setting=5 agents"),
     ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     for extra, status in (([], 0), ([], 0), (["--noresume"], 1)):
@@ -233,7 +233,7 @@ def test_the_script(tmp_path):
     assert "holds a run" in done.stderr
     found = json.loads((tmp_path / "run" / "probes.json").read_text())
     (row,) = found["policies"]
-    assert row["setting"] == "16 agents"
+    assert row["setting"] == "5 agents"
     assert set(row["probes"]) == {"retrieve", "combine", "recall", "abstain", "repeat"}
     files = {file.name for file in (tmp_path / "run" / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= files

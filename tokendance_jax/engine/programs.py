@@ -10,9 +10,11 @@ from jaxtyping import Bool, Float, Int32
 from tokendance_jax.engine.compiling import Build, pool_program, program
 from tokendance_jax.engine.sampling import SamplingArrays, is_stop, sample
 from tokendance_jax.kernels import storage
+from tokendance_jax.kernels.attention_mass import attention_mass
 from tokendance_jax.kernels.decode_attention import decode_attention
+from tokendance_jax.kernels.kv_write import kv_write
 from tokendance_jax.kernels.lanes import Array, GroupTables, LaneTables, Rows
-from tokendance_jax.kernels.round_attention import attention_mass, round_attention
+from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
 from tokendance_jax.models.product import ROW_GROUP
 from tokendance_jax.models.qwen2.model import Qwen2
@@ -83,8 +85,7 @@ def link(build: Build, model: Qwen2, kv: PagedKV, plan: RestorePlan) -> tuple[Pa
     """Copies pieces of the pool's pages, keys rotated on."""
     del model
     theta, implementation = build.config.rope_theta, build.implementation
-    pools = sparse_restore(kv.k, kv.v, None, plan, theta=theta, implementation=implementation)
-    return PagedKV(*pools), None
+    return sparse_restore(kv, None, plan, theta=theta, implementation=implementation), None
 
 
 @pool_program()
@@ -130,9 +131,9 @@ def attention(
     middle = len(model.layers) // 2
     x, kv = _hidden(build, model, kv, plan, layers=range(middle))
     q, k, v = model.queries_keys_values(middle, x, plan.rows)
-    kv = kv.write(middle, jnp.asarray(plan.rows.slot), k, v)
+    kv = kv_write(kv, middle, jnp.asarray(plan.rows.slot), k, v)
     position, theta = jnp.asarray(plan.rows.position), build.config.rope_theta
-    return kv, attention_mass(q, kv.k, middle, position, plan.tables, plan.tiles, theta=theta)
+    return kv, attention_mass(q, kv, middle, position, plan.tables, plan.tiles, theta=theta)
 
 
 @program
@@ -208,8 +209,7 @@ def decode(
         def attend(q: jax.Array, kv: PagedKV, layer: int | jax.Array) -> jax.Array:
             attended = decode_attention(
                 q[:lanes],
-                kv.k,
-                kv.v,
+                kv,
                 layer,
                 position[:lanes],
                 tables,
@@ -247,8 +247,7 @@ def _hidden(
     def attend(q: jax.Array, kv: PagedKV, layer: int | jax.Array) -> jax.Array:
         return round_attention(
             q,
-            kv.k,
-            kv.v,
+            kv,
             layer,
             position,
             plan.tables,

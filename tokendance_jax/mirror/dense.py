@@ -190,7 +190,7 @@ def _patched(
         plan = DiffPlan.of_comparisons(
             shown[some], np.arange(len(some)), frame[some], first[some], slots[some]
         ).padded(GROUP, GROUP)
-        found = _far(base, (siblings_k, siblings_v), plan, threshold, theta=theta)
+        found = _far(base, PagedKV(siblings_k, siblings_v), plan, threshold, theta=theta)
         far[some] = np.asarray(found)[: len(some)]
     return [far[stop - n : stop] for n, stop in zip(counts, np.cumsum(counts), strict=True)]
 
@@ -198,13 +198,13 @@ def _patched(
 @partial(jax.jit, static_argnames="theta")
 def _far(
     base: PagedKV,
-    siblings: tuple[Array, Array],
+    siblings: PagedKV,
     plan: DiffPlan,
     threshold: float | Array,
     *,
     theta: float,
 ) -> jax.Array:
-    return page_diff(base.k, base.v, siblings, plan, theta=theta, threshold=threshold).far
+    return page_diff(base, siblings, plan, theta=theta, threshold=threshold).far
 
 
 def _cut(index: int, lane: LanePlan, k: Array, v: Array, base_k: Pages) -> LanePlan:

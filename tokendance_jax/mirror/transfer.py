@@ -177,5 +177,4 @@ def _restore(
     source = Source(
         pages.k, pages.v, pages.k_scale, pages.v_scale, key_bias=bias, rotated=form is None
     )
-    pools = sparse_restore(kv.k, kv.v, source, plan, theta=theta, implementation=implementation)
-    return PagedKV(*pools)
+    return sparse_restore(kv, source, plan, theta=theta, implementation=implementation)

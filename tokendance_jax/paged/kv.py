@@ -1,47 +1,14 @@
 """The paged KV state: one pool of pages for the keys and values of all layers."""
 
 import dataclasses
-from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Float, Int32, Shaped
 
-from tokendance_jax.kernels.kv_write import kv_write
-
-
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PagedKV:
-    """Keys and values in pages, passed into a jitted program and returned by it, never mutated.
-
-    A program that takes a `PagedKV` takes it donated: rebind the name on the same line. Page 0 is
-    never read. The arrays have a storage dtype: on CPU, bfloat16 numbers are held as their bits
-    (see `kernels.storage`).
-
-    Attributes:
-      k: keys, rotated at their pages' canonical positions.
-      v: values.
-    """
-
-    k: Shaped[jax.Array, "layers pages page_size kv_heads head_dim"]
-    v: Shaped[jax.Array, "layers pages page_size kv_heads head_dim"]
-
-    def write(
-        self,
-        layer: int | jax.Array,
-        slot: Int32[jax.Array, " rows"],
-        k: Float[jax.Array, "rows kv_heads head_dim"],
-        v: Float[jax.Array, "rows kv_heads head_dim"],
-    ) -> "PagedKV":
-        """Writes one layer's rows; slots past the pool are dropped."""
-        return dataclasses.replace(
-            self, k=kv_write(self.k, layer, slot, k), v=kv_write(self.v, layer, slot, v)
-        )
+from tokendance_jax.kernels.paged_kv import PagedKV as PagedKV
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

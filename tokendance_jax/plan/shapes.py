@@ -23,8 +23,9 @@ class Packing:
     least: int = 0
 
 
-# By platform (GPUs have two names). A GPU's tile is of up to 8 query heads a KV head; a TPU's is
-# the smallest of its kernel. XLA code on CPU takes long for a tile, however small.
+# By platform (GPUs have two names). The numbers of the CPU were tuned on one: XLA code takes long
+# for a tile, however small. Those of the others are the tiles of their kernels: on a GPU, of up to
+# 8 query heads for each KV head; on a TPU, the smallest.
 PACKING = {
     "cpu": Packing(TILE_ROWS, SHARED_TILE_ROWS, most=2 * TILE_ROWS, least=SHARED_TILE_ROWS),
     "gpu": Packing(visit=8, tile=8, most=64),
@@ -74,7 +75,8 @@ class Shapes:
         most = cls.most_entries(max_tokens, page_size)
         return cls(
             rows=Buckets(min(64, row_budget), row_budget),
-            # Four lanes decode in the time of one: one-row bfloat16 products are slow on CPU.
+            # Tuned on a CPU: four lanes decode in the time of one, as products of a single bfloat16
+            # row are slow there.
             lanes=Buckets(min(4, max_lanes), max_lanes),
             entries=Buckets(min(4 * block, most), most),
             pages=pages,

@@ -16,8 +16,8 @@ from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.plan.shapes import Packing, Shapes
 from tokendance_jax.plan.tiles import row_tiles
 
-# What rows cost that are packed, in key blocks that they read: their queries are read once more,
-# and what they saw is written and read again, but on TPUs.
+# The cost of packing rows, in key blocks that they read: their queries are read once more, and
+# their results are written and read again, except on TPUs. An estimate, used on every platform.
 PACKING_COST = 0.5
 
 

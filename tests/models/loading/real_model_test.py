@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.models.loading import tiny
-from tests.shared_data import real_gguf, shared_dir
-from tokendance_jax.models.loading import Checkpoint, load_checkpoint
+from tests.shared_data import real_checkpoint, real_gguf, shared_dir
+from tokendance_jax.models.loading import Checkpoint
 
 pytestmark = pytest.mark.real_model
 
@@ -42,7 +42,7 @@ print(json.dumps({"growth": memory("VmHWM") - before, "size": size}))
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    return load_checkpoint(real_gguf(), dtype="bfloat16")
+    return real_checkpoint("bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from tests import shared_data
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.model import Model
-from tokendance_jax.models.loading import load_checkpoint
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.plan.round_plan import pack
 from tokendance_jax.policy.exact import Dense
@@ -25,7 +24,7 @@ PROMPTS = ("public_short", "public_round")
 
 @pytest.fixture(scope="module")
 def model():
-    checkpoint = load_checkpoint(shared_data.real_gguf(), dtype=jnp.float32)
+    checkpoint = shared_data.real_checkpoint("float32")
     # The reference goes on past end tokens: take them from the model.
     return Model.from_checkpoint(dataclasses.replace(checkpoint, stop_ids=()), jnp.float32)
 
@@ -57,7 +56,7 @@ def test_activations_agree(model, programs, name):
 
         def attend(q, kv, layer):
             return round_attention(
-                q, kv.k, kv.v, layer, plan.rows.position, plan.tables, plan.tiles, theta=theta
+                q, kv, layer, plan.rows.position, plan.tables, plan.tiles, theta=theta
             )
 
         x, kv = qwen.hidden(plan.rows, kv, attend, rolled=True, watch=watch)

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 
 from tokendance_jax.kernels import flash, rope, storage
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, block_pages
+from tokendance_jax.kernels.paged_kv import PagedKV
 
 
 def attention_mass(
     q: jax.Array,
-    k_pool: jax.Array,
+    kv: PagedKV,
     layer: int | jax.Array,
     position: jax.Array,
     tables: LaneTables,
@@ -23,7 +24,7 @@ def attention_mass(
 
     Args:
       q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
-      k_pool: [layers, pages, page_size, kv_heads, head_dim], in its storage dtype.
+      kv: the pool, of which the keys are read.
       layer: index of the layer.
       position: i32 [rows]; logical positions.
       tables: block tables of all lanes.
@@ -34,7 +35,7 @@ def attention_mass(
       f32 [lanes, entries]; a lane's entries sum to its rows times heads.
     """
     rows, heads, head_dim = q.shape
-    page_size, kv_heads = k_pool.shape[2], k_pool.shape[3]
+    page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
     group = heads // kv_heads
     pages = block_pages(page_size)
     lanes, entries = tables.page.shape
@@ -62,7 +63,7 @@ def attention_mass(
               The queries in this block's frame, and f32 [tile_rows, kv_heads, group, slots]: MASKED
               where a row does not see a slot.
             """
-            keys = flash.read_block(k_pool, layer, tables, lane, block)
+            keys = flash.read_block(kv.k, layer, tables, lane, block)
             turned = jax.lax.cond(
                 moved[lane, block],
                 lambda: rope.rotate(q_tile, cos[lane, block], sin[lane, block]).astype(keys.dtype),
@@ -87,7 +88,7 @@ def attention_mass(
             weights = jnp.exp(score - higher[..., None]).sum(axis=-1)
             return turned, higher, total * jnp.exp(maximum - higher) + weights
 
-        unturned = q_tile.astype(storage.value_dtype(k_pool.dtype))
+        unturned = q_tile.astype(storage.value_dtype(kv.k.dtype))
         masked = jnp.full(q_tile.shape[:3], flash.MASKED)
         start = unturned, masked, jnp.zeros_like(masked)
         _, maximum, total = jax.lax.fori_loop(0, blocks, normalise, start)
