@@ -22,7 +22,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from scripts import common, measure
+from scripts.helpers import common, measure
 from tokendance_jax import host
 from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.engine import RoundEngine

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from scripts import common, terminal
+from scripts.helpers import common, terminal
 from tokendance_jax.models.loading import load_checkpoint, save_orbax
 from tokendance_jax.models.loading.sidecars import check_target
 

@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 from rich.console import Console
 
-from scripts import common, measure
+from scripts.helpers import common, measure
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.prompt import Trace, tokenize_round
 from tokendance_jax.study.quality import agreement

@@ -26,8 +26,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from scripts import common, demo_probes, measure, pareto, terminal
-from scripts.variants import NOISE, SHUFFLED, UNLIMITED, Variant, audited
+from scripts.helpers import common, measure, pareto, probe_tables, terminal
 from tokendance_jax import host
 from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.engine import RoundEngine
@@ -41,9 +40,11 @@ from tokendance_jax.prompt import (
     Trace,
     tokenize_round,
 )
+from tokendance_jax.study import probes
 from tokendance_jax.study.audit import shuffle_bases
 from tokendance_jax.study.quality import Comparison, compare, summarise
 from tokendance_jax.study.scoring import follow, logits, score
+from tokendance_jax.study.variants import NOISE, SHUFFLED, UNLIMITED, Variant, audited
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
 _TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
@@ -80,7 +81,7 @@ _ROW_BUDGET = flags.DEFINE_integer(
 )
 _PROBES = flags.DEFINE_bool("probes", False, "Whether to grade answers to probes of the town.")
 _SETTING = flags.DEFINE_multi_enum(
-    "setting", list(demo_probes.SETTINGS), list(demo_probes.SETTINGS), "Rounds of probes; repeat."
+    "setting", list(probes.SETTINGS), list(probes.SETTINGS), "Rounds of probes; repeat."
 )
 _DRAWS = flags.DEFINE_integer("draws", 20, "Draws of rounds of probes.", lower_bound=1)
 _GUIDE = flags.DEFINE_bool("guide", False, "Whether prompts of probes explain the town.")
@@ -111,18 +112,18 @@ def _grade(console: Console) -> Iterator[dict[str, Any]]:
     _check_flags()
     rows: list[dict[str, Any]] = []
     try:
-        for rows in demo_probes.measure_variants(
+        for rows in probes.measure_variants(
             common.model_of(_MODEL.value, _DTYPE.value),
             _variants(),
             _SETTING.value,
             draws=_DRAWS.value,
             guided=_GUIDE.value,
             audit=_AUDIT.value,
-            console=console,
+            progress=console.print,
         ):
             yield {"policies": rows}
     finally:  # after an error too
-        for table in demo_probes.tables(rows):
+        for table in probe_tables.tables(rows):
             console.print(table)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from scripts import common, terminal
+from scripts.helpers import common, terminal
 from tokendance_jax.prompt import PromptError, write_trace
 from tokendance_jax.prompt.recording import BLOCKS, trace_of
 

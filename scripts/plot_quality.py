@@ -10,8 +10,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from scripts import common, terminal
-from scripts.pareto import Rows, plot
+from scripts.helpers import common, terminal
+from scripts.helpers.pareto import Rows, plot
 
 _OUT = flags.DEFINE_string("out", "quality.png", "The PNG file.")
 _KL = flags.DEFINE_float("kl", None, "A mean KL to draw as a line, such as one that is aimed at.")

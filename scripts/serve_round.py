@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from scripts import common, terminal
-from scripts.served import Served, comparison_table, rounds_table, work_table
+from scripts.helpers import common, terminal
+from scripts.helpers.served import Served, comparison_table, rounds_table, work_table
 from tokendance_jax import host
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.limits import check_kv_memory, check_page_size

@@ -55,12 +55,13 @@ def sources(*folders: str) -> Iterator[Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of every import; a relative one starts with its dots."""
+    """Line and dotted name of everything that is imported; a relative one starts with its dots."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, "." * node.level + (node.module or "")
+            module = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
 def project() -> dict:
@@ -107,6 +108,35 @@ def test_kernels_stand_on_jax_and_numpy_alone():
         and not f"{name}.".startswith("tokendance_jax.kernels.")
     ]
     assert not found
+
+
+# The parts of the package, and the scripts: each imports only from parts before it.
+ORDER = (
+    *("errors", "host", "hlo", "targets", "identity", "kernels", "prompt", "models", "paged"),
+    *("plan", "policy", "model", "mirror", "demo", "engine", "study", "scripts"),
+)
+
+
+def part_of(name: str) -> str:
+    """The part that a module belongs to."""
+    parts = name.split(".")
+    return parts[0] if parts[0] != PACKAGE else parts[1] if len(parts) > 1 else PACKAGE
+
+
+def test_imports_point_downward():
+    upward, seen = [], set()
+    for path in sources(PACKAGE, *LINKED, "scripts"):
+        importer = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        seen.add(importer)
+        if path.parent == ROOT / PACKAGE and path.name == "__init__.py":
+            continue  # names the public parts
+        for line, name in imports(path):
+            if name.split(".")[0] in (PACKAGE, "scripts"):
+                part = part_of(name)
+                if ORDER.index(part) > ORDER.index(importer):
+                    upward.append(f"{path.relative_to(ROOT)}:{line}: {part}")
+    assert not upward
+    assert seen == {*ORDER, "__init__"}
 
 
 def reached(*modules: str) -> set[str]:

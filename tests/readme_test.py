@@ -51,11 +51,11 @@ def test_the_table_of_invariants_names_tests_that_exist():
 
 def test_the_reference_is_what_flags_and_docstrings_say():
     # In a process of its own: other scripts define flags of the same names.
-    code = "from scripts import make_reference as m; print(m.reference(), end='')"
+    code = "from scripts.reference import make as m; print(m.reference(), end='')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     written = (ROOT / "scripts" / "reference" / "serve_round.md").read_text(encoding="utf-8")
-    assert done.stdout == written, "run python -m scripts.make_reference"
+    assert done.stdout == written, "run python -m scripts.reference.make"
     for field in ("--least_saving", "token_layers", "mirror_s", "finish_reasons"):
         assert f"`{field}`" in written

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import tokendance_jax.demo
-from scripts import demo_tokenizer
-from scripts.demo_data import tokenizer_texts
+from scripts.demo import tokenizer as demo_tokenizer
+from scripts.demo.data import tokenizer_texts
 from tokendance_jax.demo import (
     demo_chat_template,
     demo_tokenizer_json,

@@ -60,7 +60,7 @@ def test_an_h100_writes_rows_alone(heads, dtype, sizes, tmp_path):
     )
     # One kernel for keys and one for values: the conversion is part of it.
     opcodes = [instruction.opcode for instruction, _ in found.executed()]
-    assert set(opcodes) == {"parameter", "bitcast", "fusion"}
+    assert set(opcodes) == {"parameter", "bitcast", "fusion", "tuple"}
     assert opcodes.count("fusion") == 2
     ptx = "".join(file.read_text() for file in tmp_path.glob("*.ptx"))
     stores = re.findall(r"\bst\S*\.global\S*", ptx)

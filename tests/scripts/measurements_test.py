@@ -103,7 +103,7 @@ def test_time_beside_work(tmp_path):
 def test_a_step_over_shared_pages_beside_one_over_copies(tmp_path):
     sizes = "--agents=5", "--shared=600", "--private=40", "--steps=2", "--turns=2"
     model = "--model=demo", "--dtype=float32"
-    done, written = run("bench_groups", tmp_path / "result.json", *model, *sizes)
+    done, written = run("reports.bench_groups", tmp_path / "result.json", *model, *sizes)
     assert done.returncode == 0, done.stderr
     rows = written["timings"]
     assert [row["what"] for row in rows] == ["attention of a step", "decode step"]
@@ -116,7 +116,7 @@ def test_a_step_over_shared_pages_beside_one_over_copies(tmp_path):
 def test_programs_beside_their_products(tmp_path):
     sizes = "--rows=64", "--agents=2", "--context=32", "--steps=2", "--turns=2"
     model = "--model=demo", "--dtype=float32"
-    done, written = run("bench_engine", tmp_path / "result.json", *model, *sizes)
+    done, written = run("reports.bench_engine", tmp_path / "result.json", *model, *sizes)
     assert done.returncode == 0, done.stderr
     rows = written["timings"]
     assert [row["what"] for row in rows] == [

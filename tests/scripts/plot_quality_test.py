@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import pareto
+from scripts.helpers import pareto
 from scripts.plot_quality import read
-from scripts.variants import NOISE
+from tokendance_jax.study.variants import NOISE
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.variants import NOISE, SHUFFLED
+from tokendance_jax.study.variants import NOISE, SHUFFLED
 
 # What eval_quality writes of a trace, the dense policy's first.
 Rows = Sequence[dict[str, Any]]

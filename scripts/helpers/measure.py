@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts import common, terminal
+from scripts.helpers import common, terminal
 from tokendance_jax import host
 from tokendance_jax.engine.programs import DecodeState
 from tokendance_jax.engine.sampling import SamplingArrays, sampling_arrays

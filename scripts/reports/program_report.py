@@ -1,6 +1,6 @@
 """Whole programs of rounds, compiled for accelerators that need not be present, from shapes alone.
 
-  python -m scripts.program_report --model=7B --model=14B --agents=10 --agents=25 --agents=50
+  python -m scripts.reports.program_report --model=7B --model=14B --agents=25 --agents=50
 
 For prefill and decode: what fills the device's memory, beside what the round needs of the pool; the
 operations and bytes of a prefill call and of a decode step; and the time that both would take at
@@ -23,7 +23,7 @@ from absl import app, flags
 from rich import box
 from rich.table import Table
 
-from scripts import common, terminal
+from scripts.helpers import common, terminal
 from tokendance_jax import targets
 from tokendance_jax.engine.ahead import NAMES, RoundSize, compile_round
 from tokendance_jax.models.qwen2.config import Qwen2Config

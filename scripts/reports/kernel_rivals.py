@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scripts.kernel_work import PATCHES, Work
+from scripts.reports.kernel_work import PATCHES, Work
 from tokendance_jax.kernels import rope, storage
 from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore import sparse_restore

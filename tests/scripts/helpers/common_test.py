@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from scripts import common
+from scripts.helpers import common
 from tokendance_jax.demo import demo_trace, harbour_trace
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import PromptError, Trace, name_authors

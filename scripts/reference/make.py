@@ -1,6 +1,6 @@
 """Writes the reference of serve_round: its flags, the fields of traces, and those of its results.
 
-python -m scripts.make_reference
+python -m scripts.reference.make
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from absl import app, flags
 from scripts import serve_round
 from tokendance_jax.engine.result import AgentLedger, RoundLedger, Timings
 
-FILE = Path(__file__).parent / "reference" / "serve_round.md"
+FILE = Path(__file__).with_name("serve_round.md")
 
 _TRACES = """\
 ## Traces
@@ -113,7 +113,7 @@ def reference() -> str:
         [
             "# Reference of `scripts.serve_round`",
             "",
-            "Written by `python -m scripts.make_reference` from the flags and the docstrings.",
+            "Written by `python -m scripts.reference.make` from the flags and the docstrings.",
             "",
             "The exit status is 0, 1 after an error, and 130 after Ctrl-C. Flags, outputs and the",
             "prompts of a replay are checked before anything is computed. After a later error, and",

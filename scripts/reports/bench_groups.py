@@ -1,7 +1,7 @@
 """Times a decode step whose agents share pages against the same step with copies of these pages.
 
-  python -m scripts.bench_groups
-  python -m scripts.bench_groups --agents=25 --shared=2000 --private=200 --dtype=bfloat16
+  python -m scripts.reports.bench_groups
+  python -m scripts.reports.bench_groups --agents=25 --shared=2000 --private=200 --dtype=bfloat16
 
 Both have the same K and V. In the first all agents name the same pages, each under a frame of its
 own, and their queries meet a page together; in the second everybody has a copy. Whole steps and
@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 from rich.console import Console
 
-from scripts import common, measure
+from scripts.helpers import common, measure
 from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.programs import decode
 from tokendance_jax.engine.runner import Runner

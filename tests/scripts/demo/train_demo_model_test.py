@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scripts.demo_data import draw_batch
-from scripts.demo_run import Run
-from scripts.demo_training import Recipe, Stage, hits, initial_parameters, logits_of, product
+from scripts.demo.data import draw_batch
+from scripts.demo.run import Run
+from scripts.demo.training import Recipe, Stage, hits, initial_parameters, logits_of, product
 from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json
 from tokendance_jax.demo.town import probe_round
 from tokendance_jax.engine.engine import RoundEngine
@@ -23,7 +23,7 @@ from tokendance_jax.models.product import matmul
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.prompt import Tokenizer, tokenize_round
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TOKENIZER = Tokenizer(demo_tokenizer_json(), demo_chat_template())
 CONFIG = Qwen2Config(
     vocab_size=1024,
@@ -220,7 +220,7 @@ def test_trains_resumes_to_the_bit_and_serves(tmp_path):
 @pytest.mark.slow
 def test_the_script(tmp_path):
     command = [
-        *(sys.executable, "-m", "scripts.train_demo_model", f"--out={tmp_path / 'run'}"),
+        *(sys.executable, "-m", "scripts.demo.train_demo_model", f"--out={tmp_path / 'run'}"),
         *("--steps=4", "--warmup=1", "--layers=1", "--inner=64", "--draws=1"),
         *("--stage=1.0:128:2:2", "--dtype=float32", "--setting=5 agents"),
     ]

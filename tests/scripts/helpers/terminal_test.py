@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from scripts import terminal
+from scripts.helpers import terminal
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scripts import kernel_rivals
-from scripts.kernel_rivals import Attend
-from scripts.kernel_work import PATCHES, Work
+from scripts.reports import kernel_rivals
+from scripts.reports.kernel_rivals import Attend
+from scripts.reports.kernel_work import PATCHES, Work
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.attention_mass import attention_mass
 from tokendance_jax.kernels.attention_mass.reference import attention_mass_reference

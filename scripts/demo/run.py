@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from scripts.demo_data import Batch, draw_batch
-from scripts.demo_training import Params, Recipe, Stage, hits, start, train_step
+from scripts.demo.data import Batch, draw_batch
+from scripts.demo.training import Params, Recipe, Stage, hits, start, train_step
 from tokendance_jax.demo import demo_chat_template
 from tokendance_jax.demo.town import KINDS, words
 from tokendance_jax.models.loading import Checkpoint, save_huggingface

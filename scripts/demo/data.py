@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from scripts import demo_tokenizer
+from scripts.demo.tokenizer import texts_of
 from tokendance_jax.demo import harbour_trace
 from tokendance_jax.demo.town import (
     KINDS,
@@ -102,7 +102,7 @@ def tokenizer_texts() -> Iterator[str]:
                 for segment in prompt.segments:
                     yield seam.sub(r"\1\n\2", segment.text or "")
                 yield seam.sub(r"\1\n\2", prompt.recorded_output or "")
-    yield from demo_tokenizer.texts_of(harbour_trace())
+    yield from texts_of(harbour_trace())
 
 
 def draw_batch(

@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 
-from scripts.demo_probes import SETTINGS, Graded, Setting, ask
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.demo.town import GRADED, probe_round
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import tokenize_round
+from tokendance_jax.study.probes import SETTINGS, Graded, Setting, ask
 
 
 def graded(draws: int, share: float) -> Graded:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from scripts import measure
+from scripts.helpers import measure
 from tokendance_jax.engine.result import RoundResult
 from tokendance_jax.prompt import Trace
 from tokendance_jax.study.quality import Comparison, summarise

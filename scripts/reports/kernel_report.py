@@ -1,6 +1,6 @@
 """What the compilers say of the kernels, for accelerators that need not be present.
 
-  python -m scripts.kernel_report --model=7B --model=14B --agents=25
+  python -m scripts.reports.kernel_report --model=7B --model=14B --agents=25
 
 For each kernel: registers, spills, shared memory and blocks at a time from ptxas, temporaries from
 XLA; the bytes that the kernel moves, beside the least that any could move; its operations; and the
@@ -25,7 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from scripts import measure
+from scripts.helpers import measure
 from tokendance_jax import targets
 from tokendance_jax.kernels.decode_attention import decode_attention
 from tokendance_jax.kernels.decode_attention.mosaic_gpu import bytes_beside_pages

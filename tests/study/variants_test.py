@@ -1,7 +1,7 @@
 """What is compared, and what of it an audit repeats."""
 
-from scripts.variants import Variant, audited
 from tokendance_jax.policy.policies import PolicyOptions
+from tokendance_jax.study.variants import Variant, audited
 
 
 def test_an_audit_repeats_the_first_variant_that_keeps_bases():

@@ -1,7 +1,7 @@
 """Times the kernels on the device that is present, beside other ways to do the same work.
 
-  python -m scripts.bench_kernels
-  python -m scripts.bench_kernels --model=7B --kernel=decode_attention --dtype=bfloat16
+  python -m scripts.reports.bench_kernels
+  python -m scripts.reports.bench_kernels --model=7B --kernel=decode_attention --dtype=bfloat16
 
 Each implementation of a kernel, XLA code among them, and JAX's own Pallas ops where they can do the
 work. Values come first: what differs from the reference gets no time. All ways of a kernel are
@@ -20,9 +20,10 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from scripts import kernel_report, measure, terminal
-from scripts.kernel_subjects import SUBJECTS, Program, Subject
-from scripts.kernel_work import Work
+from scripts.helpers import measure, terminal
+from scripts.reports import kernel_report
+from scripts.reports.kernel_subjects import SUBJECTS, Program, Subject
+from scripts.reports.kernel_work import Work
 from tokendance_jax import targets
 from tokendance_jax.kernels.dispatch import IMPLEMENTATIONS
 from tokendance_jax.kernels.lanes import KEY_BLOCK

@@ -1,7 +1,7 @@
 """Times a prefill call and a decode step against their own matrix products alone.
 
-  python -m scripts.bench_engine
-  python -m scripts.bench_engine --model=model.gguf --dtype=bfloat16
+  python -m scripts.reports.bench_engine
+  python -m scripts.reports.bench_engine --model=model.gguf --dtype=bfloat16
 
 The yardstick is the products with the model's matrices only, at the same shapes and precision: what
 is above it is attention, norms, rotary embedding, sampling, reading and writing pages. Both are
@@ -20,7 +20,7 @@ from absl import app, flags
 from flax import nnx
 from rich.console import Console
 
-from scripts import common, measure
+from scripts.helpers import common, measure
 from tokendance_jax.engine import programs
 from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.programs import DecodeState

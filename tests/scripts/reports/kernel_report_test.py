@@ -13,7 +13,7 @@ def test_reports_what_the_compilers_say(tmp_path, target):
     # Heads of 128: narrower ones are copied on TPUs.
     command = "--model=1.5B", "--agents=2", f"--target={target}", f"--json={path}"
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.kernel_report", *command],
+        [sys.executable, "-m", "scripts.reports.kernel_report", *command],
         env=os.environ | {"COLUMNS": "120"},
         capture_output=True,
         text=True,

@@ -11,12 +11,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention
 
-from scripts import kernel_rivals
-from scripts.kernel_work import Work
+from scripts.reports import kernel_rivals
+from scripts.reports.kernel_work import Work
 from tokendance_jax.kernels.round_attention.reference import round_attention_reference
 from tokendance_jax.models.qwen2.config import Qwen2Config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KERNELS = [
     "sparse_restore",
     "page_diff",
@@ -30,7 +30,7 @@ SIZES = "--agents=3", "--shared=256", "--own=256", "--rows=20", "--layers=2", "-
 _WRONG = """
 import sys
 from absl import app
-from scripts import bench_kernels, kernel_subjects
+from scripts.reports import bench_kernels, kernel_subjects
 
 right = kernel_subjects.kv_write
 kernel_subjects.kv_write = lambda kv, layer, slot, k, v: right(kv, layer, slot, 2 * k, v)
@@ -53,7 +53,7 @@ def run(target, *arguments):
 @pytest.mark.slow
 def test_times_what_gives_the_values_of_the_reference(tmp_path):
     target = tmp_path / "result.json"
-    command = "-m", "scripts.bench_kernels", "--dtype=bfloat16"
+    command = "-m", "scripts.reports.bench_kernels", "--dtype=bfloat16"
     done = run(target, *command)
     assert done.returncode == 0, done.stderr
     rows = json.loads(target.read_text())["kernels"]

@@ -3,15 +3,11 @@
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from scripts import measure
-from scripts.variants import SHUFFLED, Variant, audited
 from tokendance_jax.demo.town import (
     GRADED,
     GUIDE,
@@ -24,6 +20,7 @@ from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.model import Model
 from tokendance_jax.prompt import Round
 from tokendance_jax.study.audit import shuffle_bases
+from tokendance_jax.study.variants import SHUFFLED, Variant, audited
 
 _PAGES = 2048
 _CHUNK_WORDS = 12
@@ -167,7 +164,7 @@ def measure_variants(
     draws: int,
     guided: bool = False,
     audit: bool = False,
-    console: Console | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Grades variants in settings, one engine for each.
 
@@ -178,7 +175,7 @@ def measure_variants(
       draws: how many draws of rounds.
       guided: whether prompts explain the town, for a model that was not trained in it.
       audit: whether the first variant that reads bases answers from shuffled ones too.
-      console: where progress is printed.
+      progress: is told what is measured next.
 
     Yields:
       After each variant and setting, a row for each variant, setting and round so far.
@@ -192,8 +189,8 @@ def measure_variants(
     programs = None
     rows: list[dict[str, Any]] = []
     for (name, variant), setting in itertools.product(todo, settings):
-        if console:
-            console.print(f"{setting}: {name}")
+        if progress:
+            progress(f"{setting}: {name}")
         # Settings ask in the same towns: an engine of its own finds nothing of another's.
         engine = RoundEngine(
             model,
@@ -226,26 +223,3 @@ def _rows(setting: str, graded: Sequence[Graded]) -> Iterator[dict[str, Any]]:
             "asked": {kind: found.asked(kind) for kind in GRADED},
             "token_layers": found.token_layers,
         }
-
-
-def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """One table for each setting and round, of accuracies and their intervals."""
-    places = list(dict.fromkeys((row["setting"], row["round"]) for row in rows))
-    drawn = []
-    for place in places:
-        kept = [row for row in rows if (row["setting"], row["round"]) == place]
-        title = place[0] if SETTINGS[place[0]].rounds == 1 else f"{place[0]}, round {place[1]}"
-        columns = [f"{kind}\n{kept[0]['asked'][kind]}" for kind in GRADED]
-        table = measure.table("policy", *columns, "token-layers\nof dense", title=title)
-        for row in kept:
-            cells = [
-                f"{row['probes'][kind]:.3f} {row['intervals'][kind][0]:.2f}-"
-                f"{row['intervals'][kind][1]:.2f}"
-                if kind in row["probes"]
-                else "-"
-                for kind in GRADED
-            ]
-            work = row["token_layers"] / kept[0]["token_layers"]
-            table.add_row(row["name"], *cells, f"{work:.1%}")
-        drawn.append(table)
-    return drawn

@@ -11,7 +11,7 @@ def test_reports_what_fits(tmp_path):
     path = tmp_path / "report.json"
     command = "--model=0.5B", "--target=tpu-v5e", "--program=decode", "--agents=2"
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.program_report", *command, f"--json={path}"],
+        [sys.executable, "-m", "scripts.reports.program_report", *command, f"--json={path}"],
         env=os.environ | {"COLUMNS": "140"},
         capture_output=True,
         text=True,
@@ -30,7 +30,7 @@ def test_says_what_does_not_fit(tmp_path):
     path = tmp_path / "report.json"
     command = "--model=14B", "--target=tpu-v5e", "--program=decode", "--agents=2"
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.program_report", *command, f"--json={path}"],
+        [sys.executable, "-m", "scripts.reports.program_report", *command, f"--json={path}"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,7 +1,7 @@
 """Trains the demo's model from nothing, on a CPU, on conversations of a small town.
 
-  python -m scripts.train_demo_model --out=town-run --minutes=110
-  python -m scripts.train_demo_model --out=town-run --steps=200 --layers=2
+  python -m scripts.demo.train_demo_model --out=town-run --minutes=110
+  python -m scripts.demo.train_demo_model --out=town-run --steps=200 --layers=2
 
 The folder keeps the recipe, the tokenizer, checkpoints, the loss, and in the end `model/`, a
 Hugging Face folder in bfloat16, with `probes.json`: how often the engine's greedy answers to
@@ -19,13 +19,15 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from scripts import common, demo_probes, demo_tokenizer, terminal
-from scripts.demo_data import tokenizer_texts
-from scripts.demo_run import Run
-from scripts.demo_training import Recipe, Stage, start, train_step
+from scripts.demo import tokenizer as demo_tokenizer
+from scripts.demo.data import tokenizer_texts
+from scripts.demo.run import Run
+from scripts.demo.training import Recipe, Stage, start, train_step
+from scripts.helpers import common, probe_tables, terminal
 from tokendance_jax import host
 from tokendance_jax.model import load_model
 from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.study import probes
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the run; made if missing.", required=True)
 _RESUME = flags.DEFINE_bool("resume", True, "Whether to go on with a run that the folder holds.")
@@ -68,8 +70,8 @@ _DRAWS = flags.DEFINE_integer(
 )
 _SETTING = flags.DEFINE_multi_enum(
     "setting",
-    list(demo_probes.SETTINGS),
-    list(demo_probes.SETTINGS),
+    list(probes.SETTINGS),
+    list(probes.SETTINGS),
     "Settings of the probes; repeat the flag.",
 )
 
@@ -181,11 +183,11 @@ def main(argv: Sequence[str]) -> int:
             run.plot()
         model = run.export(params)
         found: list[dict[str, Any]] = []
-        for found in demo_probes.measure_variants(
+        for found in probes.measure_variants(
             load_model(model, dtype="float32"), [], _SETTING.value, draws=_DRAWS.value
         ):
             common.write_json(str(run.folder / "probes.json"), {"policies": found})
-        for table in demo_probes.tables(found):
+        for table in probe_tables.tables(found):
             terminal.console().print(table)
     except common.ERRORS as error:
         terminal.complain("train_demo_model", error)
