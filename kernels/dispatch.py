@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs."""
+"""Choosing the implementation of an operation."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import jax
 
-# "interpret" runs the Mosaic GPU kernel on a CPU, in JAX's simulator of such kernels.
+# "interpret" runs the Mosaic GPU kernel on a CPU, in JAX's simulator of Mosaic GPU kernels.
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu", "interpret")
 _BY_PLATFORM = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
@@ -17,10 +17,12 @@ Result = TypeVar("Result")
 
 
 def platform_of(implementation: str | None) -> str:
-    """The platform whose pools an implementation reads: "cpu", "gpu" or "tpu".
+    """Returns the platform whose pools an implementation reads: "cpu", "gpu" or "tpu".
+
+    For "xla" and None, this is JAX's default platform.
 
     Raises:
-      ValueError: there is no implementation of that name.
+      ValueError: no implementation has that name.
     """
     _check(implementation)
     named = {kernel: platform for platform, kernel in _BY_PLATFORM.items()} | {"interpret": "gpu"}
@@ -31,12 +33,12 @@ def platform_of(implementation: str | None) -> str:
 class Op(Generic[Signature]):
     """An operation and its implementations, which share one signature.
 
-    An implementation that cannot take its arguments raises NotImplementedError with the reason.
+    An implementation that does not support the arguments raises NotImplementedError, with a reason.
 
     Attributes:
       name: name of the operation, for messages.
-      xla: XLA code, which takes everything.
-      mosaic_gpu: a Pallas kernel for GPUs, which also takes `interpret`.
+      xla: XLA code, which supports all arguments.
+      mosaic_gpu: a Pallas kernel for GPUs, with the additional argument `interpret`.
       mosaic_tpu: a Pallas kernel for TPUs.
     """
 
@@ -49,16 +51,16 @@ class Op(Generic[Signature]):
         """Calls one of the implementations.
 
         Args:
-          implementation: one of `IMPLEMENTATIONS`; None: that of the default platform, and XLA code
-            where it raises NotImplementedError.
-          call: calls the implementation that it is given.
+          implementation: one of `IMPLEMENTATIONS`. None selects the implementation for the default
+            platform, and falls back to XLA code if that raises NotImplementedError.
+          call: a function that calls the implementation passed to it.
 
         Returns:
-          What `call` returned.
+          The result of `call`.
 
         Raises:
-          ValueError: there is no implementation of that name.
-          NotImplementedError: the named implementation cannot take the arguments.
+          ValueError: no implementation has that name.
+          NotImplementedError: the named implementation does not support the arguments.
         """
         _check(implementation)
         if implementation == "interpret":
@@ -81,7 +83,7 @@ def _check(implementation: str | None) -> None:
 
 def _simulated(kernel: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """Runs a Mosaic GPU kernel in JAX's simulator of an H100, on a CPU."""
-    # The simulator is not public yet.
+    # The simulator has no public API yet.
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
     from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -92,7 +94,7 @@ def _simulated(kernel: Callable[..., Any], *arguments: Any, **keywords: Any) -> 
 
 @functools.cache
 def _report(name: str, implementation: str, reason: str) -> None:
-    """Says once why XLA code runs in place of a kernel."""
+    """Warns, once for each reason, that XLA code runs in place of a kernel."""
     logging.getLogger(__name__).warning(
         "%s: XLA code in place of %s: %s", name, implementation, reason
     )

@@ -1,4 +1,4 @@
-"""What the XLA attention paths share: reading a key block, and the online softmax over blocks."""
+"""Code shared by the XLA attention paths: reading key blocks and the online softmax over them."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,8 @@ from tokendance_jax.kernels.lanes import LaneTables, block_pages
 
 MASKED = np.float32(-1e30)
 
-# The online softmax of some queries: maximum and sum f32 [queries], values f32 [queries, width].
+# State of the online softmax of some queries: running maximum f32 [queries], sum f32 [queries] and
+# weighted values f32 [queries, width].
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -26,7 +27,7 @@ def read_pages(pool: jax.Array, layer: int | jax.Array, page: jax.Array) -> jax.
     Returns:
       [..., page_size, kv_heads, head_dim], in the pool's precision.
     """
-    # One index in place of two, neither wrapped nor clamped: XLA's CPU code copies faster.
+    # XLA's CPU code copies faster with one index instead of two, neither wrapped nor clamped.
     flat = pool.reshape(-1, *pool.shape[2:])
     taken = flat.at[layer * pool.shape[1] + page].get(
         mode="promise_in_bounds", wrap_negative_indices=False
@@ -40,7 +41,7 @@ def read_block(
     """Gathers one key block of one lane.
 
     Returns:
-      keys or values [slots, kv_heads, head_dim], in the pool's precision.
+      Keys or values [slots, kv_heads, head_dim], in the pool's precision.
     """
     pages = block_pages(pool.shape[2])
     page = jax.lax.dynamic_slice(tables.page, (lane, block * pages), (1, pages))[0]
@@ -54,14 +55,14 @@ def block_frames(tables: LaneTables, page_size: int) -> jax.Array:
 
 
 def moved(frame: jax.Array, *, start: int | None = None) -> jax.Array:
-    """Where a block has another frame than the block before.
+    """Marks the blocks whose frame differs from that of the block before.
 
-    Most blocks have the frame of the block before, and to rotate queries costs much of a block's
-    product.
+    Queries are rotated for these blocks only: most blocks have the same frame as the block before,
+    and rotating the queries takes a large part of the time of a block's product.
 
     Args:
       frame: i32 [..., blocks].
-      start: frame of the queries before the first block; None: none, so that block has moved.
+      start: frame of the queries before the first block; None: unknown, so mark the first block.
 
     Returns:
       bool [..., blocks].
@@ -73,10 +74,10 @@ def moved(frame: jax.Array, *, start: int | None = None) -> jax.Array:
 
 
 def split_heads(x: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
-    """Brings what belongs to rows and heads, [rows, heads, ...], under the KV heads.
+    """Splits an array [rows, heads, ...] by KV head.
 
     Returns:
-      for each KV head [rows * heads of its group, ...].
+      For each KV head, the part for its query heads, [rows * heads / kv_heads, ...].
     """
     rows, heads = x.shape[:2]
     parts = jnp.moveaxis(x.reshape(rows, kv_heads, heads // kv_heads, *x.shape[2:]), 1, 0)
@@ -96,15 +97,15 @@ def attend_block(
     values: jax.Array,
     seen: jax.Array | None,
 ) -> Carry:
-    """One step of the online softmax (Milakov and Gimelshein, 2018; FlashAttention, 2022).
+    """Performs one step of the online softmax (Milakov and Gimelshein, 2018; FlashAttention, 2022).
 
     Args:
       carry: running maximum f32 [queries], sum f32 [queries], weighted values f32 [queries, width].
       q: scaled queries [queries, width_k], in the keys' precision.
       keys: [slots, width_k].
-      values: [slots, width], finite wherever they are not seen.
-      seen: bool, broadcastable to [queries, slots] after a reshape of the leading axis: its first
-        axis divides the queries; None: all queries see all slots.
+      values: [slots, width]; must be finite even in slots that are not seen.
+      seen: bool [n, slots]; whether each of n equal runs of queries sees each slot. None: all
+        queries see all slots.
 
     Returns:
       The carry after this block.
@@ -147,11 +148,11 @@ def start(queries: int, width: int) -> Carry:
 
 
 def merge(a: Carry, b: Carry) -> Carry:
-    """Joins the online softmaxes of the same queries over two sets of slots.
+    """Merges the online softmaxes of the same queries over two sets of slots.
 
-    The log-sum-exp merge of FlashDecoding and of cascade attention (FlashInfer), on carries
-    that are not normalised yet. A part whose query saw nothing counts for nothing, whatever it
-    holds: within a block, `attend_block` gives the slots weight until the first one is seen.
+    This is the log-sum-exp merge of FlashDecoding and of cascade attention (FlashInfer), on carries
+    that are not normalised yet. If a query saw no slot of a set, the sum and the values of that
+    carry are ignored: `attend_block` gives masked slots weight until a query sees its first slot.
     """
     maximum = jnp.maximum(a[0], b[0])
 
@@ -168,7 +169,7 @@ def merge(a: Carry, b: Carry) -> Carry:
 
 
 def finish(carry: Carry) -> jax.Array:
-    """The attention output f32 [queries, width]; zero for queries that saw nothing."""
+    """The attention output f32 [queries, width]; zero for queries whose weights sum to zero."""
     _, total, weighted = carry
     return weighted / jnp.where(total > 0, total, jnp.ones_like(total))[:, None]
 
@@ -181,5 +182,5 @@ def log_sum_exp(carry: Carry) -> jax.Array:
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """Full products for float32, where an accelerator would round the inputs to bfloat16."""
+    """Full precision for float32, which accelerators would otherwise round to bfloat16."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

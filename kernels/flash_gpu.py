@@ -1,12 +1,13 @@
-"""What the Mosaic GPU attention kernels share: 64 queries against pages, 64 slots at a time.
+"""The Mosaic GPU kernel of round and decode attention: 64 queries against 64 slots at a time.
 
-A block of threads takes the queries of a few rows of one KV head and walks a list of steps. Bulk
-copies bring the pages of the next step into shared memory while tensor cores multiply those of this
-one. Queries are turned in float32 when the frame changes; keys and values are used as they lie in
-the pool. Queries come from where the model left them, row by row, and results go there.
+A thread block handles the queries that a few rows have for one KV head, and goes through a list of
+steps. Bulk copies load the pages of the next step into shared memory while tensor cores multiply
+those of the current step. Queries are rotated in float32 when the frame changes; keys and values
+are used as the pool stores them. The kernel reads queries from the model's array and writes results
+to an array of the same layout, row by row.
 
-Of a float32 pool threads first split the pages of a step into planes of bfloat16; once that is
-done, those of the next are on their way.
+With a float32 pool, the threads first split the pages of a step into bfloat16 planes. The copies of
+the next step start after that.
 """
 
 import functools
@@ -25,7 +26,8 @@ from tokendance_jax.kernels.gpu_planes import planes_of, products, scores, split
 from tokendance_jax.kernels.gpu_tiles import QUERIES, SLOTS, Parts, Steps, Tiles
 from tokendance_jax.kernels.paged_kv import PagedKV
 
-# Steps that are in shared memory or on their way; of float32 pages those of one, and its planes.
+# Steps whose pages are in shared memory or on their way there. With a float32 pool, shared memory
+# has the pages of one step, and their planes.
 STAGES = 2
 # Columns of a head that pass through registers at a time.
 COLUMNS = 64
@@ -46,7 +48,8 @@ def check_pool(pool: jax.Array) -> None:
         )
 
 
-# Traced and lowered once for all layers of a program; equal kernels are compiled once.
+# With jit, the kernel is traced and lowered once for all layers of a program, and equal kernels are
+# compiled once.
 @functools.partial(jax.jit, static_argnames=("theta", "most_parts", "with_lse", "interpret"))
 def flash_attention_gpu(
     q: jax.Array,
@@ -67,22 +70,23 @@ def flash_attention_gpu(
     Args:
       q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
       kv: the pool, bfloat16 or float32.
-      layer: index of the layer; data, so that all layers have one kernel.
-      tiles: the rows; at most `QUERIES` queries of a KV head in a tile.
-      steps: what the tiles walk.
+      layer: index of the layer; passed as data, so that all layers share one kernel.
+      tiles: the rows; a tile has at most `QUERIES` queries for each KV head.
+      steps: the steps that the tiles go through.
       theta: base of the rotary frequencies.
-      before: what the rows saw already, to be joined with what they see here.
-      parts: how many parts a tile's steps are split into, for different blocks, i32 []; None: the
-        result is whole.
-      most_parts: most that it can be.
-      with_lse: whether log-sum-exps are wanted.
+      before: the rows' results over other slots, to be merged into the results of this call.
+      parts: number of parts that a tile's steps are split into, each for a thread block of its own,
+        i32 []; None: the steps are not split.
+      most_parts: the largest value that `parts` can have.
+      with_lse: whether to also return log-sum-exps.
       interpret: parameters of the simulator, to run on a CPU.
 
     Returns:
-      The output f32 [1, rows, heads, head_dim], or [most_parts, ...] over each part in the pool's
-      precision; zero where a row saw nothing, and anything in rows of no tile. If wanted, the
-      log-sum-exp of the queries' scores f32 [most_parts, tiles, kv_heads, QUERIES], where they saw
-      nothing `flash.MASKED`.
+      The output f32 [1, rows, heads, head_dim]; with `parts`, the output of each part, [most_parts,
+      rows, heads, head_dim] in the pool's precision. It is zero where a row saw nothing, and
+      undefined in rows that are in no tile and in parts that are not in use. With `with_lse`, also
+      the log-sum-exp of the queries' scores f32 [most_parts, tiles, kv_heads, QUERIES];
+      `flash.MASKED` where a query saw nothing.
     """
     _, heads, head_dim = q.shape
     _, pages, page_size, kv_heads, _ = kv.k.shape
@@ -107,7 +111,7 @@ def flash_attention_gpu(
         "q": _swizzled((planes, QUERIES, head_dim)),
         "k": pages_of_steps,
         "v": pages_of_steps,
-        # Queries on their way in, results on their way out.
+        # A buffer for queries on their way in and results on their way out.
         "wide": plgpu.SMEM((QUERIES, COLUMNS), jnp.float32),
         "lse": plgpu.SMEM((QUERIES,), jnp.float32),
         "turns": plgpu.SMEM((3, head_dim // 2), jnp.int32),
@@ -129,7 +133,7 @@ def flash_attention_gpu(
     )
 
     def kernel(inputs: dict[str, Ref], out: Ref, *lse: Ref) -> None:
-        # One arrival for each copy of a step: its pages of keys and values, and its columns.
+        # One arrival for each copy of a step: pages of keys and values, slot positions, and `held`.
         copies = 2 * (SLOTS // page_size) + (1 if steps.held is None else 2)
         pl.run_scoped(
             functools.partial(walk, inputs, out, lse[0] if lse else None),
@@ -169,7 +173,7 @@ def _walk(
     *,
     interpreted: bool,
 ) -> None:
-    """Attends the queries of a tile to their part of what it sees."""
+    """Attends the queries that a tile has for one KV head to one part of the tile's steps."""
     part, head, tile = (jax.lax.axis_index(name) for name in ("part", "head", "tile"))
     parts, first_slot = inputs["parts"][0], inputs["layer"][0] * slots_of_layer
     steps, count, last = (inputs[name][tile] for name in ("of_tile", "count", "last"))
@@ -198,7 +202,7 @@ def _walk(
             plgpu.copy_gmem_to_smem(inputs["held"].at[tile, step], smem["held"].at[stage], done)
 
     def passage(dtype: jnp.dtype) -> Ref:
-        """Where columns of rows pass through."""
+        """Returns the buffer that columns of rows pass through."""
         return smem["wide" if dtype == jnp.float32 else "part"]
 
     def bring(there: Ref, here: Ref) -> None:
@@ -206,7 +210,7 @@ def _walk(
         plgpu.barrier_wait(brought)
 
     def each_row(act: Callable[[jax.Array, Any, Any], None]) -> None:
-        """Calls with each row, its heads, and the tile's queries that are the row's."""
+        """Calls `act` with each row, its query heads, and the places of its queries in the tile."""
 
         @pl.loop(0, tile_rows)
         def _(index: jax.Array) -> None:
@@ -214,7 +218,7 @@ def _walk(
             act(inputs["row"][tile, index], pl.ds(head * group, group), pl.ds(first, group))
 
     def bring_rows(there: Ref, here: Ref, columns: Any) -> None:
-        """Brings columns of the rows' queries; where there is no row, those of another one."""
+        """Copies columns of the rows' queries; places without a row get those of another row."""
 
         def copy(row: jax.Array, heads: Any, queries: Any) -> None:
             source = there.at[jnp.minimum(row, rows - 1), heads, columns]
@@ -224,7 +228,7 @@ def _walk(
         plgpu.barrier_wait(rows_brought)
 
     def turn(frame: jax.Array) -> None:
-        """Rotates the queries into frames: one, or [QUERIES]."""
+        """Rotates the queries into one frame, i32 [], or each into its own, i32 [QUERIES]."""
         shape, wide = (QUERIES, half), smem["wide"]
         tables = [smem["turns"][index] for index in range(3)]
         if frame.ndim:
@@ -233,7 +237,7 @@ def _walk(
         else:
             angle = rope.angles(-frame, *tables)
             cos, sin = (_across(factor, shape) for factor in (jnp.cos(angle), jnp.sin(angle)))
-        # In units of log2, so that the softmax takes powers of two.
+        # Scores are in units of log2, so that the softmax can use exp2.
         scale = np.float32(LOG2E / math.sqrt(head_dim))
         cos, sin = cos * scale, sin * scale
         if half == COLUMNS:
@@ -249,7 +253,7 @@ def _walk(
         bring_rows(inputs["q"], wide, columns_of_head[0])
         first, second = wide[:, pl.ds(0, half)], wide[:, pl.ds(half, half)]
         plgpu.commit_smem()
-        # Tensor cores read tiles of 64 columns, which are stored as a whole.
+        # Tensor cores read tiles of 64 columns, which must be stored whole: join the halves first.
         wide[:, pl.ds(0, half)] = first * cos - second * sin
         wide[:, pl.ds(half, half)] = second * cos + first * sin
         plgpu.commit_smem()
@@ -257,7 +261,7 @@ def _walk(
         plgpu.commit_smem()
 
     def operand(name: str, place: jax.Array, first: Any) -> list[Ref]:
-        """The planes of a step's keys or values: its pages as they are, or split."""
+        """Returns the planes of a step's keys or values: its pages as they are, or split."""
         if planes == 1:
             return [smem[name].at[place]]
         for columns in columns_of_head:
@@ -266,10 +270,10 @@ def _walk(
         return planes_in(smem[f"{name}_planes"], first)
 
     def share_out(weights: jax.Array, first: Any) -> list[Any]:
-        """The planes of weights. Two would fill the registers: they take the place of keys."""
+        """Returns the planes of weights. Two would fill the registers: they overwrite the keys."""
         if planes == 1 and not interpreted:
             return split(weights, planes)
-        # The simulator's tensor cores take no operand from registers.
+        # The simulator does not support tensor core operands in registers.
         there = smem["k_planes"].at[:, :, columns_of_head[0]] if planes > 1 else smem["weights"]
         plgpu.commit_smem()
         store(there, weights, first)
@@ -297,7 +301,7 @@ def _walk(
 
         @pl.when(inputs["stop"][steps, step] > last)
         def _() -> None:
-            # Slots that no query sees may hold anything; a weight of zero would keep a NaN.
+            # Slots that no query sees may hold NaN, which a weight of zero would not remove.
             written = _down(smem["slot_position"][stage], (SLOTS, COLUMNS)) <= last
             for columns in columns_of_head:
                 value = smem["v"][place, :, columns]
@@ -305,12 +309,13 @@ def _walk(
             plgpu.commit_smem()
 
         def fetch_next() -> None:
-            """Once no warp reads the pages of this step any more."""
+            """Starts the next step's copies once no warp reads the pages of this step any more."""
             plgpu.commit_smem()
             pl.when(step + ahead < end)(lambda: fetch(step + ahead))
 
         shape = QUERIES, SLOTS
-        # A zero that the compiler cannot know: it would keep addresses of all planes in registers.
+        # A zero that is unknown to the compiler, which would otherwise keep the addresses of all
+        # planes in registers.
         first = 0 if planes == 1 else jnp.minimum(inputs["stop"][steps, step], 0)
         k, v = operand("k", place, first), operand("v", place, first)
         if planes > 1:
@@ -331,14 +336,14 @@ def _walk(
             + products(shares, [plane.at[:, columns] for plane in v], part.shape)
             for part, columns in zip(weighted, columns_of_head, strict=True)
         )
-        if planes > 1:  # no warp reads the planes any more
+        if planes > 1:  # wait until no warp reads the planes
             plgpu.commit_smem()
         else:
             fetch_next()
         return higher, total * shrink + weights.sum(axis=1), weighted
 
     def join(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Takes up a part of what the queries saw before: a sum of one at its log-sum-exp."""
+        """Merges a part of `before` into the carry: a sum of one at the part's log-sum-exp."""
         maximum, total, weighted = carry
         through = passage(inputs["before_out"].dtype)
         bring(inputs["before_lse"].at[number, inputs["before_of_tile"][tile], head], smem["lse"])
@@ -354,7 +359,7 @@ def _walk(
             bring_rows(inputs["before_out"].at[number], through, columns)
             found = through[...].astype(jnp.float32)
             plgpu.commit_smem()
-            # What stands in places of no row may be no number.
+            # Places without a row may hold NaN.
             found = jnp.where(_down(share, found.shape) > 0, found, jnp.zeros_like(found))
             joined.append(part * _down(shrink, part.shape) + found * _down(share, part.shape))
         return higher, total * shrink + share, tuple(joined)
@@ -376,7 +381,8 @@ def _walk(
         smem["lse"][...] = jnp.where(maximum > flash.MASKED, score, flash.MASKED)
         plgpu.commit_smem()
         pl.when(mine)(lambda: plgpu.copy_smem_to_gmem(smem["lse"], lse.at[part, tile, head]))
-    # Until the first slot is seen, all slots have weight: queries that saw none hold no result.
+    # Masked slots have weight until a query sees its first slot, so the values of queries that saw
+    # none are not results.
     saw = _down(maximum, (QUERIES, COLUMNS)) > flash.MASKED
     total = _down(total, (QUERIES, COLUMNS))
     result = passage(out.dtype)
@@ -395,16 +401,16 @@ def _walk(
 
 
 def _down(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One number for each row."""
+    """Broadcasts one number per row."""
     return jax.lax.broadcast_in_dim(column, shape, (0,))
 
 
 def _across(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One number for each column."""
+    """Broadcasts one number per column."""
     return jax.lax.broadcast_in_dim(row, shape, (1,))
 
 
 def _swizzled(shape: tuple[int, ...], dtype: jnp.dtype = jnp.bfloat16) -> Any:
-    """Shared memory as tensor cores read it: tiles of eight rows of 128 bytes."""
+    """Shared memory in the layout that tensor cores read: tiles of eight rows of 128 bytes."""
     tiles = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiles, plgpu.SwizzleTransform(128)))

@@ -1,4 +1,4 @@
-"""What the Mosaic TPU attention kernels share: limits, and the products of one key block."""
+"""Code shared by the Mosaic TPU attention kernels: limits, and the products with a key block."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tokendance_jax.kernels import flash
 
-# Key blocks in VMEM: one comes in, one is read.
+# Key blocks in VMEM at a time: one is copied in while the other is read.
 PLACES = 2
-# Rows of a float32 tile: the queries of a KV head are filled up to a multiple.
+# Rows of a float32 tile in VMEM: query heads are padded to a multiple of it.
 TILE = 8
-# The largest tables: they lie in SMEM, which has 1 MiB.
+# The most bytes that tables may take in SMEM, which has 1 MiB.
 TABLE_BYTES = 1_000_000
 # The most VMEM that arrays may take; a TPU has 128 MiB.
 VMEM_BYTES = 80 << 20
-# What the softmax's maximum begins with: above the scores of slots that are not seen, so that these
-# have no weight even before the first slot that is.
+# The initial maximum of the softmax. It is greater than the score of a masked slot, so that masked
+# slots have no weight even before a query sees its first slot.
 LOWEST = np.float32(flash.MASKED / 2)
 
 Ref = Any
@@ -35,26 +35,31 @@ def check_pool(pool: jax.Array) -> None:
 
 
 def table_bytes(columns: dict[str, jax.Array]) -> int:
-    """Bytes of numbers in SMEM."""
+    """Bytes that tables take in SMEM."""
     return 4 * sum(column.size for column in columns.values())
 
 
 def compiler_params(columns: dict[str, jax.Array], vmem: int) -> pltpu.CompilerParams:
-    """How an attention kernel is compiled that has `columns` in SMEM and `vmem` bytes in VMEM."""
+    """Compiler parameters of a kernel with `columns` in SMEM and `vmem` bytes of arrays in VMEM.
+
+    Raises:
+      NotImplementedError: the columns or the arrays do not fit.
+    """
     if table_bytes(columns) > TABLE_BYTES:
-        raise NotImplementedError(f"tables of {columns['page'].size} entries fill SMEM")
+        raise NotImplementedError(f"tables of {columns['page'].size} entries do not fit into SMEM")
     if vmem > VMEM_BYTES:
-        raise NotImplementedError(f"queries and key blocks of {vmem} bytes fill VMEM")
+        raise NotImplementedError(f"queries and key blocks of {vmem} bytes do not fit into VMEM")
     return pltpu.CompilerParams(
-        # Scores lie in VMEM too.
+        # Leave room for scores, which are in VMEM too.
         vmem_limit_bytes=vmem + (16 << 20),
-        # More than half of what starting a copy costs, and a key block has many pages.
+        # The checks are more than half of the cost of starting a copy, and a key block has many
+        # pages.
         disable_bounds_checks=True,
     )
 
 
 def product(x: jax.Array, y: jax.Array, contracted: int) -> jax.Array:
-    """The product f32 [m, n, :] of x [m, n, :] with y over one of y's axes, in y's precision."""
+    """The product f32 [m, n, :] of x [m, n, :] and y over one of y's axes, in y's precision."""
     found = jax.lax.dot_general(
         x.reshape(-1, x.shape[2]).astype(y.dtype),
         y,
@@ -66,9 +71,9 @@ def product(x: jax.Array, y: jax.Array, contracted: int) -> jax.Array:
 
 
 def clear_unseen(values: Ref, first: jax.Array, stop: jax.Array) -> None:
-    """Clears the slots of a page that nobody sees: a weight of zero would keep a NaN.
+    """Clears the slots of a page that no query sees: a weight of zero would not remove NaN.
 
-    Pages of which nobody sees anything are not fetched, and nothing is to be cleared.
+    Pages without a slot that any query sees are not fetched, so they are not cleared.
     """
 
     @pl.when((stop > first) & (stop - first < values.shape[0]))
@@ -79,7 +84,7 @@ def clear_unseen(values: Ref, first: jax.Array, stop: jax.Array) -> None:
 
 
 def swapped(x: jax.Array) -> jax.Array:
-    """The two halves of each head exchanged."""
+    """Swaps the two halves of each head."""
     half = x.shape[-1] // 2
     if x.shape[-1] % 128 == 0:
         return pltpu.roll(x, half, x.ndim - 1)
@@ -87,16 +92,16 @@ def swapped(x: jax.Array) -> jax.Array:
 
 
 def heads_of(pages: Ref, *, simulated: bool) -> list[jax.Array]:
-    """The rows [slots, head_dim] of each head of pages [entries, page_size, kv_heads, head_dim]."""
+    """Returns each head's rows [slots, head_dim], of [entries, page_size, kv_heads, head_dim]."""
     entries, page_size, kv_heads, head_dim = pages.shape
     slots = entries * page_size
-    if simulated:  # which knows no views
+    if simulated:  # the simulator does not support views
         x = pages[...].reshape(slots, kv_heads, head_dim)
         return [x[:, head] for head in range(kv_heads)]
     rows = pages.reshape(slots * kv_heads, head_dim)
     if pages.dtype == jnp.float32:
         return [rows[pl.ds(head, slots, stride=kv_heads)] for head in range(kv_heads)]
-    # A word holds one number each of two heads, that of the even one in its lower half.
+    # A word holds one number of each of two heads; that of the even head is in its lower half.
     words, found = rows.bitcast(jnp.int32), []
     for pair in range(kv_heads // 2):
         both = words[pl.ds(pair, slots, stride=kv_heads // 2)]

@@ -1,8 +1,9 @@
-"""Products of the Mosaic GPU attention kernels, on tensor cores that take bfloat16.
+"""Matrix products of the Mosaic GPU attention kernels, on tensor cores with bfloat16 inputs.
 
-Numbers of a float32 pool are sums of two bfloat16 planes: the number rounded, and what that leaves,
-rounded in turn. Of the four products of two such sums three are taken, and each is exact in
-float32; the fourth, and what the planes miss, is at most about 2^-16 of a product.
+Each number of a float32 pool is represented by the sum of two bfloat16 planes: the rounded number,
+and the rounded remainder. The product of two such sums has four terms. Three of them are computed,
+each exactly in float32. The fourth, and the remainders that the planes lose, make up at most about
+2^-16 of a product.
 """
 
 from typing import Any
@@ -16,28 +17,30 @@ Ref = Any
 
 
 def planes_of(dtype: jnp.dtype) -> int:
-    """Planes of the numbers of a pool."""
+    """The number of planes for a pool of a dtype."""
     return 2 if dtype == jnp.float32 else 1
 
 
 def split(numbers: jax.Array, planes: int) -> list[jax.Array]:
-    """The planes of numbers f32, bf16 each, the largest first."""
+    """Splits numbers f32 into planes bf16, the largest first."""
     high = numbers.astype(jnp.bfloat16)
     if planes == 1:
         return [high]
-    # XLA, which runs the simulator, would take what is rounded and widened for what it was.
+    # XLA, which runs the simulator, would simplify rounding and widening to the number itself.
     high = jax.lax.optimization_barrier(high)
     return [high, (numbers - high.astype(jnp.float32)).astype(jnp.bfloat16)]
 
 
 def store(there: Ref, numbers: jax.Array, first: jax.Array | int = 0) -> None:
-    """Writes the planes of numbers f32 [rows, width] to [planes, rows, width], from `first` on."""
+    """Writes the planes of f32 [rows, width] to `there`, [planes, rows, width], from `first` on."""
     for index, plane in enumerate(split(numbers, there.shape[0])):
         there[first + index] = plane
 
 
 def scores(q: list[Ref], k: list[Ref], *, interpreted: bool) -> jax.Array:
-    """Products of queries and keys, f32 [queries, slots]; the simulator's take none transposed.
+    """Products of queries and keys, f32 [queries, slots].
+
+    The simulator's tensor cores do not support transposed operands; it uses `jnp.dot` instead.
 
     Args:
       q: planes [queries, head_dim].
@@ -57,7 +60,7 @@ def scores(q: list[Ref], k: list[Ref], *, interpreted: bool) -> jax.Array:
 
 
 def products(left: list[Any], right: list[Ref], shape: tuple[int, int]) -> jax.Array:
-    """The product of two matrices, f32, by their planes; those of the left may be in registers."""
+    """The product f32 of two matrices given as planes. The left planes may be in registers."""
 
     def product(accumulator: Ref) -> jax.Array:
         for one, other in _pairs(left, right):
@@ -69,5 +72,5 @@ def products(left: list[Any], right: list[Ref], shape: tuple[int, int]) -> jax.A
 
 
 def _pairs(left: list[Any], right: list[Any]) -> list[tuple[Any, Any]]:
-    """The planes that meet: all but those whose product is lost anyway."""
+    """The pairs of planes to multiply: all but those whose product is too small to matter."""
     return [(one, other) for index, one in enumerate(left) for other in right[: len(left) - index]]

@@ -1,4 +1,4 @@
-"""What blocks of threads of the Mosaic GPU attention kernels take: tiles of rows and steps."""
+"""The work of thread blocks in the Mosaic GPU attention kernels: tiles of rows, and steps."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,28 +10,28 @@ import jax.numpy as jnp
 from tokendance_jax.kernels import flash
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 
-# Queries of a tile: the rows of one instruction of the tensor cores.
+# Queries of a tile: the rows of one tensor core instruction.
 QUERIES = 64
 # Slots of a step.
 SLOTS = 64
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Lists of steps, and which list each tile of queries walks.
+    """Lists of steps, and the list that each tile of queries goes through.
 
     Attributes:
       page: i32 [lists, steps * pages_of_a_step].
       slot_position: i32 [lists, steps, SLOTS]; int32's maximum where a slot is not valid.
-      frame: i32 [lists, steps], one for all queries; or [tiles, steps, QUERIES].
-      held: i32 [tiles, steps, QUERIES], bit i: the query sees the i-th page of the step; or None:
-        all queries see all pages.
-      moved: i32 [tiles, steps], where queries have frames of their own: whether one of them has
-        another than in the step before; or None.
-      of_tile: i32 [tiles]; the list that a tile walks.
-      count: i32 [tiles]; steps of it that the tile sees.
+      frame: i32 [lists, steps], one for all queries; or [tiles, steps, QUERIES], one per query.
+      held: i32 [tiles, steps, QUERIES]; bit i is set if the query sees the i-th page of the step.
+        None: all queries see all pages.
+      moved: i32 [tiles, steps]; whether the frame of any query differs from its frame in the step
+        before. None if the queries have one frame.
+      of_tile: i32 [tiles]; the list that the tile goes through.
+      count: i32 [tiles]; number of steps of the list that the tile sees.
       last: i32 [tiles]; the greatest position that a query of the tile sees.
     """
 
@@ -45,16 +45,16 @@ class Steps:
     last: jax.Array
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Rows whose queries attend together. A row has the query heads of a KV head in one tile.
+    """Rows whose queries attend together. A row's query heads for one KV head are all in one tile.
 
     Attributes:
-      row: i32 [tiles, rows of a tile]; the number of rows where there is none.
-      place: i32 [tiles]; places of the tile in front of its first row.
-      limit: i32 [tiles, QUERIES]; the last position that each query sees, or -1.
+      row: i32 [tiles, rows of a tile]; places without a row hold the number of rows.
+      place: i32 [tiles]; number of places of the tile in front of its first row.
+      limit: i32 [tiles, QUERIES]; the last position that each query sees, -1 if it sees none.
     """
 
     row: jax.Array
@@ -63,7 +63,7 @@ class Tiles:
 
     @classmethod
     def of(cls, row: jax.Array, place: jax.Array, limit: jax.Array, group: int) -> "Tiles":
-        """Tiles of rows that have `group` heads each, and limits i32 [tiles, rows of a tile]."""
+        """Makes tiles of rows with `group` heads each and limits i32 [tiles, rows of a tile]."""
         query = jnp.arange(QUERIES, dtype=jnp.int32)[None, :] - place[:, None] * group
         inside = (query >= 0) & (query < row.shape[1] * group)
         index = jnp.clip(query // group, 0, row.shape[1] - 1)
@@ -74,13 +74,16 @@ class Tiles:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What rows saw of other slots, each part as if it were all.
+    """Attention results of rows over other slots; each part is normalised on its own.
 
     Attributes:
-      out: bf16 [parts, rows, heads, head_dim]; zero where a row saw nothing of a part.
-      lse: f32 [parts, tiles, kv_heads, QUERIES]; there `flash.MASKED`.
-      of_tile: i32 [tiles of the reader]; a tile that has the same rows at the same places.
-      count: i32 [tiles of the reader]; parts that it reads, which stand first.
+      out: [parts, rows, heads, head_dim], in the pool's precision; zero where a row saw nothing of
+        a part.
+      lse: f32 [parts, tiles, kv_heads, QUERIES]; `flash.MASKED` where a query saw nothing of a
+        part.
+      of_tile: i32 [tiles of the reader]; the tile of `lse` that has the same rows at the same
+        places.
+      count: i32 [tiles of the reader]; number of parts that the tile reads, which come first.
     """
 
     out: jax.Array
@@ -90,15 +93,15 @@ class Parts:
 
 
 def rows_of_tiles(row: jax.Array, group: int, rows: int) -> jax.Array:
-    """Cuts rows i32 [tiles, n] into as many as a block takes, i32 [tiles, blocks, rows of a block].
+    """Splits rows i32 [tiles, n] among thread blocks, i32 [tiles, blocks, rows of a block].
 
     Args:
-      row: the rows; `rows` where there is none.
-      group: heads of a row that share a KV head.
+      row: the rows; places without a row hold `rows`.
+      group: query heads per KV head.
       rows: number of rows.
 
     Raises:
-      NotImplementedError: a block does not take the heads of one row.
+      NotImplementedError: the heads of a row that share a KV head do not fit into a tile.
     """
     if group > QUERIES:
         raise NotImplementedError(f"{group} heads share a KV head: a tile has {QUERIES} queries")
@@ -108,7 +111,7 @@ def rows_of_tiles(row: jax.Array, group: int, rows: int) -> jax.Array:
 
 
 def lane_steps(tables: LaneTables, page_size: int, lane: jax.Array, last: jax.Array) -> Steps:
-    """The steps of lanes' own tables.
+    """Lists the steps of the lanes' own tables.
 
     Args:
       tables: the tables.
@@ -119,7 +122,7 @@ def lane_steps(tables: LaneTables, page_size: int, lane: jax.Array, last: jax.Ar
     lanes = tables.page.shape[0]
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, SLOTS)
     start = slot_position.min(axis=2)
-    # Steps without a valid slot stand where a key block is filled up: they go behind all others.
+    # Steps without a valid slot come from the padding of key blocks; move them after all others.
     order = jnp.argsort(start, axis=1)
 
     def in_order(x: jax.Array) -> jax.Array:
@@ -142,13 +145,13 @@ def lane_steps(tables: LaneTables, page_size: int, lane: jax.Array, last: jax.Ar
 
 
 def group_steps(groups: GroupTables, row: jax.Array, group: int, page_size: int) -> Steps:
-    """The steps of groups.
+    """Lists the steps of the groups' key blocks.
 
     Args:
       groups: the groups.
-      row: i32 [tiles, rows of a tile]; the lane of each row, and the number of lanes where there is
-        none.
-      group: heads of a row that share a KV head.
+      row: i32 [tiles, rows of a tile]; the lane of each row; places without a row hold the number
+        of lanes.
+      group: query heads per KV head.
       page_size: slots of a page.
     """
     pages = SLOTS // page_size
@@ -161,7 +164,7 @@ def group_steps(groups: GroupTables, row: jax.Array, group: int, page_size: int)
     frame = jnp.broadcast_to(jnp.asarray(groups.frame)[:, :, None], held.shape)
 
     def of_queries(x: jax.Array) -> jax.Array:
-        """[blocks, lanes, steps] as [tiles, steps, QUERIES]."""
+        """Rearranges [blocks, lanes, steps] to [tiles, steps, QUERIES]."""
         x = jnp.moveaxis(x, 1, 0).reshape(lanes, blocks * steps)
         x = jnp.repeat(jnp.take(x, row, axis=0, mode="fill", fill_value=0), group, axis=1)
         x = jnp.pad(x, [(0, 0), (0, QUERIES - x.shape[1]), (0, 0)])
@@ -183,12 +186,14 @@ def group_steps(groups: GroupTables, row: jax.Array, group: int, page_size: int)
 
 
 def scores_of_rows(lse: jax.Array, row: jax.Array, group: int, rows: int) -> jax.Array:
-    """Log-sum-exps f32 [tiles, kv_heads, QUERIES] as [rows, heads]; `flash.MASKED` in other rows.
+    """Rearranges log-sum-exps f32 [tiles, kv_heads, QUERIES] by row, [rows, heads].
+
+    Rows that are in no tile get `flash.MASKED`.
 
     Args:
-      lse: of tiles whose first row stands at their first place.
-      row: i32 [tiles, rows of a tile]; `rows` where there is none.
-      group: heads of a row that share a KV head.
+      lse: log-sum-exps of tiles whose first row is at their first place.
+      row: i32 [tiles, rows of a tile]; places without a row hold `rows`.
+      group: query heads per KV head.
       rows: number of rows.
     """
     tiles, kv_heads, _ = lse.shape
@@ -199,7 +204,7 @@ def scores_of_rows(lse: jax.Array, row: jax.Array, group: int, rows: int) -> jax
 
 
 def scores_of_tiles(lse: jax.Array, row: jax.Array, kv_heads: int) -> jax.Array:
-    """The inverse of `scores_of_rows`; `flash.MASKED` where there is no row."""
+    """The inverse of `scores_of_rows`; places without a row get `flash.MASKED`."""
     tiles, width = row.shape
     lse = jnp.take(lse, row.reshape(-1), axis=0, mode="fill", fill_value=flash.MASKED)
     lse = jnp.moveaxis(lse.reshape(tiles, width, kv_heads, -1), 2, 1).reshape(tiles, kv_heads, -1)
@@ -208,14 +213,14 @@ def scores_of_tiles(lse: jax.Array, row: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def merge_parts(parts: Sequence[Parts], place: jax.Array) -> jax.Array:
-    """Joins what rows saw of several sets of slots.
+    """Merges the attention results of rows over several sets of slots.
 
     Args:
-      parts: the sets; tiles of the reader have one row each, all rows in order.
-      place: i32 [rows]; where a row stands in its tile of all sets.
+      parts: the results, one `Parts` per set; the reader's tiles have one row each, in order.
+      place: i32 [rows]; the place of each row in its tile, the same in all sets.
 
     Returns:
-      The output f32 [rows, heads, head_dim] over all slots, zero where a row saw none.
+      The output f32 [rows, heads, head_dim] over all slots; zero where a row saw none.
     """
     rows, heads, _ = parts[0].out.shape[1:]
     outs, scores = [], []

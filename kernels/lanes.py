@@ -1,4 +1,4 @@
-"""The arrays of one call: its rows, and the tables by which attention reads pages for them.
+"""The arrays of one call: its rows, and the block tables by which attention finds their pages.
 
 A lane is one sequence of rows of the round's ragged batch. Its table lists, in logical order, the
 slots that hold the lane's context. An entry names a page, the frame (logical minus canonical
@@ -6,11 +6,12 @@ positions of that page), the first valid slot, the number of valid slots, and th
 of the first of them.
 
 Entries are grouped into key blocks of `KEY_BLOCK` slots, and the entries of one block share one
-frame, so that a query is rotated once per block. Whoever writes a table fills up a block with empty
-entries (page 0, no slots) where the frame changes.
+frame, so that a query is rotated once per block. Where the frame changes, code that writes a table
+must fill up the block with empty entries (page 0, no slots).
 
-A group is a set of lanes that hold the same entries. Its entries may stand in group tables in place
-of the lanes' own: key blocks that all members read at once, each under its own frame.
+A group is a set of lanes that hold the same entries. These entries may be in group tables instead
+of the lanes' own tables: in key blocks that all lanes of the group read at once, each lane with its
+own frame.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Planned on the host, read on the device.
+# NumPy arrays when the host plans a call, JAX arrays when the device reads them.
 Array = jax.Array | np.ndarray
 
 # Slots per key block, on every platform. Tuned on a CPU: 256 keys against a tile of 128 rows keep
@@ -28,8 +29,8 @@ Array = jax.Array | np.ndarray
 KEY_BLOCK = 256
 # Rows per tile of prefill attention, on every platform. Tuned on a CPU, with `KEY_BLOCK`.
 TILE_ROWS = 128
-# Rows of many lanes in a tile of XLA code. Tuned on a CPU: twice the rows of `TILE_ROWS` meet a key
-# block in less than twice the time, and these rows need not end where a lane ends.
+# Packed rows per tile in the XLA code. Tuned on a CPU: with twice the rows of `TILE_ROWS`, a key
+# block takes less than twice the time, and tiles of packed rows need not end where a lane ends.
 SHARED_TILE_ROWS = 256
 
 
@@ -38,7 +39,7 @@ def block_pages(page_size: int) -> int:
     return max(1, KEY_BLOCK // page_size)
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -48,7 +49,7 @@ class Rows:
       token: i32 [rows]; token ids.
       position: i32 [rows]; logical positions, at which queries are rotated.
       canonical: i32 [rows]; canonical positions, at which keys are rotated.
-      slot: i32 [rows]; page * page_size + offset; past the pool where nothing is to be written.
+      slot: i32 [rows]; page * page_size + offset; past the pool for rows that are not written.
     """
 
     token: Array
@@ -57,7 +58,7 @@ class Rows:
     slot: Array
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LaneTables:
@@ -79,7 +80,7 @@ class LaneTables:
     start: Array
 
     def slot_positions(self, page_size: int) -> jax.Array:
-        """Logical position of every slot, and int32's maximum where the slot is not valid.
+        """Returns the logical position of every slot; int32's maximum if the slot is not valid.
 
         Returns:
           i32 [lanes, entries, page_size].
@@ -90,23 +91,23 @@ class LaneTables:
         return jnp.where(valid, self.start[:, :, None] + inside, jnp.iinfo(jnp.int32).max)
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GroupTables:
-    """Key blocks that several lanes read, beside what their own tables hold.
+    """Key blocks that several lanes read, in addition to the blocks of their own tables.
 
-    A lane sees all valid slots of the entries that it holds: whoever writes these tables puts into
-    them only slots that lie before the positions of the rows that will read them.
+    A lane sees all valid slots of the entries that it holds. The tables must therefore contain
+    only slots before the positions of all rows that will read them.
 
     Attributes:
       page: i32 [blocks, block_entries]; 0 in unused entries.
       first: i32 [blocks, block_entries]; first valid slot.
       slots: i32 [blocks, block_entries]; valid slots, 0 in unused entries.
-      frame: i32 [blocks, lanes]; frame of a block's entries in each lane, anything where the lane
+      frame: i32 [blocks, lanes]; frame of a block's entries in each lane; undefined if the lane
         holds none of them.
       member: bool [blocks, lanes, block_entries]; whether the lane holds the entry.
-      count: i32 []; blocks in use, which stand first.
+      count: i32 []; number of blocks in use, which come first.
     """
 
     page: Array
@@ -117,7 +118,7 @@ class GroupTables:
     count: Array
 
     def valid(self, page_size: int) -> jax.Array:
-        """Whether a slot belongs to its entry.
+        """Returns whether each slot is valid in its entry.
 
         Returns:
           bool [blocks, block_entries, page_size].
@@ -127,16 +128,16 @@ class GroupTables:
         return (inside >= 0) & (inside < self.slots[:, :, None])
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowTiles:
     """Rows grouped into tiles of one lane each.
 
     Attributes:
-      row: i32 [tiles, TILE_ROWS]; the number of rows where a tile is not full.
+      row: i32 [tiles, TILE_ROWS]; places without a row hold the number of rows.
       lane: i32 [tiles].
-      count: i32 []; tiles in use.
+      count: i32 []; number of tiles in use.
     """
 
     row: Array
@@ -144,18 +145,20 @@ class RowTiles:
     count: Array
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedRows:
-    """Rows of many lanes that meet together what several of their lanes hold.
+    """Packed rows: rows of many lanes that together read what several of these lanes hold.
 
     Attributes:
-      row: i32 [shared rows]; rows of the lanes end to end, and the number of rows behind the last.
-      lane: i32 [shared rows]; their lanes in the groups.
-      groups: what these lanes share, all of it behind all of their rows.
-      tables: of [2 * lanes] lanes: the whole tables, and what is left of them for these rows.
-      tiles: all rows, grouped by lane: these by those of the second half.
+      row: i32 [shared rows]; the packed rows of all lanes end to end; unused places after them
+        hold the number of rows.
+      lane: i32 [shared rows]; the lane of each packed row, as `groups` numbers lanes.
+      groups: the key blocks that these lanes share, all before their packed rows.
+      tables: tables of [2 * lanes] lanes: first the lanes' whole tables, then their tables without
+        the shared entries, for packed rows.
+      tiles: all rows of the call, grouped by lane; packed rows use the lanes of the second half.
     """
 
     row: Array

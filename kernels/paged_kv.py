@@ -6,14 +6,14 @@ from typing import no_type_check
 import jax
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedKV:
     """Keys and values in pages, passed into a jitted program and returned by it, never mutated.
 
-    A program that takes a `PagedKV` takes it donated: rebind the name on the same line. Page 0 is
-    never read. The arrays have a storage dtype: on CPU, bfloat16 numbers are held as their bits
+    Programs donate their `PagedKV` argument: rebind its name on the line of the call. Page 0 is
+    never read. The arrays have a storage dtype: on CPU, bfloat16 numbers are stored as their bits
     (see `kernels.storage`).
 
     Attributes:

@@ -1,19 +1,19 @@
 """Rotary position embedding with angles that stay exact at any position.
 
-Angles are kept in turns, as 32-bit fixed-point fractions: integer products wrap modulo one turn by
-themselves, so an angle at position 10 or 10 million has the same absolute error (below 1e-6 rad),
-and the angle of `a - b` equals the difference of the angles of `a` and `b`. A float32 product
-`position * frequency` loses 4e-3 rad at position 100,000, which would break the identity that the
-collective round rests on: (R(m)q).(R(n)k) = (R(m-d)q).(R(n-d)k).
+Angles are measured in turns, as 32-bit fixed-point fractions. Integer products wrap modulo one turn
+by themselves, so the absolute error is the same at position 10 and at position 10 million (below
+1e-6 rad), and the angle of `a - b` equals the difference of the angles of `a` and `b`. A float32
+product `position * frequency` is off by 4e-3 rad at position 100,000, which would break the
+identity that collective rounds rely on: (R(m)q).(R(n)k) = (R(m-d)q).(R(n-d)k).
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Positions are split as `65536 * high + 256 * middle + low`: each part multiplies its own
-# fixed-point frequency, so the rounding of a frequency is multiplied by 255 at most (`high` is 152
-# at 10 million).
+# Positions are split as `65536 * high + 256 * middle + low`. Each part multiplies its own
+# fixed-point frequency, so the rounding error of a frequency is multiplied by at most 255 (`high`
+# is 152 at 10 million).
 _BITS = 8
 
 

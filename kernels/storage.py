@@ -1,9 +1,9 @@
-"""How K and V numbers lie in the page pool.
+"""How the page pool stores the numbers of K and V.
 
 XLA's CPU backend has no bfloat16 scatter: it widens the whole pool to float32 and narrows it again
 on every write (189 ms and twice the pool in temporaries for a 300 MB pool, against 0.12 ms in
-place). There the pool holds bfloat16 numbers as their 16-bit patterns. A `uint16` pool always means
-bfloat16 bits; every other dtype means itself.
+place). On CPU, the pool therefore stores bfloat16 numbers as their 16-bit patterns. A `uint16` pool
+always holds bfloat16 bits; a pool of any other dtype holds numbers of that dtype.
 """
 
 import jax
@@ -23,13 +23,13 @@ def value_dtype(storage: jnp.dtype) -> jnp.dtype:
 
 
 def store(x: jax.Array, storage: jnp.dtype) -> jax.Array:
-    """Rounds float numbers to the pool's precision, in the pool's dtype."""
+    """Rounds floats to the pool's precision and returns them in the pool's storage dtype."""
     rounded = x.astype(value_dtype(storage))
     return jax.lax.bitcast_convert_type(rounded, storage) if storage == jnp.uint16 else rounded
 
 
 def load(stored: jax.Array) -> jax.Array:
-    """Turns numbers taken from a pool back into floats."""
+    """Converts numbers read from a pool back to floats."""
     if stored.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
     return stored

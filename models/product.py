@@ -8,8 +8,9 @@ from jaxtyping import Float
 
 from tokendance_jax.kernels.flash import precision
 
-# Tuned on a CPU, for XLA's CPU code alone: products of at most `FEW_ROWS` rows, or with
-# `MANY_OUTPUTS` outputs, are faster with the matrix on the left if rows fill groups of `ROW_GROUP`.
+# Tuned on a CPU, and used for XLA's CPU code only: products of at most `FEW_ROWS` rows, or with at
+# least `MANY_OUTPUTS` outputs, are faster with the matrix on the left if the number of rows is a
+# multiple of `ROW_GROUP`.
 ROW_GROUP = 16
 FEW_ROWS = 64
 MANY_OUTPUTS = 1 << 15
@@ -20,14 +21,14 @@ def matmul(
 ) -> Float[jax.Array, "rows outputs"]:
     """Multiplies by the transpose of `weight`: inputs in the weight's precision, result in float32.
 
-    On CPU a bfloat16 product with a bfloat16 result takes twice the time of this one. Gradients are
-    such products too; JAX would multiply a float32 cotangent.
+    On CPU, a bfloat16 product with a bfloat16 result takes twice as long. Gradients are computed
+    with inputs in the weight's precision too; JAX's own rule would multiply a float32 cotangent.
     """
     return _matmul(x, weight)
 
 
 def transposed(product: Float[jax.Array, "rows outputs"]) -> Float[jax.Array, "outputs rows"]:
-    """The transpose of a `matmul`, said so that XLA undoes what `_outputs_first` did at its end."""
+    """Transposes a result of `matmul`, so that XLA can cancel the transpose in `_outputs_first`."""
     rows, outputs = product.shape
     if rows % ROW_GROUP:
         return product.T
@@ -46,8 +47,8 @@ def _rows_first(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _outputs_first(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The product the other way round: XLA's CPU code then reads the matrix as it lies."""
-    # With rows on two axes, or XLA would turn the product back.
+    """Multiplies with the matrix on the left, where XLA's CPU code reads it without repacking."""
+    # The rows get two axes; otherwise XLA would swap the operands back.
     parted = x.reshape(-1, ROW_GROUP // 2, x.shape[1])
     return _product(weight, parted, 1, 2).transpose(1, 2, 0).reshape(x.shape[0], -1)
 
@@ -64,7 +65,7 @@ def _backward(saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Sums over one axis of each; in the lower precision of the two, with a float32 result."""
+    """Contracts one axis of each array, in the lower precision of the two, to a float32 result."""
     dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     return jax.lax.dot_general(
         a.astype(dtype),

@@ -1,16 +1,17 @@
-"""Times the prefill of one round under several policies, beside the work that each does.
+"""Times the prefill of one round under several policies, and compares time with work.
 
   python -m scripts.bench_round --model=model.gguf --trace=rounds.jsonl.gz --agents=5 --agents=25
 
-Every policy serves the rounds before the measured one first, so that its caches hold what they
-would. The ratio of two policies' times stands beside the ratio of their token-layers: tokens times
-the layers that they ran through. These do not hold attention, which is more for a row at the end of
-a long prompt than for one in the middle: the ratio of all operations stands beside them too.
+Every policy first serves the rounds before the measured one, to fill its caches as in a run of the
+whole trace. The table shows the ratio of two policies' times, and the ratio of their token-layers:
+tokens times the layers that they ran through. Token-layers do not include attention, which costs
+more for a row at the end of a long prompt than for one in the middle; the table therefore also
+shows the ratio of all operations.
 
 A machine may be a third slower half an hour later, so each policy is timed between two runs of the
-first, and its time stands over the mean of theirs. Compilation is left out. A program's first
-execution is slower than later ones, so the least of several turns counts; what takes long runs its
-programs many times in one turn, and is timed once.
+first policy, and its time is divided by the mean of these two. Times leave out compilation. A
+program's first execution is slower than later ones, so the minimum over several turns counts. A
+long prefill runs its programs many times in one turn, so it is timed once.
 """
 
 import dataclasses
@@ -34,30 +35,34 @@ from tokendance_jax.prompt import PromptError, Trace
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
 _TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
-_TRACE_NAME = flags.DEFINE_string("trace_name", None, "Which trace of a file with several.")
-_ROUND = flags.DEFINE_integer("round", 1, "The round to measure.", lower_bound=0)
+_TRACE_NAME = flags.DEFINE_string("trace_name", None, "Trace of a file, as for serve_round.")
+_ROUND = flags.DEFINE_integer("round", 1, "Number of the round to measure, from 0.", lower_bound=0)
 _AGENTS = flags.DEFINE_multi_integer(
-    "agents", [0], "The first so many agents; 0: all; repeat.", lower_bound=0
+    "agents", [0], "Numbers of agents to measure, the first of the round; 0: all.", lower_bound=0
 )
 _POLICY = flags.DEFINE_multi_enum(
     "policy",
     ["tokendance", "epic", "blend", "blend-batched", "prefix", "dense"],
     POLICIES,
-    "Policies to measure; repeat the flag.",
+    "Policies to measure; all are compared with the first.",
 )
 _HEAD_PAGES = flags.DEFINE_multi_integer(
     "head_pages",
     [0, common.HEAD_PAGES],
-    "Heads of tokendance; 0: none; repeat the flag.",
+    "Numbers of head pages of tokendance to measure; 0: no head.",
     lower_bound=0,
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
-_ROW_BUDGET = flags.DEFINE_integer(
-    "row_budget", 2048, "Most rows computed in one prefill call.", lower_bound=1
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Precision of weights and KV."
 )
-_TURNS = flags.DEFINE_integer("turns", 2, "How often each is timed.", lower_bound=1)
-_LONG = flags.DEFINE_float("long", 20, "Seconds of prefill from which one turn is enough.")
-_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+_ROW_BUDGET = flags.DEFINE_integer(
+    "row_budget", 2048, "Maximum number of rows that one prefill call computes.", lower_bound=1
+)
+_TURNS = flags.DEFINE_integer(
+    "turns", 2, "How often each policy is timed; the minimum counts.", lower_bound=1
+)
+_LONG = flags.DEFINE_float("long", 20, "Seconds of prefill above which a policy is timed once.")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the results to.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,15 +86,15 @@ def _measure(console: Console) -> Iterator[dict[str, Any]]:
 
 
 def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
-    """Times the last round of a trace under all policies, in turns.
+    """Times the prefill of a trace's last round under all policies, in turns.
 
     Args:
       model: the model.
-      trace: rounds up to the measured one, of one token each.
+      trace: the rounds up to the measured one, with answers of one token.
 
     Returns:
-      For each policy its name, the least seconds of prefill, `time`: these over what the first
-      policy took before and after, token-layers, and rows with padding.
+      For each policy its name, the minimum seconds of prefill, `time` (seconds of prefill over the
+      mean of the first policy's before and after), its operations, and the fields of its ledger.
     """
     memory = common.needed_kv_memory(model, trace, page_size=16, chat=False)
     variants = [
@@ -115,7 +120,7 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
             programs=programs,
         )
         programs = engine.programs
-        # Dense keeps nothing between rounds.
+        # The dense policy keeps nothing between rounds, so it needs only the last one.
         served = trace.rounds[-1:] if policy == "dense" else trace.rounds
         *_, result = (engine.serve(round_, chat=False) for round_ in served)
         seconds = result.timings.prefill_s
@@ -135,7 +140,7 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
         return seconds
 
     first, *others = variants
-    prefill(first)  # finds every program new
+    prefill(first)  # not timed: the first execution of its programs
     before = prefill(first)
     ratios: dict[tuple[str, int], list[float]] = {variant: [] for variant in others}
     for variant in others * _TURNS.value:
@@ -150,7 +155,7 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
 
 
 def operations(config: Qwen2Config, ledger: RoundLedger) -> float:
-    """Operations of a prefill: products with the matrices of the layers, and attention."""
+    """Counts the operations of a prefill: products with the layers' matrices, and attention."""
     token_layers, attended = (
         x * config.num_hidden_layers for x in (ledger.token_layers, ledger.attended)
     )

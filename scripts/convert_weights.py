@@ -1,7 +1,7 @@
 """Converts a Qwen2 checkpoint to the project's Orbax format.
 
 Reads a Hugging Face folder, a GGUF file, an Orbax folder or a hub id, and writes a new Orbax
-folder, which loads faster. Nothing is left at the target when the conversion fails.
+folder, which loads faster. If the conversion fails, nothing is left at the target.
 
   python -m scripts.convert_weights --source=Qwen/Qwen2.5-0.5B-Instruct --target=weights/0.5b
   python -m scripts.convert_weights --source=model.gguf --target=weights/coder --dtype=float32
@@ -18,21 +18,23 @@ from tokendance_jax.models.loading.sidecars import check_target
 _SOURCE = flags.DEFINE_string(
     "source",
     None,
-    "What to convert: a folder with config.json and safetensors files, a GGUF file, an Orbax "
+    "Checkpoint to convert: a folder with config.json and safetensors files, a GGUF file, an Orbax "
     "folder or a Hugging Face hub id.",
     required=True,
 )
-_TARGET = flags.DEFINE_string("target", None, "Folder to write; must not exist.", required=True)
+_TARGET = flags.DEFINE_string(
+    "target", None, "Orbax folder to write; it must not exist.", required=True
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     "bfloat16",
     ["float32", "bfloat16"],
-    "Type of the matrices; norm weights and biases are always float32.",
+    "Precision of the matrices; norm weights and biases are always float32.",
 )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Converts and returns the exit status: 0, or 1 after a message on stderr."""
+    """Converts the checkpoint; returns the exit status: 0, or 1 after a message on stderr."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     common.quiet_logs()

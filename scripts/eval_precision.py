@@ -1,10 +1,10 @@
-"""Measures what precision costs: logits of one model in float32 and in bfloat16, teacher-forced.
+"""Measures what precision costs: a model's logits in float32 and in bfloat16, teacher-forced.
 
   python -m scripts.eval_precision --model=model.gguf --trace=rounds.jsonl
 
-The reference is the dense policy in float32; texts are a trace's prompts followed by the recorded
-answers. The first row, float32 against itself in another bucket of rows, is the noise floor of the
-arithmetic: differences below it mean nothing.
+The reference is the dense policy in float32, along a trace's prompts and their recorded answers.
+The first row of the table compares float32 with itself in another bucket of rows. It is the noise
+floor of the arithmetic: differences below it mean nothing.
 """
 
 import dataclasses
@@ -24,13 +24,17 @@ from tokendance_jax.study.scoring import score
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
 _TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
-_TRACE_NAME = flags.DEFINE_string("trace_name", None, "Which trace of a file with several.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "The first so many rounds; 0: all.", lower_bound=0)
-_AGENTS = flags.DEFINE_integer("agents", 4, "The first so many agents; 0: all.", lower_bound=0)
-_TOKENS = flags.DEFINE_integer(
-    "tokens", 64, "Tokens of each recorded answer to compare at.", lower_bound=1
+_TRACE_NAME = flags.DEFINE_string("trace_name", None, "Trace of a file, as for serve_round.")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 3, "Number of rounds, from the first on; 0: all.", lower_bound=0
 )
-_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+_AGENTS = flags.DEFINE_integer(
+    "agents", 4, "Number of agents in each round, from the first on; 0: all.", lower_bound=0
+)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 64, "Maximum number of tokens of each recorded answer to compare.", lower_bound=1
+)
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the results to.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,7 +79,7 @@ def _measure(console: Console) -> Iterator[dict[str, Any]]:
 
 
 def _logits(trace: Trace, dtype: str, kv_dtype: str, row_budget: int) -> list[np.ndarray]:
-    """Logits at the tokens of all recorded answers, one round after the other."""
+    """Computes the logits at the tokens of all recorded answers, round by round."""
     model = common.model_of(_MODEL.value, dtype)
     engine = RoundEngine(model, policy="dense", kv_dtype=kv_dtype, row_budget=row_budget)
     found = []

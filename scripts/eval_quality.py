@@ -1,17 +1,18 @@
-"""Measures what reuse costs in quality, and what it saves in work.
+"""Measures what KV reuse costs in quality, and what it saves in work.
 
   python -m scripts.eval_quality --model=model.gguf --trace=rounds.jsonl.gz --rounds=1
   python -m scripts.eval_quality --policy=tokendance --selection=head --head_pages=2 --head_pages=8
 
-For every round of a trace the dense policy continues each prompt greedily. Along these texts every
-other policy's next-token distributions are compared with the dense policy's (teacher forcing). Two
-checks of the measurement itself stand beside them: the noise floor (dense against itself with its
-rows in other buckets) and the audit (bases whose pages are in a wrong order must score far worse).
+For every round of a trace, each prompt gets a continuation: by default the dense policy samples it
+(see `--continuation`). Along these texts, the next-token distributions of every other policy are
+compared with those of the dense policy (teacher forcing). Two checks of the measurement itself are
+reported too: the noise floor (dense against itself, with rows in other buckets) and the audit
+(bases whose pages are in a wrong order, which must score far worse).
 
   python -m scripts.eval_quality --probes --draws=40 --setting='10 agents' --json=probes.json
 
-With `--probes` agents are asked questions about the demo's town that have one right answer each,
-and answers are graded. A model that was not trained in the town needs `--guide`.
+With `--probes`, agents are asked questions about the demo's town that have one right answer each,
+and the answers are graded. A model that was not trained in the town needs `--guide`.
 """
 
 import dataclasses
@@ -48,51 +49,84 @@ from tokendance_jax.study.variants import NOISE, SHUFFLED, UNLIMITED, Variant, a
 
 _MODEL = flags.DEFINE_string("model", common.DEMO, "Model, as for serve_round.")
 _TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace, as for serve_round.")
-_TRACE_NAME = flags.DEFINE_string("trace_name", None, "Which trace of a file with several.")
-_FIRST_ROUND = flags.DEFINE_integer("first_round", 1, "The first round to measure.", lower_bound=0)
-_ROUNDS = flags.DEFINE_integer("rounds", 0, "How many rounds; 0: all that follow.", lower_bound=0)
-_AGENTS = flags.DEFINE_integer("agents", 4, "The first so many agents; 0: all.", lower_bound=0)
-_TOKENS = flags.DEFINE_integer("tokens", 32, "Tokens of each continuation.", lower_bound=1)
+_TRACE_NAME = flags.DEFINE_string("trace_name", None, "Trace of a file, as for serve_round.")
+_FIRST_ROUND = flags.DEFINE_integer(
+    "first_round", 1, "Number of the first round to measure, from 0.", lower_bound=0
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 0, "Number of rounds to measure; 0: all that follow.", lower_bound=0
+)
+_AGENTS = flags.DEFINE_integer(
+    "agents", 4, "Number of agents in each round, from the first on; 0: all.", lower_bound=0
+)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 32, "Maximum number of tokens of each continuation.", lower_bound=1
+)
 _CONTINUATION = flags.DEFINE_enum(
     "continuation",
     "sampled",
     ["sampled", "greedy", "recorded"],
-    "The texts to compare along: drawn by the dense policy at temperature 1, its greedy ones, or "
-    "the trace's recorded answers.",
+    "Texts along which to compare. 'sampled': drawn by the dense policy at temperature 1; "
+    "'greedy': the dense policy's greedy answers; 'recorded': the recorded answers of the trace.",
 )
 _POLICY = flags.DEFINE_multi_enum(
-    "policy", ["blend", "epic", "tokendance"], POLICIES, "Policies to measure; repeat the flag."
+    "policy", ["blend", "epic", "tokendance"], POLICIES, "Policies to measure."
 )
-_BASE = flags.DEFINE_multi_enum("base", ["joint"], BASES, "Bases of tokendance; repeat the flag.")
+_BASE = flags.DEFINE_multi_enum(
+    "base", ["joint"], BASES, "Bases of tokendance to measure, as for serve_round."
+)
 _SELECTION = flags.DEFINE_multi_enum(
-    "selection", ["none", "head"], list(SELECTIONS), "Selections of tokendance; repeat the flag."
+    "selection",
+    ["none", "head"],
+    list(SELECTIONS),
+    "Selections of tokendance to measure, as for serve_round.",
 )
 _HEAD_PAGES = flags.DEFINE_multi_integer(
     "head_pages",
     [common.HEAD_PAGES],
-    "Pages that limited selections compute; repeat the flag.",
+    "Numbers of pages that --selection chooses, as for serve_round.",
     lower_bound=0,
 )
 _PREAMBLE = flags.DEFINE_string("preamble", None, common.PREAMBLE_HELP)
-_BLEND_RATIO = flags.DEFINE_float("blend_ratio", 0.15, "Share of tokens that blend recomputes.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision.")
+_BLEND_RATIO = flags.DEFINE_float(
+    "blend_ratio",
+    0.15,
+    "Share of shared tokens, from 0 to 1, that 'blend' and 'blend-batched' recompute.",
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Precision of weights and KV."
+)
 _ROW_BUDGET = flags.DEFINE_integer(
-    "row_budget", 2048, "Most rows computed in one prefill call.", lower_bound=4
+    "row_budget", 2048, "Maximum number of rows that one prefill call computes.", lower_bound=4
 )
-_PROBES = flags.DEFINE_bool("probes", False, "Whether to grade answers to probes of the town.")
+_PROBES = flags.DEFINE_bool(
+    "probes", False, "Whether to grade answers to probes of the town, in place of a trace."
+)
 _SETTING = flags.DEFINE_multi_enum(
-    "setting", list(probes.SETTINGS), list(probes.SETTINGS), "Rounds of probes; repeat."
+    "setting",
+    list(probes.SETTINGS),
+    list(probes.SETTINGS),
+    "With --probes: kinds of rounds to draw.",
 )
-_DRAWS = flags.DEFINE_integer("draws", 20, "Draws of rounds of probes.", lower_bound=1)
-_GUIDE = flags.DEFINE_bool("guide", False, "Whether prompts of probes explain the town.")
-_AUDIT = flags.DEFINE_bool("audit", True, "Whether to measure shuffled bases too.")
-_PLOT = flags.DEFINE_string("plot", None, "PNG file for a plot; needs matplotlib.")
-_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+_DRAWS = flags.DEFINE_integer(
+    "draws", 20, "With --probes: number of draws in each setting.", lower_bound=1
+)
+_GUIDE = flags.DEFINE_bool("guide", False, "With --probes: whether prompts explain the town.")
+_AUDIT = flags.DEFINE_bool(
+    "audit", True, "Whether to also measure bases whose pages are in a wrong order."
+)
+_PLOT = flags.DEFINE_string("plot", None, "PNG file to write a plot to; needs matplotlib.")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the results to.")
 
 
 @dataclasses.dataclass
 class Measured:
-    """What a variant gave: (round, agent) to its comparison; token-layers of prompts per round."""
+    """The results of a variant.
+
+    Attributes:
+      lanes: the comparison of each lane, by (round, agent).
+      token_layers: token-layers of the prompts, for each round.
+    """
 
     lanes: dict[tuple[int, str], Comparison] = dataclasses.field(default_factory=dict)
     token_layers: list[float] = dataclasses.field(default_factory=list)
@@ -128,7 +162,7 @@ def _grade(console: Console) -> Iterator[dict[str, Any]]:
 
 
 def _check_flags() -> None:
-    """Refuses what can be known to be wrong before anything is loaded, and sets up the cache."""
+    """Checks flag values before anything is loaded, and sets up the compilation cache."""
     for variant in _variants():
         common.check_policies([variant.policy], variant.options)
     common.preamble_of(_PREAMBLE.value)
@@ -183,18 +217,20 @@ def compare_variants(
     variants: Sequence[Variant],
     console: Console,
 ) -> Iterator[dict[Variant | str, Measured]]:
-    """Measures variants over rounds of a trace, one engine each, so that its caches live on.
+    """Measures variants over rounds of a trace.
+
+    Each variant has one engine, whose caches persist from round to round.
 
     Args:
       model: the model.
       trace: the trace.
-      rounds: those of its rounds that are measured.
+      rounds: the rounds of the trace to measure.
       variants: what to measure.
-      console: where progress is printed.
+      console: where to print progress.
 
     Yields:
-      After each variant what all gave so far, under names of their own the noise floor and the
-      audit.
+      After each variant, the results of all variants so far. The keys of the noise floor and of the
+      audit are their names.
     """
     prompts = [tokenize_round(round_, model.tokenizer, chat=False) for round_ in rounds]
     most = max(len(p.token_ids) + _TOKENS.value for round_ in prompts for p in round_)
@@ -256,7 +292,7 @@ def _page_bytes(model: Model) -> int:
 
 
 def _continuations(engine: RoundEngine, round_: Round) -> list[np.ndarray]:
-    """The texts along which a round is compared."""
+    """Returns the texts along which a round is compared."""
     if _CONTINUATION.value == "recorded":
         return common.recorded_answers(round_, engine.model.tokenizer, most=_TOKENS.value)
     agents = tuple(
@@ -276,7 +312,7 @@ def _score(
     answers: Sequence[np.ndarray],
     expected: Sequence[np.ndarray] | None,
 ) -> list[np.ndarray]:
-    """Follows a round and adds what was found; the cost is that of the prompts alone."""
+    """Follows a round and adds its comparisons, and the cost of the prompts without the answers."""
     streams, cost = follow(engine, prompts, answers)
     layers = engine.model.config.num_hidden_layers
     answered = sum(map(len, answers))
@@ -333,7 +369,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _detail(rows: Sequence[dict[str, Any]]) -> Table:
-    """Mean KL by round and by agent: whether errors grow, and whom they hit."""
+    """Makes a table of mean KL by round and by agent: whether errors grow, and whom they affect."""
     by_round, by_agent = rows[0]["kl_by_round"], rows[0]["kl_by_agent"]
     table = measure.table("policy", title="mean KL")
     for name in [*(f"round {index}" for index in by_round), *by_agent]:

@@ -1,9 +1,9 @@
-"""Turns a recording of agents, written as plain JSON, into a trace of rounds.
+"""Converts a recording of agents, a plain JSON file, to a trace of rounds.
 
   python -m scripts.make_trace --recording=recording.json --trace=trace.jsonl.gz
 
-`tokendance_jax.prompt.recording` describes the JSON. Everybody's answers of a round become shared
-blocks of the next one.
+`tokendance_jax.prompt.recording` describes the JSON. The answers of all agents in a round become
+shared blocks of the next round.
 """
 
 import json
@@ -15,13 +15,14 @@ from scripts.helpers import common, terminal
 from tokendance_jax.prompt import PromptError, write_trace
 from tokendance_jax.prompt.recording import BLOCKS, trace_of
 
-_RECORDING = flags.DEFINE_string("recording", "", "JSON file with the recording.")
-_TRACE = flags.DEFINE_string("trace", "", "Trace to write: a .jsonl or .jsonl.gz file.")
+_RECORDING = flags.DEFINE_string("recording", "", "JSON file with the recording. Required.")
+_TRACE = flags.DEFINE_string("trace", "", "Trace to write: a .jsonl or .jsonl.gz file. Required.")
 _BLOCKS = flags.DEFINE_enum(
     "blocks",
     "all",
     BLOCKS,
-    "Which shared blocks an agent sees: all in one order, its own one first, or all but its own.",
+    "Shared blocks that an agent sees. 'all': all, in one order; 'own_first': all, its own first; "
+    "'others': all but its own.",
 )
 
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
             try:
                 recording = json.load(file)
             except ValueError as error:
-                raise PromptError(f"recording: {_RECORDING.value} is no JSON: {error}") from None
+                raise PromptError(f"recording: {_RECORDING.value} is not JSON: {error}") from None
         trace = trace_of(recording, blocks=_BLOCKS.value)
         write_trace(_TRACE.value, trace)
     except common.ERRORS as error:

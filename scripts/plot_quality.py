@@ -1,4 +1,4 @@
-"""Draws quality against work from what eval_quality wrote, one column for each file.
+"""Plots quality against work from files that eval_quality wrote, one column of plots per file.
 
 python -m scripts.eval_quality --trace=rounds.jsonl.gz --json=rounds.json
 python -m scripts.plot_quality --out=quality.png --kl=0.02 --top1=0.97 rounds.json others.json
@@ -13,13 +13,17 @@ from absl import app, flags
 from scripts.helpers import common, terminal
 from scripts.helpers.pareto import Rows, plot
 
-_OUT = flags.DEFINE_string("out", "quality.png", "The PNG file.")
-_KL = flags.DEFINE_float("kl", None, "A mean KL to draw as a line, such as one that is aimed at.")
-_TOP1 = flags.DEFINE_float("top1", None, "The same for the top-1 agreement.")
+_OUT = flags.DEFINE_string("out", "quality.png", "PNG file to write.")
+_KL = flags.DEFINE_float(
+    "kl", None, "Mean KL, in nats, at which to draw a horizontal line, such as a target."
+)
+_TOP1 = flags.DEFINE_float(
+    "top1", None, "Top-1 agreement, from 0 to 1, at which to draw a horizontal line."
+)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draws the files that are named; returns the exit status: 0, or 1 after an error."""
+    """Plots the files in `argv`; returns the exit status: 0, or 1 after an error."""
     if len(argv) < 2:
         raise app.UsageError("name at least one file that eval_quality --json wrote")
     try:
@@ -33,11 +37,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read(path: Path) -> Rows:
-    """The rows of a file, those of the dense policy first.
+    """Reads the rows of a file; the first one is the dense policy's.
 
     Raises:
-      OSError: it can't be read.
-      ValueError: it holds no comparison with dense along a trace.
+      OSError: the file can't be read.
+      ValueError: the file holds no comparison with dense along a trace.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["policies"]
@@ -45,7 +49,7 @@ def read(path: Path) -> Rows:
             return rows
     except (ValueError, KeyError, IndexError, TypeError):
         pass
-    raise ValueError(f"{path}: not what eval_quality --json writes of a trace")
+    raise ValueError(f"{path}: not what eval_quality --json writes for a trace")
 
 
 if __name__ == "__main__":

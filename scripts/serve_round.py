@@ -1,12 +1,12 @@
-"""Serves the rounds of a trace and shows what each agent said, and what it cost.
+"""Serves the rounds of a trace and prints each agent's answer and the cost of each policy.
 
   python -m scripts.serve_round
   python -m scripts.serve_round --model=model.gguf --trace=rounds.jsonl.gz
   python -m scripts.serve_round --policy=dense --policy=prefix --policy=tokendance
 
 Without flags it serves the demo: eight agents of a small town, with a small model that was trained
-to speak its language. The dense policy says what they answer and how much of it is right; what
-tokendance computes, holds and answers stands beside it.
+to speak the town's language. It prints the answers of the dense policy and how many of them are
+right, and compares what tokendance computes, holds in the KV cache and answers.
 """
 
 import contextlib
@@ -37,94 +37,137 @@ from tokendance_jax.study.scoring import follow, logits
 _MODEL = flags.DEFINE_string(
     "model",
     common.DEMO,
-    "Model: 'demo', a Hugging Face folder, a hub id, a .gguf file, or a folder of convert_weights.",
+    "Model to serve: 'demo', a Hugging Face folder, a hub id, a .gguf file, or an Orbax folder "
+    "that convert_weights wrote.",
 )
-_TRACE = flags.DEFINE_string("trace", common.DEMO, "Trace: 'demo', or a .jsonl or .jsonl.gz file.")
+_TRACE = flags.DEFINE_string(
+    "trace", common.DEMO, "Trace to serve: 'demo', or a .jsonl or .jsonl.gz file."
+)
 _TRACE_NAME = flags.DEFINE_string(
-    "trace_name", None, "Which trace of a file with several; the first by default."
+    "trace_name", None, "Name of the trace to serve from a file with several; default: the first."
 )
 _REPLAY = flags.DEFINE_bool(
     "replay",
     True,
-    "Whether shared blocks are the recorded answers (--replay) or this run's own (--noreplay).",
+    "Whether shared blocks are the answers recorded in the trace (--replay) or the answers of this "
+    "run (--noreplay).",
 )
 _CHAT = flags.DEFINE_enum(
     "chat",
     "auto",
     ["auto", "yes", "no"],
-    "Whether prompts are set into chat markup; auto: in live runs (--noreplay), and the demo's, if "
-    "the model has a template.",
+    "Whether to set prompts into the chat markup of the model's template. 'auto': in live runs "
+    "(--noreplay) and for the demo trace, if the model has a template.",
 )
 _POLICY = flags.DEFINE_multi_enum(
     "policy",
     ["dense", "tokendance"],
     POLICIES,
-    "Which KV is reused. Repeat the flag; policies are compared with the first.",
+    "KV reuse policy. 'dense': no reuse; 'prefix': exact prefixes; 'blend': CacheBlend, one "
+    "request after another; 'blend-batched': CacheBlend, all requests of a round together; 'epic': "
+    "EPIC; 'tokendance': shared text is computed once per round. Repeat the flag to compare other "
+    "policies with the first.",
 )
 _BASE = flags.DEFINE_enum(
-    "base", PolicyOptions().base, BASES, "How tokendance conditions the KV of shared text."
+    "base",
+    PolicyOptions().base,
+    BASES,
+    "Context in which tokendance computes the KV of shared text. 'joint': all shared segments as "
+    "one text after the preamble; 'joint-agent': the same after the private text of the agent "
+    "whose own KV deviates least from the joint base; 'alone': each segment by itself after the "
+    "preamble; 'isolated': each segment by itself at position 0.",
 )
 _SELECTION = flags.DEFINE_enum(
     "selection",
     PolicyOptions().selection,
     list(SELECTIONS),
-    "Which pages of shared text the agents of tokendance compute themselves.",
+    "Pages of shared text that each agent of tokendance computes itself. 'head': the first pages "
+    "of every run of shared text; 'none': no pages; 'deviation': the pages whose K and V at layer "
+    "1 differ most from the agents' own; 'query': the pages that the agents' own text after them "
+    "attends to most; 'own': the head and the agent's own block of the previous round; 'all': all "
+    "pages.",
 )
 _HEAD_PAGES = flags.DEFINE_integer(
     "head_pages",
     common.HEAD_PAGES,
-    "How many pages these are, but for none and all.",
+    "Number of pages that --selection chooses ('head' and 'own': in every run of shared text); "
+    "ignored by 'none' and 'all'.",
     lower_bound=0,
 )
 _LEAST_SAVING = flags.DEFINE_float(
     "least_saving",
     PolicyOptions().least_saving,
-    "Share of the tokens of a round that tokendance must save, else it serves it exactly.",
+    "Minimum share of tokens, from 0 to 1, that sharing must save compared with serving the round "
+    "exactly. If it saves less, tokendance serves the round as 'prefix' does.",
     lower_bound=0.0,
     upper_bound=1.0,
 )
 _PREAMBLE = flags.DEFINE_string("preamble", None, common.PREAMBLE_HELP)
 _BLEND_RATIO = flags.DEFINE_float(
-    "blend_ratio", PolicyOptions().blend_ratio, "Share of shared tokens that blend recomputes."
+    "blend_ratio",
+    PolicyOptions().blend_ratio,
+    "Share of shared tokens, from 0 to 1, that 'blend' and 'blend-batched' recompute.",
 )
 _QUALITY = flags.DEFINE_bool(
     "quality",
     True,
-    "Whether policies are compared by quality too, in replays: 32 tokens of 8 agents a round.",
+    "Whether to compare next-token distributions with those of the first policy, in replays: along "
+    "the first 32 tokens of the first 8 answers of each round.",
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 0, "Serve this many rounds; 0: all.", lower_bound=0)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 0, "Number of rounds to serve, from the first on; 0: all.", lower_bound=0
+)
 _AGENTS = flags.DEFINE_integer(
-    "agents", 0, "Serve the first so many agents of each round; 0: all.", lower_bound=0
+    "agents",
+    0,
+    "Number of agents to serve in each round, from the first on; 0: all.",
+    lower_bound=0,
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 0, "Most tokens of an answer; 0: as the trace says.", lower_bound=0
+    "max_new_tokens",
+    0,
+    "Maximum number of tokens of an answer; 0: the limits in the trace.",
+    lower_bound=0,
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", ["float32", "bfloat16"], "Precision of weights and KV."
 )
-_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Token slots in a KV page.")
-_KV_MEMORY = flags.DEFINE_string(
-    "kv_memory", "auto", "Size of the KV pool ('512MiB', '2GiB'); auto: as the trace needs."
+_PAGE_SIZE = flags.DEFINE_integer(
+    "page_size", 16, "Token slots in a KV page: a power of two of at most 256."
 )
-_ROW_BUDGET = flags.DEFINE_integer("row_budget", 2048, "Most rows computed in one prefill call.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from this many best tokens; 0: from all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the best tokens of this probability mass.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
-_COLD = flags.DEFINE_bool("cold", False, "Count compilation in the times.")
+_KV_MEMORY = flags.DEFINE_string(
+    "kv_memory",
+    "auto",
+    "Size of the KV pool in bytes, KiB, MiB or GiB, such as '512MiB'. 'auto': enough to hold the "
+    "largest round of the trace twice.",
+)
+_ROW_BUDGET = flags.DEFINE_integer(
+    "row_budget", 2048, "Maximum number of rows that one prefill call computes."
+)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "Sampling temperature; 0: always choose the most probable token."
+)
+_TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "Sample from this many most probable tokens; 0: from all."
+)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Sample from the smallest set of tokens with this probability, in (0, 1]."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed for sampling.")
+_COLD = flags.DEFINE_bool("cold", False, "Whether reported times include compilation.")
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     "auto",
-    "Folder that keeps compiled programs between runs; auto: JAX_COMPILATION_CACHE_DIR, or one in "
-    "the user's cache folder; 'off'.",
+    "Folder that keeps compiled programs between runs. 'auto': JAX_COMPILATION_CACHE_DIR, or else "
+    "tokendance-jax/xla in the user's cache folder; 'off': set up none.",
 )
-_JSON = flags.DEFINE_string("json", None, "File to write configuration and results to.")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the flags and the results to.")
 
 _QUALITY_TOKENS, _QUALITY_AGENTS = 32, 8
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serves; returns the exit status: 0, 1 after an error, 130 after Ctrl-C."""
+    """Serves the trace; returns the exit status: 0, 1 after an error, or 130 after Ctrl-C."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     common.quiet_logs()
@@ -153,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
         except OSError as raised:
             error = error or raised
     if interrupted:
-        console.print("Interrupted: what is shown is what was done.")
+        console.print("Interrupted: the results cover only the rounds served so far.")
         return common.INTERRUPTED
     if error is not None:
         terminal.complain("serve_round", error)
@@ -161,7 +204,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_flags() -> None:
-    """Refuses what can be known to be wrong before anything is loaded, and sets up the cache."""
+    """Checks flag values before anything is loaded, and sets up the compilation cache."""
     common.check_json_path(_JSON.value)
     check_page_size(_PAGE_SIZE.value)
     if _ROW_BUDGET.value < 1:
@@ -201,7 +244,7 @@ def _trace() -> Trace:
 
 
 def _write(served: Served) -> None:
-    """Writes what was done so far to `--json`, if it is given."""
+    """Writes the results so far to the file of `--json`, if it is given."""
     if _JSON.value is None:
         return
     own = flags.FLAGS.get_flags_for_module(sys.modules[__name__])
@@ -209,7 +252,7 @@ def _write(served: Served) -> None:
 
 
 def _chat(model: Model) -> bool:
-    """Whether prompts are set into chat markup: recorded ones stand as they were recorded."""
+    """Whether to set prompts into chat markup; under `auto`, replays of files stay as recorded."""
     if _CHAT.value != "auto":
         return _CHAT.value == "yes"
     wanted = not _REPLAY.value or _TRACE.value == common.DEMO
@@ -217,13 +260,13 @@ def _chat(model: Model) -> bool:
 
 
 def _serve(model: Model, trace: Trace, served: Served, console: Console) -> None:
-    """Serves the trace under every policy; adds results to `served`, and writes them as they come.
+    """Serves the trace under every policy; adds results to `served` and writes them as they come.
 
     Raises:
       KeyboardInterrupt: after Ctrl-C.
     """
     chat = _chat(model)
-    # Worked out in any case: it also checks the prompts.
+    # Computed even if `--kv_memory` sets the size, because this also checks the prompts.
     kv_memory = common.needed_kv_memory(
         model, trace, page_size=_PAGE_SIZE.value, chat=chat, live=not _REPLAY.value
     )
@@ -241,7 +284,7 @@ def _serve(model: Model, trace: Trace, served: Served, console: Console) -> None
     options = _options()
     preamble = common.preamble_of(_PREAMBLE.value)
     programs = None
-    streams: list[list[np.ndarray]] = []  # what the first policy computed along its own answers
+    streams: list[list[np.ndarray]] = []  # the first policy's residual streams, by round
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -293,13 +336,13 @@ def _serve(model: Model, trace: Trace, served: Served, console: Console) -> None
                                 compare(logits(engine, a), logits(engine, b)) for a, b in pairs
                             ]
                     _write(served)
-                del engine, rounds  # its pool, before the next one is made
+                del engine, rounds  # frees the pool before the next engine allocates its own
 
 
 def _follow(
     engine: RoundEngine, round_: Round, first: RoundResult, *, chat: bool
 ) -> list[np.ndarray]:
-    """The engine's residual streams along the beginnings of the first policy's answers."""
+    """Computes residual streams along the first tokens of the first policy's answers."""
     prompts = tokenize_round(round_, engine.model.tokenizer, chat=chat)
     ids = [np.array(answer.token_ids[:_QUALITY_TOKENS], np.int32) for answer in first.agents]
     return follow(engine, prompts, ids)[0][:_QUALITY_AGENTS]
@@ -307,17 +350,17 @@ def _follow(
 
 @contextlib.contextmanager
 def _deferred_interrupt(console: Console) -> Iterator[Callable[[], None]]:
-    """Turns Ctrl-C into a KeyboardInterrupt from the function that it gives.
+    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed before the call.
 
-    Python raises it wherever it stands, in callbacks of XLA too, which lose it or crash. A second
-    Ctrl-C does that.
+    By default, Python raises KeyboardInterrupt wherever execution is, including in callbacks of
+    XLA, which lose it or crash. A second Ctrl-C has this default effect.
     """
     asked = threading.Event()
 
     def ask(*_: object) -> None:
         asked.set()
         signal.signal(signal.SIGINT, previous)
-        console.print("Stopping at the next token; Ctrl-C again stops at once.")
+        console.print("Stopping at the next token; press Ctrl-C again to stop at once.")
 
     def check() -> None:
         if asked.is_set():
@@ -333,7 +376,7 @@ def _deferred_interrupt(console: Console) -> Iterator[Callable[[], None]]:
 def _tell(
     console: Console, policy: str, round_: Round, result: RoundResult, served: Served
 ) -> None:
-    """Prints questions and answers, or how many answers are those of the first policy."""
+    """Prints the first policy's questions and answers, or how many answers of another are equal."""
     console.print(f"\n[bold]Round {result.index}, {policy}[/]")
     right = served.right(result)
     counts, of_all = [], f"of {len(result.agents)} answers"
@@ -344,7 +387,7 @@ def _tell(
             if right and not right[index]:
                 expected = (prompt.recorded_output or "").strip()
                 lines.append(f"[red]Right:[/] {terminal.markup(expected, lines=True)}")
-            # Longer tasks are instructions more than questions.
+            # A task of several lines is an instruction rather than a question, and is not shown.
             asked = question if "\n" not in question else ""
             name, asked = terminal.markup(agent.agent), terminal.markup(asked)
             console.print(f"[cyan]{name}[/]: [dim]{asked}[/]")

@@ -4,9 +4,9 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Engines of several tests compile the same programs: once per run is enough, whichever of its
-# processes needs them. Those that run tests, and the scripts that tests run, are started by the
-# one that makes the folder.
+# Engines of several tests compile the same programs. All processes of a run share one cache, so
+# each program is compiled once. The first process makes the folder; workers and the scripts that
+# tests run are started by that process and inherit the variable.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _PROGRAMS = tempfile.TemporaryDirectory(prefix="tokendance-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
@@ -23,17 +23,17 @@ __all__ = ["simulator", "tpu_simulator"]
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# On a busy machine an example may take long. `--hypothesis-profile=thorough` draws more examples
-# where a test does not say how many.
+# There is no deadline because an example may take long on a busy machine.
+# `--hypothesis-profile=thorough` draws more examples in tests that do not set their number.
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config):
-    """Leaves LLVM's optimisations out of the default tests: half of what compiling takes.
+    """Turns LLVM's optimisations off in the default tests, where they are half of compile time.
 
-    Other tests compute for longer, or look at what is compiled for accelerators.
+    Other tests keep them: they run longer computations, or inspect code compiled for accelerators.
     """
     if "not slow" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -41,9 +41,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Gives all tests of a file to one process: they share what they compile, load and count.
+    """Runs all tests of a file in one process: they share programs, models and counters.
 
-    Slow tests share little, and some take long: they go to whichever process is free.
+    Slow tests share little, and some take long, so each goes to whichever process is free.
     """
     from xdist.scheduler import LoadFileScheduling, LoadScheduling
 
@@ -53,7 +53,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def small_model():
-    """The small random model in float32, one for the whole run."""
+    """The small random model in float32, made once per process."""
     from tests.small_model import small_model
 
     return small_model("float32")

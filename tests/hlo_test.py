@@ -44,6 +44,6 @@ def test_finds_copies():
     arguments = (shape, f32), ((4,), np.int32), ((4, 8), f32)
     in_place = program(write, *arguments, donate=(0,))
     assert in_place.made(shape) == []
-    # Without its donation the pool is copied.
+    # Without donation, the pool is copied.
     assert [made.opcode for made in program(write, *arguments).made(shape)] == ["copy"]
     assert program(lambda pool: jnp.flip(pool, 1), (shape, f32)).made(shape)

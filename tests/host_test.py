@@ -1,4 +1,4 @@
-"""Settings of the process, and what is known of its machine."""
+"""Settings of the process, and the memory of its machine."""
 
 import os
 

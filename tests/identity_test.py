@@ -17,7 +17,8 @@ PARAMS = {
 
 
 def test_the_digest_is_that_of_the_bits():
-    # Of another process, another platform or a later version: mirrors of old rounds have it.
+    # Saved mirrors contain this digest, so it must be the same in every process, on every platform
+    # and in later versions.
     digest = "1e55b26daa811422bd6df6c4b70e6e108f633451c224c7e044814754732862e8"
     assert weights_digest(PARAMS) == digest
     assert weights_digest(dict(reversed(PARAMS.items()))) == digest
@@ -25,7 +26,7 @@ def test_the_digest_is_that_of_the_bits():
 
 def test_the_digest_does_not_depend_on_how_arrays_are_read(monkeypatch):
     digest = weights_digest(PARAMS)
-    monkeypatch.setattr(identity, "_SLICE", 24)  # two rows, and the last slice is shorter
+    monkeypatch.setattr(identity, "_SLICE", 36)  # bytes: three of the four rows of `a`
     assert weights_digest(PARAMS) == digest
 
 
@@ -52,6 +53,6 @@ def test_one_model_of_two_formats_is_one_model(tmp_path):
     one, other = load_model(folder, dtype="float32"), load_model(orbax, dtype="float32")
     assert one.identity == other.identity
     assert one.identity.theta == tiny.CONFIG.rope_theta
-    # In a lower precision its KV is another.
+    # A lower precision gives other keys and values.
     assert load_model(orbax, dtype="bfloat16").identity.weights != one.identity.weights
     assert dataclasses.replace(one, name="other").identity == one.identity

@@ -1,4 +1,4 @@
-"""The layout that imports and packaging rest on: one module object per file, small files."""
+"""The layout that imports and packaging depend on: one module object per file, small files."""
 
 import ast
 import os
@@ -31,7 +31,8 @@ CORE = {
     "tokenizers",
 }
 
-# Imports every module of the package, then prints the modules that go by a bare name.
+# Imports every module of the package, then prints the modules that were imported under a bare name,
+# `kernels` or `models`.
 _IMPORT_ALL = """
 import importlib, os, sys
 
@@ -48,14 +49,14 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in ("kernels", "
 
 
 def sources(*folders: str) -> Iterator[Path]:
-    """All Python files in folders of the root, each once: links are not followed."""
+    """Yields all Python files in folders of the root, each once: links are not followed."""
     for top in folders:
         for folder, _, files in os.walk(ROOT / top):
             yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of everything that is imported; a relative one starts with its dots."""
+    """Yields line and dotted name of every import; relative names start with their dots."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -110,7 +111,7 @@ def test_kernels_stand_on_jax_and_numpy_alone():
     assert not found
 
 
-# The parts of the package, and the scripts: each imports only from parts before it.
+# The parts of the package, and the scripts. Each part imports only from itself and earlier parts.
 ORDER = (
     *("errors", "host", "hlo", "targets", "identity", "kernels", "prompt", "models", "paged"),
     *("plan", "policy", "model", "mirror", "demo", "engine", "study", "scripts"),
@@ -118,7 +119,7 @@ ORDER = (
 
 
 def part_of(name: str) -> str:
-    """The part that a module belongs to."""
+    """Returns the part that a module belongs to."""
     parts = name.split(".")
     return parts[0] if parts[0] != PACKAGE else parts[1] if len(parts) > 1 else PACKAGE
 
@@ -129,7 +130,7 @@ def test_imports_point_downward():
         importer = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
         seen.add(importer)
         if path.parent == ROOT / PACKAGE and path.name == "__init__.py":
-            continue  # names the public parts
+            continue  # re-exports the public names of all parts
         for line, name in imports(path):
             if name.split(".")[0] in (PACKAGE, "scripts"):
                 part = part_of(name)
@@ -140,13 +141,13 @@ def test_imports_point_downward():
 
 
 def reached(*modules: str) -> set[str]:
-    """The modules of the package that some of its modules import, directly or not, with these."""
+    """Returns these modules and all modules of the package that they import, directly or not."""
     found, left = set(), list(modules)
     while left:
         name = left.pop()
         base = ROOT.joinpath(*name.split("."))
         path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
-        # The package itself names its public parts, whoever imports one of them.
+        # Skip the package's own `__init__`: it imports all public parts.
         if name in found or name == PACKAGE or not path.is_file():
             continue
         found.add(name)

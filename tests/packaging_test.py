@@ -1,4 +1,4 @@
-"""The package as users get it: built, installed into an environment of its own, and run there."""
+"""The package as users get it: built, installed into a fresh environment, and run there."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ print("served", result.ledger.decoded_tokens)
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources, so that a build leaves nothing behind; links stay links."""
+    """A copy of the sources, so that a build leaves no files in the checkout; links stay links."""
     tree = tmp_path_factory.mktemp("tree")
     for name in FILES:
         shutil.copy(ROOT / name, tree)
@@ -55,7 +55,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, and the wheel that is built from the sdist."""
+    """A folder with the sdist and the wheel built from it."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--outdir", str(out), str(tree)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -73,8 +73,8 @@ def wheel(dist: Path) -> Path:
 def environment(tmp_path: Path) -> Path:
     """An environment that sees the dependencies of this one, but not this project.
 
-    A line of a .pth file adds a folder without running the .pth files in it, so an editable
-    installation over there stays out.
+    A line in a .pth file adds a folder to the path without running the .pth files in that folder,
+    so an editable installation of this project is not found there.
     """
     folder = tmp_path / "environment"
     venv.create(folder, symlinks=True)
@@ -92,7 +92,7 @@ def site_packages(environment: Path) -> Path:
 def python(
     environment: Path, *arguments: str | Path, folder: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the environment's interpreter without what tells this one where to look."""
+    """Runs the environment's interpreter without the PYTHON* variables of this process."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return subprocess.run(
         [environment / "bin" / "python", *arguments],

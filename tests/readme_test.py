@@ -1,4 +1,4 @@
-"""The README says what is there, and its example runs as it is written."""
+"""README and WORKSPACE name things that exist, and the README's example runs as written."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ def test_the_example_serves_three_rounds(capsys: pytest.CaptureFixture[str]):
     exec(compile(block, "README.md", "exec"), names)
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert list(names["result"].texts) == ["Ludan", "Wesond"]
-    # In the last round every agent holds both answers of the round before.
+    # In the last round every agent's prompt has both answers of the round before.
     assert [segment.kind for segment in names["blocks"]] == ["shared", "shared"]
     ledger = names["result"].ledger
     assert ledger.tokens["shared"] > 0
@@ -50,7 +50,7 @@ def test_the_table_of_invariants_names_tests_that_exist():
 
 
 def test_the_reference_is_what_flags_and_docstrings_say():
-    # In a process of its own: other scripts define flags of the same names.
+    # Run in a separate process: other scripts define flags with the same names.
     code = "from scripts.reference import make as m; print(m.reference(), end='')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

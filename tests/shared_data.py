@@ -1,4 +1,4 @@
-"""The real model and the data that live beside the repository."""
+"""The real model and the data in the shared folder beside the repository."""
 
 import functools
 import subprocess
@@ -12,20 +12,20 @@ _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def shared_dir() -> Path:
-    """Returns the shared folder, or skips the test where there is none."""
+    """Returns the shared folder, or skips the test if it does not exist."""
     if not (_SHARED / "fetch_qwen.sh").is_file():
         pytest.skip(f"needs the shared folder: {_SHARED} has no fetch_qwen.sh")
     return _SHARED
 
 
 def real_gguf() -> Path:
-    """Returns the verified file of Qwen2.5-Coder-0.5B-Instruct, fetched if need be."""
+    """Returns the verified file of Qwen2.5-Coder-0.5B-Instruct; fetches it if needed."""
     return _fetch(shared_dir())
 
 
 @functools.cache
 def real_checkpoint(dtype: str) -> Checkpoint:
-    """Returns the real model, loaded once in a process for each type of its matrices."""
+    """Returns the real model, loaded once per process and dtype of its matrices."""
     return load_checkpoint(real_gguf(), dtype=dtype)
 
 

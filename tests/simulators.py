@@ -1,4 +1,4 @@
-"""JAX's simulators of kernels are not public yet: what tests need of them stands here alone."""
+"""JAX's kernel simulators. They are not public yet, so only this module uses their internals."""
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -15,13 +15,13 @@ class Simulator:
         self.reset()
 
     def races(self) -> bool:
-        """Whether the last kernel had threads that read what another was writing."""
+        """Whether a thread of the last kernel read memory that another thread was writing."""
         return self._get_races().races_found
 
 
 @pytest.fixture
 def simulator():
-    """A fresh simulator: after a kernel that failed, it would answer no other."""
+    """A fresh simulator: once a kernel has failed, the simulator runs no other kernel."""
     try:
         simulator = Simulator()
     except ImportError as error:
@@ -36,7 +36,7 @@ class TpuSimulator:
     parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
     def races(self) -> bool:
-        """Whether a copy and another access to the same memory had no order."""
+        """Whether a copy and another access to the same memory were unordered."""
         from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
         races = interpret_pallas_call.races

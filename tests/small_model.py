@@ -1,4 +1,4 @@
-"""A small Qwen2.5 with random weights and the demo's tokenizer: it runs fast and says nothing."""
+"""A small, fast Qwen2.5 with random weights and the demo's tokenizer. Its text is meaningless."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -26,10 +26,11 @@ SMALL_CONFIG = Qwen2Config(
 
 
 def small_model(dtype: DTypeLike) -> Model:
-    """Makes the model; the same on every machine."""
+    """Makes the model, which is the same on every machine."""
     tokenizer = Tokenizer(demo_tokenizer_json())
     params = random_parameters(SMALL_CONFIG, dtype)
-    # A token that is part of a character shows as a question mark: keep to whole ones.
+    # Tokens that are part of a character decode to U+FFFD. Their rows of the head are zero, so that
+    # answers consist of whole characters.
     broken = [i for i in range(SMALL_CONFIG.vocab_size) if "\ufffd" in tokenizer.decode([i])]
     head = params["lm_head.weight"]
     params["lm_head.weight"] = head.at[jnp.asarray(broken)].set(jnp.zeros((), head.dtype))

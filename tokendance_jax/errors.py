@@ -1,12 +1,12 @@
-"""What errors about files and arguments have in common."""
+"""The base class of errors about files and arguments."""
 
 import os
 
 
 class LocatedError(ValueError):
-    """An error that says where something is wrong, what, why, and what helps.
+    """An error that names the file or argument, the field, the problem and the remedy.
 
-    Its message reads `<file or argument>: <field>: <what is wrong>; <what helps>`.
+    Its message reads `<file or argument>: <field>: <problem>; <remedy>`.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""Reading a compiled program: what its instructions compute, move and copy.
+"""Analyses a compiled program: what its instructions compute, move and copy.
 
-XLA's own count is empty for GPU programs, and takes a write in place for one of the whole array.
+XLA's own cost analysis is empty for GPU programs, and counts a write in place as a write of the
+whole array.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import jax
 
-# Instructions that only name what is there already.
+# Instructions without work of their own: they only refer to existing arrays or computations.
 _NAMES = {
     "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "tuple",
     "conditional", "while", "call", "copy-done", "slice-done", "async-done",
@@ -26,12 +27,12 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Array:
-    """An array that an instruction gives.
+    """An array that an instruction produces.
 
     Attributes:
-      dtype: as XLA writes it.
-      shape: numbers along each axis.
-      near: whether it lies in a core's fast memory.
+      dtype: dtype in XLA's notation.
+      shape: size of each axis.
+      near: whether the array is in a core's fast memory.
     """
 
     dtype: str
@@ -47,21 +48,21 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Bytes in the device's memory."""
+        """Bytes in the device's memory; 0 for an array in fast memory."""
         return 0 if self.near else self.bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
-    """A line of a compiled program.
+    """An instruction, which is one line of a compiled program's text.
 
     Attributes:
-      name: its name.
-      opcode: what it does.
-      arrays: what it gives.
-      operands: names of the instructions in its computation that it takes.
-      rest: operands and attributes as they stand in the text.
-      is_root: whether it gives its computation's result.
+      name: name of the instruction.
+      opcode: XLA's name of its operation.
+      arrays: the arrays that it produces.
+      operands: names of the instructions in its computation whose results it reads.
+      rest: the text of its operands and attributes.
+      is_root: whether it produces the result of its computation.
     """
 
     name: str
@@ -72,28 +73,28 @@ class Instruction:
     is_root: bool
 
     def called(self, attribute: str) -> str | None:
-        """Name of the computation under an attribute: "calls", "body"."""
+        """Returns the name of the computation under an attribute such as "calls" or "body"."""
         found = re.search(rf"\b{attribute}=%([^\s,}}]+)", self.rest)
         return found and found[1]
 
     def axes(self, attribute: str) -> list[int]:
-        """The axes under an attribute."""
+        """Returns the axes under an attribute such as "lhs_contracting_dims"."""
         found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.rest)
         return [int(axis) for axis in found[1].split(",") if axis] if found else []
 
 
 class Program:
-    """A compiled program's instructions.
+    """The instructions of a compiled program.
 
-    The body of a loop counts once, whatever the number of turns. Branches do not count: programs
-    have them for what a round seldom asks for.
+    The body of a loop counts once, however often it runs. Branches of conditionals do not count,
+    because programs use them for work that a round rarely needs.
     """
 
     def __init__(self, compiled: jax.stages.Compiled):
-        """Reads the program's text.
+        """Parses the program's text.
 
         Raises:
-          ValueError: it has none, or this version of jaxlib cannot read it.
+          ValueError: the program has no text, or this version of jaxlib cannot read it.
         """
         try:
             text = compiled.as_text() or ""
@@ -115,7 +116,7 @@ class Program:
             raise ValueError("compiled: its text has no entry")
 
     def executed(self) -> Iterator[tuple[Instruction, dict[str, Instruction]]]:
-        """The instructions that the device is told to run, each with its computation's."""
+        """Yields each instruction that the device executes, and its computation's instructions."""
         names = [self._entry]
         while names:
             computation = self._computations[names.pop()]
@@ -126,7 +127,7 @@ class Program:
                     names += [inner] if inner else []
 
     def kernels(self) -> list[Instruction]:
-        """The Mosaic kernels: XLA knows nothing of what they do."""
+        """Returns the Mosaic kernels. XLA does not know what they compute."""
         return [
             instruction
             for instruction, _ in self.executed()
@@ -135,7 +136,10 @@ class Program:
         ]
 
     def made(self, shape: tuple[int, ...]) -> list[Instruction]:
-        """What makes an array of as many numbers as `shape` and does not write in place."""
+        """Returns the instructions that create an array of at least the size of `shape`.
+
+        Instructions that write in place are left out.
+        """
         numbers = math.prod(shape)
         return [
             instruction
@@ -146,17 +150,17 @@ class Program:
         ]
 
     def products(self) -> int:
-        """Operations of all matrix products, two for each pair of numbers."""
+        """Counts the operations of all matrix products, two for each pair of numbers."""
         total = 0
         for instruction, computation in self.executed():
             total += self._products(instruction, computation)
         return total
 
     def bytes_moved(self) -> int:
-        """Bytes that instructions other than Mosaic kernels read and write.
+        """Counts the bytes that instructions other than Mosaic kernels read and write.
 
-        Every one reads what it takes from memory and writes what it gives. Of what it only picks
-        rows from, or writes rows to, these rows count.
+        Each instruction reads its operands from memory and writes its results to memory. If it only
+        gathers rows from an array, or only writes rows to it, only these rows count.
         """
         kernels = {kernel.name for kernel in self.kernels()}
         total = 0
@@ -182,7 +186,7 @@ class Program:
             first = computation[instruction.operands[0]].arrays[0].shape
             contracted = [first[axis] for axis in instruction.axes("lhs_contracting_dims")]
             return 2 * math.prod(instruction.arrays[0].shape) * math.prod(contracted)
-        if instruction.opcode == "convolution":  # TPUs have products as convolutions of width one
+        if instruction.opcode == "convolution":  # on TPUs, products are convolutions of width one
             found = re.search(r"dim_labels=(\w+)_\w+->", instruction.rest)
             first = computation[instruction.operands[0]].arrays[0].shape
             contracted = first[found[1].index("f")] if found else 0
@@ -192,7 +196,7 @@ class Program:
 
 
 def _moved(instruction: Instruction, computation: dict[str, Instruction]) -> int:
-    """Bytes of one instruction that is no fusion."""
+    """Counts the bytes that an instruction other than a fusion moves."""
     taken = [computation[name] for name in instruction.operands if name in computation]
     given = sum(array.size for array in instruction.arrays)
     if instruction.opcode in _PICKING:
@@ -200,7 +204,7 @@ def _moved(instruction: Instruction, computation: dict[str, Instruction]) -> int
     if instruction.opcode in _IN_PLACE:
         return 2 * sum(array.size for array in taken[-1].arrays)
     if instruction.opcode == "slice-start":
-        part = instruction.arrays[1]  # behind what it is a part of
+        part = instruction.arrays[1]  # arrays[0] is the array that it is a part of
         return part.bytes + part.size
     if instruction.opcode.endswith("-start"):
         given = sum(array.size for array in instruction.arrays[:1])
@@ -237,7 +241,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _operands(rest: str) -> tuple[str, ...]:
-    """Names in front of the parenthesis that closes the operands."""
+    """Returns the names before the parenthesis that closes the operands."""
     depth = 1
     for end, character in enumerate(rest):
         depth += (character == "(") - (character == ")")

@@ -1,4 +1,4 @@
-"""Settings of the process that speed up JAX on a CPU, and how much memory there is."""
+"""Process settings that speed up JAX on a CPU, and the amount of memory."""
 
 import contextlib
 import ctypes
@@ -14,12 +14,12 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 def tune_allocator() -> bool:
     """Makes glibc keep freed memory instead of returning it to the kernel.
 
-    XLA's CPU client frees its temporaries after every call. By default glibc unmaps blocks of that
-    size, and every call faults all of its pages in again, at a third of its time. Call this once,
-    before large arrays are made. The process keeps its high-water mark of memory from then on.
+    XLA's CPU client frees its temporaries after every call. By default, glibc unmaps blocks of that
+    size, and every call spends a third of its time on faulting all of its pages in again. Call this
+    function once, before large arrays are created. From then on the process keeps its peak memory.
 
     Returns:
-      Whether the allocator took the settings; False where there is no glibc.
+      Whether the allocator accepted the settings; False without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -32,15 +32,15 @@ def cache_compilations(folder: str | os.PathLike[str] | None = None) -> Path:
     """Keeps compiled programs on disk, so that the next process does not compile them again.
 
     Args:
-      folder: where; by default the folder that `JAX_COMPILATION_CACHE_DIR` names, or
-        `tokendance-jax/xla` in the user's cache folder. Programs in it are run as they are: do not
-        share it with people you do not trust.
+      folder: the folder for compiled programs; by default the folder that
+        `JAX_COMPILATION_CACHE_DIR` names, or `tokendance-jax/xla` in the user's cache folder.
+        Programs in it are run unchecked, so do not share it with people you do not trust.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: if there is no cache folder, because the user has no home folder.
+      ValueError: there is no cache folder, because the user has no home folder.
     """
     if folder is None and (folder := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is None:
         try:
@@ -58,14 +58,17 @@ def cache_compilations(folder: str | os.PathLike[str] | None = None) -> Path:
 
 
 def memory() -> int | None:
-    """Bytes of memory of the default device; on a CPU what the process may use; None: unknown."""
+    """Returns the bytes of memory of the default device, or None if unknown.
+
+    On a CPU this is the memory that the process may use.
+    """
     device = jax.devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     found = []
     with contextlib.suppress(ValueError, OSError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of containers
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # container limits
         with contextlib.suppress(ValueError, OSError):
             found.append(int((Path("/sys/fs/cgroup") / limit).read_text()))
     return min(found, default=None)

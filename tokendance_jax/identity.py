@@ -1,4 +1,4 @@
-"""Which model keys and values are of."""
+"""Identifies the model that computed keys and values."""
 
 import dataclasses
 import hashlib
@@ -7,19 +7,20 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-# Bytes that are on the host at a time: JAX keeps a host copy of every whole array that is read.
+# Bytes copied to the host at a time. JAX keeps a host copy of every array that is read whole.
 _SLICE = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """What the keys and values of given tokens depend on.
+    """Everything about a model that the keys and values of given tokens depend on.
 
-    The same in every process and on every platform, whichever file the numbers were loaded from.
+    The identity is the same in every process and on every platform, whichever file the weights were
+    loaded from.
 
     Attributes:
       weights: SHA-256 of all parameters in the served precision (`weights_digest`).
-      dtype: this precision.
+      dtype: the served precision.
       layers: decoder layers.
       heads: query heads.
       kv_heads: key and value heads.
@@ -38,7 +39,7 @@ class ModelIdentity:
     norm_eps: float
 
     def differences(self, other: "ModelIdentity") -> str:
-        """Says in which fields `other` differs; empty if it is equal."""
+        """Describes the fields in which `other` differs. Returns an empty string if it is equal."""
         return ", ".join(
             f"{field.name} {_short(mine)} and not {_short(theirs)}"
             for field in dataclasses.fields(self)
@@ -49,14 +50,14 @@ class ModelIdentity:
 def weights_digest(params: Mapping[str, jax.Array]) -> str:
     """Hashes parameters: names, shapes, dtypes and all bits.
 
-    Reads every byte, about 1.5 GB a second on one core.
+    Reads every byte, at about 1.5 GB per second on one core.
 
     Args:
       params: arrays by path.
 
     Returns:
-      A SHA-256 in hexadecimal digits. It does not depend on the order of the parameters, nor on
-      where they lie in memory.
+      A SHA-256 in hexadecimal digits. It does not depend on the order of the parameters or on where
+      they are in memory.
     """
     digest = hashlib.sha256()
     for path in sorted(params):

@@ -1,4 +1,4 @@
-"""A loaded model: weights split off from their module, and the tokenizer that goes with them."""
+"""A loaded model: its module, split into graph and weights, and its tokenizer."""
 
 import dataclasses
 import functools
@@ -22,15 +22,15 @@ from tokendance_jax.prompt.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What the engine serves.
+    """A model for the engine to serve.
 
     Attributes:
-      name: for people: the file, folder or hub id that it was loaded from.
+      name: name for display: the file, folder or hub id that the model was loaded from.
       config: sizes and constants.
       dtype: precision of the matrices, and of the KV pool unless the engine is told otherwise.
       graph: the module without its arrays.
       state: the arrays.
-      tokenizer: text to ids and back; holds the chat template.
+      tokenizer: converts text to token ids and back; holds the chat template.
     """
 
     name: str
@@ -55,7 +55,10 @@ class Model:
 
     @functools.cached_property
     def identity(self) -> ModelIdentity:
-        """Tells the KV of this model from that of others. Hashes all weights when first read."""
+        """Distinguishes this model's KV from that of other models.
+
+        The first access hashes all weights.
+        """
         params = {
             ".".join(map(str, path)): variable.get_value()
             for path, variable in nnx.to_flat_state(self.state)
@@ -73,7 +76,7 @@ class Model:
 
     @property
     def key_bias(self) -> Float32[np.ndarray, "layers kv_heads head_dim"]:
-        """What every layer adds to keys before they are rotated."""
+        """The bias that every layer adds to keys before they are rotated."""
         biases = []
         for block in nnx.merge(self.graph, self.state).layers:
             bias = block.self_attn.k_proj.bias
@@ -94,8 +97,8 @@ class Model:
         Args:
           pages: number of pages, page 0 included.
           page_size: token slots in a page.
-          dtype: precision of K and V; that of the matrices if None.
-          implementation: the kernels that will read it (see `kernels.dispatch`).
+          dtype: precision of K and V; None for that of the matrices.
+          implementation: the kernels that will read the pool (see `kernels.dispatch`).
         """
         precision = self.dtype if dtype is None else jnp.dtype(dtype)
         return KVSpec(
@@ -120,6 +123,6 @@ def load_model(
       progress: whether to draw a progress bar on stderr.
 
     Raises:
-      CheckpointError: if the source cannot be loaded; nothing is loaded in part.
+      CheckpointError: the source cannot be loaded. A model is never loaded in part.
     """
     return Model.from_checkpoint(load_checkpoint(source, dtype=dtype, progress=progress), dtype)

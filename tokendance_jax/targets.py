@@ -1,7 +1,7 @@
-"""Compiling for accelerators that need not be present, and reading what their compilers say.
+"""Compiles for accelerators that need not be present, and reads their compilers' reports.
 
-XLA's own back ends do the work: the CUDA plug-in compiles for an H100 from a description of one,
-libtpu for TPUs from the name of a topology. Both come with the `aot` extra.
+XLA's own back ends do the work: the CUDA plug-in compiles for an H100 from a description of the
+device, and libtpu compiles for TPUs from the name of a topology. The `aot` extra installs both.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-# What XLA must know of a GPU to compile for it: an H100 SXM, from NVIDIA's data sheet and CUDA's
-# table of compute capability 9.0.
+# The device description that XLA needs to compile for an H100 SXM, from NVIDIA's data sheet and
+# CUDA's table of compute capability 9.0.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -53,15 +53,15 @@ class TargetUnavailable(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """An accelerator, by the figures that its maker publishes.
+    """An accelerator, with the figures that its maker publishes.
 
     Attributes:
-      name: its name here.
+      name: name of the accelerator, the key in `TARGETS`.
       platform: "cuda" or "tpu".
-      topology: XLA's name of a topology that has it.
-      bandwidth: bytes per second of its memory.
-      rate: bfloat16 operations per second of its matrix units.
-      memory: bytes of its memory.
+      topology: XLA's name of a topology that contains the accelerator.
+      bandwidth: memory bandwidth in bytes per second.
+      rate: bfloat16 operations per second of the matrix units.
+      memory: bytes of memory.
       scratch: bytes of fast memory for a kernel: shared memory of a block, or VMEM of a core.
     """
 
@@ -84,26 +84,26 @@ TARGETS = {
 }
 
 
-# What JAX calls the devices.
+# Names of the targets by JAX's `device_kind`.
 _KINDS = {"NVIDIA H100 80GB HBM3": "h100", "TPU v5 lite": "tpu-v5e", "TPU v6 lite": "tpu-v6e"}
 
 
 def present() -> Target | None:
-    """The target that JAX's default device is; None where it is none of them."""
+    """Returns the target that JAX's default device is, or None if it is not a target."""
     name = _KINDS.get(jax.devices()[0].device_kind)
     return None if name is None else TARGETS[name]
 
 
 @functools.cache
 def device(target: Target) -> jax.Device:
-    """A device of the target to compile for; it runs nothing.
+    """Returns a device of the target to compile for. It cannot run programs.
 
     Raises:
-      TargetUnavailable: its compiler is not installed, or refuses to start.
+      TargetUnavailable: the target's compiler is not installed or fails to start.
     """
-    # libtpu asks a metadata server of Google's cloud who it is, for minutes, unless told not to.
+    # Without this, libtpu queries the metadata server of Google's cloud for minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # It is for one process at a time, as a TPU is; compilers do not get in each other's way.
+    # libtpu allows one process at a time, because a TPU does. Compiling does not need the limit.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = {"target_config": _H100, "topology": target.topology} if target.name == "h100" else {}
     try:
@@ -114,7 +114,7 @@ def device(target: Target) -> jax.Device:
         raise TargetUnavailable(
             f"{target.name}: no compiler ({type(error).__name__}: {error}); "
             "install the `aot` extra (pip install tokendance-jax[aot]), and set JAX_PLATFORMS=cpu "
-            "before JAX starts where there is no such device"
+            "before JAX starts if this machine has no such device"
         ) from error
     return topology.devices[0]
 
@@ -125,10 +125,10 @@ def compile_for(
     """Compiles a function for a target.
 
     Args:
-      target: what for.
-      function: of arrays, or of pytrees of arrays.
-      arguments: arrays or `jax.ShapeDtypeStruct`; only their shapes count.
-      donate: numbers of the arguments that are donated.
+      target: the accelerator to compile for.
+      function: a function of arrays or pytrees of arrays.
+      arguments: arrays or `jax.ShapeDtypeStruct`; only their shapes and dtypes are used.
+      donate: indices of the donated arguments.
 
     Raises:
       TargetUnavailable: see `device`.
@@ -138,7 +138,7 @@ def compile_for(
 
 
 def placed(target: Target, tree: Any) -> Any:
-    """The shapes of a pytree of arrays, on a device of the target.
+    """Returns the shapes of a pytree of arrays, placed on a device of the target.
 
     Raises:
       TargetUnavailable: see `device`.
@@ -149,16 +149,16 @@ def placed(target: Target, tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GpuKernel:
-    """What ptxas says of one Mosaic GPU kernel.
+    """The report of ptxas on one Mosaic GPU kernel.
 
     Attributes:
-      name: its name.
-      registers: of a thread.
-      spill_bytes: stores and loads of registers that did not fit.
-      stack_bytes: of a thread.
-      shared_bytes: shared memory of a block.
-      threads: of a block.
-      ptx: the program.
+      name: name of the kernel.
+      registers: registers per thread.
+      spill_bytes: stores and loads of spilled registers.
+      stack_bytes: stack per thread.
+      shared_bytes: shared memory per block.
+      threads: threads per block.
+      ptx: the kernel's PTX code.
     """
 
     name: str
@@ -172,20 +172,20 @@ class GpuKernel:
     @property
     def blocks_per_core(self) -> int:
         """Blocks that fit a core of an H100 at once (CUDA programming guide, section 16)."""
-        # Registers are given to warps in units of 256, and a block reserves 1 KiB of shared memory.
+        # Warps get registers in units of 256, and a block reserves 1 KiB of shared memory.
         warps = -(-self.threads // 32)
         registers = -(-self.registers * 32 // 256) * 256 * warps
         return min(65536 // registers, 233472 // (self.shared_bytes + 1024), 2048 // self.threads)
 
     def count(self, pattern: str) -> int:
-        """How many instructions of the PTX match a regular expression."""
+        """Counts the matches of a regular expression in the PTX code."""
         return len(re.findall(pattern, self.ptx))
 
 
 def gpu_kernels(
     target: Target, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
 ) -> tuple[jax.stages.Compiled, list[GpuKernel]]:
-    """As `compile_for`, with what ptxas says of the Mosaic GPU kernels in it."""
+    """Compiles like `compile_for`, and also returns the reports on its Mosaic GPU kernels."""
     with tempfile.TemporaryDirectory() as folder, _dumping(folder):
         compiled = compile_for(target, function, *arguments, donate=donate)
         kernels = [_read_kernel(path) for path in sorted(Path(folder).glob("*.ptxas"))]
@@ -194,12 +194,12 @@ def gpu_kernels(
 
 @contextmanager
 def _dumping(folder: str) -> Iterator[None]:
-    """Has the compiler of Mosaic GPU write down what it makes."""
+    """Makes the Mosaic GPU compiler write its PTX, reports and logs to a folder."""
     names = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_TO")
     before = {name: os.environ.get(name) for name in names}
     cached = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009 - not declared
     os.environ.update(zip(names, ("1", "1", folder), strict=True))
-    # A program from the cache would not be compiled.
+    # A program from the compilation cache would not be compiled, and so would leave no report.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

@@ -20,11 +20,11 @@ def attention_mass(
 ) -> jax.Array:
     """Sums the attention weights of a lane's rows and heads over the slots of each entry.
 
-    Two passes over the keys: the first finds each row's normaliser, the second the weights.
+    Reads the keys twice: first to compute each row's softmax normaliser, then the weights.
 
     Args:
       q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
-      kv: the pool, of which the keys are read.
+      kv: the pool; only its keys are read.
       layer: index of the layer.
       position: i32 [rows]; logical positions.
       tables: block tables of all lanes.
@@ -32,7 +32,7 @@ def attention_mass(
       theta: base of the rotary frequencies.
 
     Returns:
-      f32 [lanes, entries]; a lane's entries sum to its rows times heads.
+      f32 [lanes, entries]; a lane's entries sum to its number of rows times heads.
     """
     rows, heads, head_dim = q.shape
     page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
@@ -43,7 +43,7 @@ def attention_mass(
     first_position = jnp.min(slot_position, axis=2)  # [lanes, blocks]
     frame = flash.block_frames(tables, page_size)
     moved = flash.moved(frame, start=0)
-    # For all blocks at once: XLA would work out angles beside the queries for each of these.
+    # For all blocks at once: inside the loop, XLA would compute the angles again for every query.
     cos, sin = (
         x[:, :, None, None, None] for x in rope.rotation(-frame, theta=theta, head_dim=head_dim)
     )
@@ -57,11 +57,11 @@ def attention_mass(
         blocks = jnp.sum((first_position[lane] <= jnp.max(row_position)).astype(jnp.int32))
 
         def scores(block: jax.Array, turned: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Meets a block with queries that stand in the frame of the block before.
+            """Computes the scores of a block, given queries in the frame of the block before.
 
             Returns:
-              The queries in this block's frame, and f32 [tile_rows, kv_heads, group, slots]: MASKED
-              where a row does not see a slot.
+              The queries in this block's frame, and the scores f32 [tile_rows, kv_heads, group,
+              slots]; MASKED where a row does not see a slot.
             """
             keys = flash.read_block(kv.k, layer, tables, lane, block)
             turned = jax.lax.cond(

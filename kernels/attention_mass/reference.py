@@ -1,4 +1,4 @@
-"""Attention mass in plain jax.numpy: the definition that the product is tested against."""
+"""Attention mass in plain jax.numpy: the definition that `attention_mass` is tested against."""
 
 import jax
 
@@ -20,7 +20,7 @@ def attention_mass_reference(
     """Sums the weights of `round_attention_reference` by entry, as `api.attention_mass` does.
 
     Returns:
-      f32 [rows, entries]: of each row by itself.
+      f32 [rows, entries]: the sums of each row, not of each lane.
     """
     weights, _ = weights_of(q, kv, layer, position, lane, tables, theta=theta)
     entries = weights.reshape(*weights.shape[:3], -1, kv.k.shape[2])

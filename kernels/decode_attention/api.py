@@ -49,15 +49,16 @@ def decode_attention(
 ) -> jax.Array:
     """Attends one row per lane to the lane's pages, up to the row's own logical position.
 
-    What several lanes hold is read once for all of them.
+    Key blocks that several lanes hold are read once for all of them.
 
     Args:
       q: f32 [lanes, heads, head_dim], rotated at logical positions, not scaled.
-      kv: the pool, the new rows already written.
+      kv: the pool; the new rows are already written.
       layer: index of the layer.
       position: i32 [lanes]; logical positions; -1 for a lane that attends to nothing.
-      tables: block tables of all lanes, without what stands in the groups.
-      groups: what several lanes hold; a lane that is not at -1 lies behind all that it sees there.
+      tables: block tables of all lanes, without the entries that are in the groups.
+      groups: key blocks that several lanes hold. A lane's row must come after all slots that the
+        lane holds there, unless its position is -1.
       theta: base of the rotary frequencies.
       implementation: see `dispatch.Op.run`.
 
@@ -65,7 +66,7 @@ def decode_attention(
       f32 [lanes, heads, head_dim]; zero where a lane attends to nothing.
 
     Raises:
-      NotImplementedError: the named implementation cannot take these shapes.
+      NotImplementedError: the named implementation does not support these shapes.
     """
     return OP.run(
         implementation, lambda run: run(q, kv, layer, position, tables, groups, theta=theta)

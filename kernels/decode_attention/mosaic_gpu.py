@@ -1,4 +1,4 @@
-"""Decode attention as a Mosaic GPU kernel, for Hopper: what lanes share, then their own pages."""
+"""Decode attention as a Mosaic GPU kernel for Hopper: shared key blocks, then lanes' own pages."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ from tokendance_jax.kernels.gpu_tiles import (
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.kernels.paged_kv import PagedKV
 
-# Blocks of threads that a kernel should have at least: one for each core of an H100.
+# The least number of thread blocks that a kernel should have: one per core of an H100.
 BLOCKS = 132
 # Most parts that the steps of a tile are split into.
 SPLITS = 8
-# Of the bytes of pages, the share that parts may take: each is written and read again.
+# Writing and reading parts may take at most one `PARTS_SHARE`-th of the bytes of pages.
 PARTS_SHARE = 16
 
 
@@ -38,12 +38,12 @@ def decode_attention_mosaic_gpu(
     theta: float,
     interpret: Any = False,
 ) -> jax.Array:
-    """Arguments as `api.decode_attention`; `interpret` takes parameters of the simulator.
+    """Implements `api.decode_attention`; `interpret` takes parameters of the simulator.
 
-    A tile of the shared blocks has the queries of several lanes, each turned into its own frame,
-    and its steps are split among blocks of threads. A tile of own pages has the queries of one lane
-    and goes on where those parts ended, so that a result is written once. Where the tiles of lanes
-    are so few that their steps are split too, all parts are merged afterwards.
+    A tile for the shared blocks has the queries of several lanes, each rotated into its own frame;
+    its steps are split among thread blocks. A tile for own pages has the queries of one lane and
+    continues from the results of those parts, so that each result is written once. With so few
+    lanes that the steps of own pages are split too, all parts are merged afterwards.
     """
     check_pool(kv.k)
     lanes, heads, _ = q.shape
@@ -58,7 +58,8 @@ def decode_attention_mosaic_gpu(
 
     most, own_most = _most_parts(lanes, heads, kv_heads)
     count = parts_of(lanes, heads, kv_heads, shared=walked.count[0], own=own.count.sum())
-    # The slots of groups lie before all rows that read them: position 0 stands for all of them.
+    # All slots of groups lie before the rows that read them, so `group_steps` gives them position
+    # 0, and a query with the limit 0 sees them all.
     limit = jnp.where(row < lanes, jnp.take(position, row, mode="clip"), -1)
     out, lse = flash_attention_gpu(
         q,
@@ -103,9 +104,9 @@ def decode_attention_mosaic_gpu(
 
 
 def parts_of(lanes: int, heads: int, kv_heads: int, *, shared: Any, own: Any) -> jax.Array:
-    """Parts that the shared steps are split into.
+    """Returns the number of parts that the shared steps are split into.
 
-    As many as keep the device busy, while writing and reading them takes at most one
+    It is the number that keeps the device busy, but no more than can be written and read with one
     `PARTS_SHARE`-th of the bytes of pages.
 
     Args:
@@ -116,10 +117,11 @@ def parts_of(lanes: int, heads: int, kv_heads: int, *, shared: Any, own: Any) ->
       own: steps of all lanes' own pages.
 
     Returns:
-      i32 []; 0 where there are no shared steps.
+      i32 []; 0 if there are no shared steps.
     """
     most, _ = _most_parts(lanes, heads, kv_heads)
-    # A number of a page and one of a part have as many bytes; keys and values, written and read.
+    # Numbers of pages and of parts have the same size. The factors of two cancel: pages have keys
+    # and values, parts are written and read.
     affordable = (shared + own) * SLOTS * kv_heads // (lanes * heads * PARTS_SHARE)
     return jnp.minimum(jnp.clip(affordable, 1, most), shared)
 
@@ -135,10 +137,12 @@ def bytes_beside_pages(
     own: int,
     itemsize: int = 2,
 ) -> int:
-    """Bytes of one call that are not those of pages: queries, results, parts and what steps need.
+    """Returns the bytes that one call moves besides pages.
 
-    What several blocks read at about the same time is counted once; frames are those of lanes that
-    hold all shared pages in one run. What tiles and steps need is made once for all layers.
+    These are queries, results, parts, and the inputs for tiles and steps. Data that several thread
+    blocks read at about the same time counts once. Frames count as for lanes that hold all shared
+    pages in one run. Computing the inputs for tiles and steps does not count: it is done once for
+    all layers.
 
     Args:
       lanes: number of lanes.
@@ -159,7 +163,8 @@ def bytes_beside_pages(
     written_and_read = 2 * parts * (part + tiles * score)
     if own_parts > 1:
         written_and_read += 2 * own_parts * (part + lanes * score)
-    # Pages, positions and where they stop; the frame of a lane's step; what tiles see of a step.
+    # For each step: its pages, slot positions and `stop`, and its frame if it is a lane's own. For
+    # each tile: `held` and `moved` of each shared step, and frames once per part.
     of_steps = 4 * (shared + own) * (SLOTS // page_size + SLOTS + 1) + 4 * own
     of_tiles = 4 * tiles * (shared * (QUERIES + 1) + parts * QUERIES)
     limits = 4 * QUERIES * (tiles + lanes)
@@ -167,7 +172,7 @@ def bytes_beside_pages(
 
 
 def _most_parts(lanes: int, heads: int, kv_heads: int) -> tuple[int, int]:
-    """Most parts of the shared steps and of a lane's own, by what keeps the device busy."""
+    """Most parts of the shared steps and of a lane's own steps, to keep the device busy."""
     tiles = -(-lanes // (QUERIES // (heads // kv_heads)))
     shared, own = (max(1, min(SPLITS, BLOCKS // (n * kv_heads))) for n in (tiles, 2 * lanes))
     return shared, own

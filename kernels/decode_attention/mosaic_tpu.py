@@ -1,9 +1,9 @@
 """Decode attention as a Mosaic TPU kernel.
 
-One program goes through the key blocks in use: first those that several lanes hold, which meet the
-queries of all lanes in one product per KV head, then the lanes' own. The online softmax of all
-lanes stays in VMEM throughout, so that what a lane sees in its own blocks joins what it saw in the
-shared ones. The pages of a block come while the block before is attended to.
+One program loops over the key blocks in use. The blocks that several lanes hold come first, with
+one product per KV head for the queries of all lanes; the lanes' own blocks follow. The online
+softmax of all lanes stays in VMEM throughout, so a lane's own blocks add to its results over the
+shared ones. The pages of the next block are copied while the current block is computed.
 """
 
 from collections.abc import Callable
@@ -33,10 +33,10 @@ def decode_attention_mosaic_tpu(
     theta: float,
     interpret: Any = False,
 ) -> jax.Array:
-    """Arguments as `api.decode_attention`.
+    """Implements `api.decode_attention`, with the same arguments.
 
-    Pools are read row by row. XLA lays out large pools with heads narrower than 128 in another way:
-    who has such pools gives them the layout of rows, or XLA copies them.
+    Expects pools in row-major layout. XLA lays out large pools with heads narrower than 128
+    differently; pass such pools in row-major layout, or XLA copies them.
 
     Args:
       q: f32 [lanes, heads, head_dim].
@@ -44,9 +44,9 @@ def decode_attention_mosaic_tpu(
       layer: index of the layer.
       position: i32 [lanes].
       tables: block tables of all lanes.
-      groups: what several lanes hold.
+      groups: key blocks that several lanes hold.
       theta: base of the rotary frequencies.
-      interpret: whether to run on a CPU, or parameters of the simulator.
+      interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
     """
     lanes, heads, head_dim = q.shape
     page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
@@ -107,15 +107,16 @@ def _columns(
     theta: float,
     head_dim: int,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Prepares the tables. But for the layer's number it is the same code in all layers.
+    """Prepares the tables. All but the layer's index is the same computation in all layers.
 
-    Blocks are numbered: those of the groups, then those of each lane's own table.
+    The blocks of groups are numbered first, then those of each lane's own table.
 
     Returns:
-      Numbers for SMEM: the layer, the shared and the own blocks in use; of these the numbers behind
-      the shared ones; of all entries the page, and first and end of the slots that somebody sees.
-      And how a lane reads a block, f32 [blocks * lanes + lanes * lane_blocks, 1, 2 * head_dim +
-      slots]: cosines, signed sines, and whether it sees a slot.
+      Numbers for SMEM, and how lanes read blocks. The numbers are the layer, and how many shared
+      and own blocks are in use; the own blocks in use, numbered from the first own block; and for
+      each entry its page, and the first and the end of the slots that any lane sees. How a lane
+      reads a block is f32 [blocks * lanes + lanes * lane_blocks, 1, 2 * head_dim + slots]: cosines,
+      signed sines, and whether the lane sees each slot.
     """
     entries = block_pages(page_size)
     lanes, blocks = tables.page.shape[0], tables.page.shape[1] // entries
@@ -163,9 +164,9 @@ def _attend_blocks(
     *,
     simulated: bool,
 ) -> None:
-    """Attends all lanes to all blocks in use. The values' sums are in `out` until the end.
+    """Attends all lanes to all blocks in use. Until the end, `out` has the weighted sums of values.
 
-    All arrays are references, those of the pool too.
+    All arrays are references, including those of the pool.
     """
     layer, shared = columns["count"][0], columns["count"][1]
     items = shared + columns["count"][2]
@@ -205,7 +206,7 @@ def _attend_blocks(
                     act(pltpu.make_async_copy(page, vmem[name].at[place, entry], arrived))
 
     def clean(item: jax.Array) -> None:
-        """Clears the values that nobody sees."""
+        """Clears the values of slots that no lane sees."""
         place = jax.lax.rem(item, PLACES)
         start = jnp.where(item < shared, item, groups + own(item)) * entries
 
@@ -217,7 +218,7 @@ def _attend_blocks(
     vmem["maximum"][...] = jnp.full(vmem["maximum"].shape, flash_tpu.LOWEST, jnp.float32)
     vmem["total"][...] = jnp.zeros(vmem["total"].shape, jnp.float32)
     out[...] = jnp.zeros(out.shape, jnp.float32)
-    # Empty entries are not fetched: whatever stands in their place is then finite.
+    # Empty entries are not fetched: their places must hold finite values from the start.
     vmem["v"][...] = jnp.zeros(vmem["v"].shape, vmem["v"].dtype)
 
     @pl.when(items > 0)
@@ -249,7 +250,7 @@ def _attend_blocks(
 def _attend(
     q: Ref, item: jax.Array, lanes: Any, out: Ref, vmem: dict[str, Ref], *, simulated: bool
 ) -> None:
-    """One step of the online softmax of some lanes: all of them, or one."""
+    """Performs one step of the online softmax of some lanes: all of them, or one."""
     place, (kv_heads, *_, head_dim) = jax.lax.rem(item, PLACES), q.shape
     reading = vmem["reading"][place, pl.ds(0, lanes.size)]
     cos, sin = reading[..., :head_dim], reading[..., head_dim : 2 * head_dim]

@@ -1,4 +1,4 @@
-"""Decode attention as XLA code: shared key blocks meet all lanes, other blocks their own lane."""
+"""Decode attention as XLA code, over key blocks that lanes share and over each lane's own."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from tokendance_jax.kernels.lanes import GroupTables, LaneTables, block_pages
 from tokendance_jax.kernels.paged_kv import PagedKV
 
 # Most key blocks of lanes' own tables that are read in one step. Tuned on a CPU: steps of 8 take
-# 0.7 of the time of steps of one, steps of 4 take 0.75. The last step pays for blocks it lacks.
+# 0.7 of the time of steps of one, steps of 4 take 0.75. The last step costs as much as a full one.
 STEP_BLOCKS = 8
-# Shared key blocks that are read at once where all lanes see them whole. Tuned on a CPU.
+# Shared key blocks that are read at once if all lanes see them whole. Tuned on a CPU.
 PLAIN_BLOCKS = 2
 
 # The online softmax of each KV head.
@@ -27,10 +27,10 @@ def decode_attention_xla(
     *,
     theta: float,
 ) -> jax.Array:
-    """Reads each key block of either table once; arguments as `api.decode_attention`.
+    """Implements `api.decode_attention`, reading each key block of both tables once.
 
     What does not depend on the layer (masks, rotations, the order of blocks) is the same code in
-    every layer, so XLA computes it once for all of them.
+    every layer, so XLA computes it once for all layers.
     """
     scaled = q * q.shape[2] ** -0.5
     own = _own_blocks(scaled, kv, layer, position, tables, theta=theta)
@@ -49,17 +49,18 @@ def _own_blocks(
 ) -> flash.Carry:
     """Attends lanes to the key blocks of their own tables.
 
-    The blocks of all lanes form one list, of which each step reads the next few, whichever lanes
-    they belong to: as FlashDecoding splits long sequences, and as fast for many short ones.
+    The blocks of all lanes form one list. Each step reads the next few blocks of the list, of
+    whichever lanes. This splits long sequences, like FlashDecoding, and is as fast for many short
+    ones.
 
-    All heads of a lane meet a block in one product, over keys of all KV heads laid side by side,
-    with each query zero outside its own KV head: a few more operations, half the calls, and no
-    strided copy of the block, where the memory's speed is the limit.
+    One product per block computes the scores of all heads of a lane, over the keys of all KV heads
+    side by side, with each query zero outside its own KV head. This takes a few more operations,
+    but half the calls and no strided copy of the block; memory bandwidth is the limit here.
     """
     lanes, heads, head_dim = q.shape
     page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
     group, width = heads // kv_heads, kv_heads * head_dim
-    # Where every lane has as many blocks, the last step lacks few.
+    # With this size, the last step has few unused places if all lanes have equally many blocks.
     size = -(-lanes // -(-lanes // STEP_BLOCKS))
     lane, page, frame, seen, count = _list_blocks(position, tables, page_size, size)
     cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
@@ -75,7 +76,7 @@ def _own_blocks(
         mine = step_lane[:, None] == jnp.arange(lanes, dtype=jnp.int32)[None, :]
         keys = flash.read_pages(kv.k, layer, step_page).reshape(size, -1, width)
         values = flash.read_pages(kv.v, layer, step_page).reshape(size, -1, width)
-        # Slots that are not seen may hold anything; a weight of zero would keep a NaN.
+        # Slots that are not seen may hold NaN, which a weight of zero would not remove.
         values = jnp.where(step_seen[:, :, None], values, jnp.zeros((), values.dtype))
 
         turned = jnp.take(q, step_lane, axis=0, mode="clip")
@@ -103,7 +104,7 @@ def _own_blocks(
         product = jnp.stack([product[:, head, :, head] for head in range(kv_heads)], axis=1)
 
         def by_lane(x: jax.Array) -> jax.Array:
-            """Adds up what belongs to one lane."""
+            """Sums the blocks of each lane."""
             exact = jax.lax.Precision.HIGHEST
             return jnp.einsum("bl,bx->lx", mine.astype(x.dtype), x, precision=exact)
 
@@ -127,11 +128,11 @@ def _own_blocks(
 def _list_blocks(
     position: jax.Array, tables: LaneTables, page_size: int, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Lists the key blocks that lanes see something of, lane by lane.
+    """Lists the key blocks in which lanes see any slot, lane by lane.
 
     Returns:
-      Of each block, filled up to a multiple of `size`: its lane i32 [blocks] (past the last, the
-      number of lanes), pages i32 [blocks, block_entries], frame i32 [blocks] and which slots are
+      For each block, padded to a multiple of `size` blocks: its lane i32 [blocks] (the number of
+      lanes in padding), pages i32 [blocks, block_entries], frame i32 [blocks] and which slots are
       seen, bool [blocks, slots]; and the number of blocks i32 [].
     """
     lanes, entries = tables.page.shape
@@ -166,11 +167,11 @@ def _shared_blocks(
 ) -> flash.Carry:
     """Attends all lanes at once to the key blocks that several of them hold.
 
-    One product per KV head and block: the queries of all lanes are enough for it to be limited by
-    operations, not by the memory's speed. Hydragen (Juravsky et al., 2024) and cascade attention
-    (FlashInfer; Ye et al., 2025) do this for prefixes, which lie at one place in all sequences;
-    each lane's query is rotated into the frame of the block, as in Hogwild! Inference (Rodionov et
-    al., 2025), so that it may lie at a different place in each.
+    Computes one product per KV head and block. With the queries of all lanes, it is limited by
+    operations, not by memory bandwidth. Hydragen (Juravsky et al., 2024) and cascade attention
+    (FlashInfer; Ye et al., 2025) do this for prefixes, which are at the same place in all
+    sequences. Here, each lane's query is rotated into the frame of the block, as in Hogwild!
+    Inference (Rodionov et al., 2025), so a block may be at a different place in each lane.
     """
     lanes, heads, head_dim = q.shape
     page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
@@ -182,8 +183,8 @@ def _shared_blocks(
     seen = (held[:, :, :, None] & valid[:, None, :, :]).reshape(blocks, lanes, -1)
     valid = valid.reshape(blocks, -1)
     cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
-    # Blocks that all lanes see whole, in the frames of the first, come first: several of them are
-    # one, and need no mask. Idle lanes are left out below.
+    # Blocks that all lanes see whole, and in the frames of the first block, come first: several of
+    # them are read as one, without a mask. The results of idle lanes are dropped below.
     idle = (position < 0)[None, :, None]
     plain = jnp.all((seen | idle) & valid[:, None, :], axis=(1, 2))
     plain &= jnp.all(frame == frame[:1], axis=1)
@@ -227,7 +228,7 @@ def _shared_blocks(
 
     wide = min(PLAIN_BLOCKS, blocks)
     plain_steps = jnp.sum(plain.astype(jnp.int32)) // wide
-    # In a branch, or XLA works out the angles again for every query.
+    # In a branch: otherwise XLA computes the angles again for every query.
     first_turned = jax.lax.cond(
         groups.count > 0,
         lambda: turn(jnp.int32(0)),
@@ -239,10 +240,11 @@ def _shared_blocks(
     _, softmax = jax.lax.fori_loop(plain_steps * wide, groups.count, step, carry)
 
     def by_lane(*heads: jax.Array) -> jax.Array:
-        """Brings [lanes * group, ...] of each KV head into the order of lanes."""
+        """Rearranges [lanes * group, ...] of each KV head by lane."""
         stacked = jnp.stack(heads).reshape(kv_heads, lanes, group, *heads[0].shape[1:])
         return jnp.swapaxes(stacked, 0, 1).reshape(-1, *heads[0].shape[1:])
 
     maximum, total, weighted = jax.tree.map(by_lane, *softmax)
-    # What an idle lane met in blocks without a mask counts for nothing (`flash.merge`).
+    # Idle lanes have results from blocks without a mask. With a masked maximum, `flash.merge`
+    # ignores these.
     return jnp.where(jnp.repeat(position < 0, heads), flash.MASKED, maximum), total, weighted

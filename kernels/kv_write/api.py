@@ -12,13 +12,13 @@ def kv_write(
 ) -> PagedKV:
     """Writes one layer's rows into their slots, in place when the pool is donated.
 
-    One implementation for all platforms: XLA code.
+    All platforms use the same XLA code.
 
     Args:
       kv: the pool.
       layer: index of the layer.
-      slot: i32 [rows]; page * page_size + offset, no two rows with the same. Slots past the pool
-        are dropped, never clamped, and may be the same.
+      slot: i32 [rows]; page * page_size + offset, a different one for each row. Rows with slots
+        past the pool are dropped, never clamped; such slots may repeat.
       k: f32 [rows, kv_heads, head_dim].
       v: as k.
 
@@ -27,8 +27,8 @@ def kv_write(
     """
     layers, pages, page_size = kv.k.shape[:3]
     slots = pages * page_size
-    # Without a promise that no two rows meet, XLA writes bfloat16 on GPUs number by number, each by
-    # comparing and swapping a word. What is dropped goes to places of its own.
+    # Unless XLA is told that indices are unique, it writes bfloat16 on GPUs number by number, each
+    # with a compare-and-swap of a word. Dropped rows need distinct indices, too.
     past = layers * slots + jnp.arange(slot.shape[0], dtype=slot.dtype)
     index = jnp.where(slot < slots, layer * slots + slot, past)
 

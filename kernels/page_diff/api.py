@@ -1,4 +1,4 @@
-"""Comparing pages that hold the same tokens: which of them need a patch, and how far they are."""
+"""Compares pages that hold the same tokens: how far they deviate, and which need a patch."""
 
 from typing import Protocol
 
@@ -15,7 +15,10 @@ from tokendance_jax.kernels.paged_kv import PagedKV
 
 
 class PageDiff(Protocol):
-    """The signature of `page_diff`'s implementations, which give `reference`'s scores."""
+    """The signature of `page_diff`'s implementations.
+
+    They return the scores of `reference.page_diff_reference`.
+    """
 
     def __call__(
         self, kv: PagedKV, siblings: PagedKV | None, plan: DiffPlan, *, theta: float
@@ -39,26 +42,26 @@ def page_diff(
     threshold: float | Array,
     implementation: str | None = None,
 ) -> Deviation:
-    """Compares K and V of base pages with those of their siblings, in other frames too.
+    """Compares the keys and values of base pages with those of siblings, which may differ in frame.
 
-    A base page's keys are rotated on to the sibling's positions in float32, and compared without
-    rounding. A base page is read once for all its siblings, and every sibling once.
+    A base page's keys are rotated to the sibling's positions in float32 and compared without
+    rounding. Each base page is read once for all its siblings, and each sibling is read once.
 
     Args:
       kv: the pool, with the base pages.
-      siblings: pages outside the pool, shaped as the pool's but for their number; None: siblings
-        are pages of the pool itself.
-      plan: what is compared.
+      siblings: pages outside the pool, shaped like the pool except for the number of pages; None:
+        the siblings are pages of the pool itself.
+      plan: the comparisons.
       theta: base of the rotary frequencies.
-      threshold: the largest absolute difference of a number that is near.
+      threshold: a sibling is far if any absolute difference exceeds this.
       implementation: see `dispatch.Op.run`.
 
     Returns:
       The deviation of each comparison.
 
     Raises:
-      ValueError: the siblings are not of the pool's shape and dtype.
-      NotImplementedError: the named implementation cannot take these shapes.
+      ValueError: the siblings do not have the pool's shape and dtype.
+      NotImplementedError: the named implementation does not support these arguments.
     """
     if siblings is not None:
         _check(kv, siblings)

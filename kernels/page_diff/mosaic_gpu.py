@@ -1,8 +1,9 @@
 """The page diff as a Mosaic GPU kernel, for Hopper.
 
-A block of threads takes one part of a base page in one layer: bulk copies bring it into shared
-memory once, and then one sibling after the other, the next on its way while one is compared. What
-goes to memory are four numbers for each part of a sibling.
+A thread block works on one part of a base page in one layer. Bulk copies bring this part into
+shared memory once, and then the same part of one sibling after the other: the next sibling is
+copied while the current one is compared. The kernel writes only four numbers for each part of a
+sibling.
 """
 
 import functools
@@ -29,19 +30,16 @@ def page_diff_mosaic_gpu(
     theta: float,
     interpret: Any = False,
 ) -> jax.Array:
-    """Arguments as `api.page_diff`, results as `reference.page_diff_reference`.
+    """Computes the scores of `reference.page_diff_reference`. Arguments as for `api.page_diff`.
 
     Args:
       kv: the pool, bfloat16 or float32.
       siblings: pages outside the pool; None: the pool.
-      plan: what is compared.
+      plan: the comparisons.
       theta: base of the rotary frequencies.
       interpret: parameters of the simulator, to run on a CPU.
     """
-    dtype = kv.k.dtype
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {dtype}")
-    parts = PageParts.of(kv.k)
+    parts, dtype = PageParts.of(kv.k), kv.k.dtype
     own = kv if siblings is None else siblings
     columns = (plan.page, plan.begin, plan.sibling, plan.frame, plan.first, plan.slots)
     inputs = {
@@ -89,7 +87,7 @@ def page_diff_mosaic_gpu(
             v_squares.sum(axis=2),
         ]
     )
-    # Nothing was written for what the plan is filled up with.
+    # The kernel writes nothing for the plan's padding.
     used = jnp.arange(comparisons) < jnp.asarray(plan.begin)[-1]
     return jnp.where(used[None, None], scores, 0)
 
@@ -103,7 +101,7 @@ def _compare_part(
     brought: Ref,
     arrived: Ref,
 ) -> None:
-    """Compares one part of a base page with that of all its siblings, in one layer."""
+    """Compares one part of a base page with the same part of each sibling, in one layer."""
     pages, begin, sibling, frame, first, slots = columns
     index, part, layer = (jax.lax.axis_index(name) for name in ("page", "part", "layer"))
     start, stop = begin[index], begin[index + 1]
@@ -112,7 +110,7 @@ def _compare_part(
         return pl.ds(parts.first_row(flat, layer, page, part), parts.rows)
 
     def fetch(comparison: jax.Array) -> None:
-        """Starts the copies of a sibling."""
+        """Starts copying a sibling's keys and values."""
         stage = jax.lax.rem(comparison - start, STAGES)
         rows = rows_of(inputs["own_k"], sibling[comparison])
         for name in ("own_k", "own_v"):
@@ -139,7 +137,7 @@ def _compare_part(
                 *_deviation(parts, smem["own_k"].at[stage], smem["k"], turn, begins, ends),
                 *_deviation(parts, smem["own_v"].at[stage], smem["v"], None, begins, ends),
             )
-            # All threads have read the sibling: they met to find the scores.
+            # All threads have read the sibling: the reductions of the scores synchronised them.
             pl.when(comparison + STAGES < stop)(lambda: fetch(comparison + STAGES))
             for number, score in enumerate(scores):
                 out[layer, comparison, part, number] = score
@@ -153,7 +151,7 @@ def _deviation(
     begins: jax.Array,
     ends: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The largest difference and the sum of squares of rows `begins` to `ends` of a part."""
+    """Returns the largest difference and the sum of squares of a part's rows `begins` to `ends`."""
     shape = parts.chunk, parts.half
     largest, squares = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)

@@ -1,8 +1,8 @@
 """The page diff as a Mosaic TPU kernel.
 
-A step compares a base page with one sibling, in some layers. Comparisons stand in the order of
-their base pages, so a base page stays in VMEM for all its siblings, while copies bring the next
-sibling. Scores leave as a row for each layer, a column for each score.
+A grid step compares a base page with one sibling, in some of the layers. Comparisons are ordered by
+base page, so a base page stays in VMEM for all its siblings while copies bring in the next sibling.
+The scores are written as one row per layer and one column per score.
 """
 
 from typing import Any
@@ -32,22 +32,22 @@ def page_diff_mosaic_tpu(
     theta: float,
     interpret: Any = False,
 ) -> jax.Array:
-    """Arguments as `api.page_diff`, results as `reference.page_diff_reference`.
+    """Computes the scores of `reference.page_diff_reference`. Arguments as for `api.page_diff`.
 
-    Pools are read row by row, as by `sparse_restore`: XLA copies those with narrower heads than
-    128 that have another layout.
+    Expects pools in row-major layout, as `sparse_restore` does. XLA copies a pool that has another
+    layout because its heads are narrower than 128.
 
     Args:
       kv: the pool, bfloat16 or float32.
       siblings: pages outside the pool; None: the pool.
-      plan: what is compared.
+      plan: the comparisons.
       theta: base of the rotary frequencies.
-      interpret: whether to run on a CPU, or parameters of the simulator.
+      interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
     """
     layers, _, page_size, kv_heads, head_dim = kv.k.shape
     dtype = kv.k.dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {dtype}")
+        raise NotImplementedError(f"the kernel supports bfloat16 and float32 pools, not {dtype}")
     own = jax.tree.map(jnp.asarray, kv if siblings is None else siblings)
     page_bytes = page_size * kv_heads * max(head_dim, 128) * dtype.itemsize
     most = min(layers, max(1, LAYERS_BYTES // page_bytes))
@@ -57,7 +57,7 @@ def page_diff_mosaic_tpu(
     comparisons = plan.sibling.shape[0]
     begin = jnp.asarray(plan.begin)
     count = begin[-1]
-    # What a plan is filled up with is the last comparison again: nothing more is brought for it.
+    # Padding repeats the last comparison, so no pages are copied for it.
     number = jnp.minimum(jnp.arange(comparisons, dtype=jnp.int32), jnp.maximum(count - 1, 0))
     of_page = jnp.searchsorted(begin, number, side="right", method="scan_unrolled")
     columns = {
@@ -113,17 +113,17 @@ def _compare(
     out: Ref,
     rows: Ref,
 ) -> None:
-    """Compares one page in some layers.
+    """Compares a base page with one sibling, in some of the layers.
 
     Args:
       columns: the plan.
-      tables: turns of the rotary frequencies.
+      tables: `rope.turn_tables`, for both halves of a head.
       k: base keys [layers, 1, page_size, kv_heads, head_dim].
       v: base values.
       own_k: the sibling's keys.
       own_v: the sibling's values.
-      out: f32 [1, 1, layers, COLUMNS]; a column for each score.
-      rows: f32 [SCORES, layers, head_dim]; scores before they are taken across a head.
+      out: f32 [1, 1, layers, COLUMNS]; one column per score.
+      rows: f32 [SCORES, layers, head_dim]; scores before the reduction over a head's numbers.
     """
     comparison = pl.program_id(1)
     layers, head_dim = k.shape[0], k.shape[4]
@@ -136,7 +136,7 @@ def _compare(
     sin = jnp.where(lane < half, -sin, sin)
     inside = jax.lax.broadcasted_iota(jnp.int32, k.shape[2:], 0) - columns["first"][comparison]
     used = (inside >= 0) & (inside < columns["slots"][comparison])
-    # What a plan is filled up with has no slots.
+    # Padding compares no slots.
     used = used & (comparison < columns["count"][0])
 
     @pl.loop(0, layers)
@@ -150,7 +150,7 @@ def _compare(
             rows[2 * kind, of_layer] = gap.max(axis=(0, 1))[None]
             rows[2 * kind + 1, of_layer] = (gap * gap).sum(axis=(0, 1))[None]
 
-    # Across a head at last, for all layers at once.
+    # The reduction over a head's numbers comes last, for all layers at once.
     column = jax.lax.broadcasted_iota(jnp.int32, (layers, COLUMNS), 1)
     tile = jnp.zeros((layers, COLUMNS), jnp.float32)
     for number in range(SCORES):

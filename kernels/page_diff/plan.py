@@ -1,4 +1,4 @@
-"""What a page diff compares, and what it finds."""
+"""The plan of a page diff, and its result."""
 
 import dataclasses
 from typing import Literal, no_type_check
@@ -8,25 +8,25 @@ import numpy as np
 
 from tokendance_jax.kernels.lanes import Array
 
-# Implementations return f32 [SCORES, layers, comparisons], in the order of `Deviation`. Where a
-# difference is no number, the sum of squares is none either; the largest may be anything.
+# Implementations return f32 [SCORES, layers, comparisons], in the order of `Deviation`. If a
+# difference is NaN, the sum of squares is NaN too, and the largest difference may be anything.
 SCORES = 4
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiffPlan:
-    """Comparisons of base pages with siblings, page by page: so a base page is read once.
+    """Comparisons of base pages with siblings, grouped so that each base page is read once.
 
     Attributes:
       page: i32 [pages]; the base pages that are read.
-      begin: i32 [pages + 1]; comparisons `begin[i]` to `begin[i + 1]` are those of `page[i]`.
-      sibling: i32 [comparisons]; pages that are compared with them.
-      frame: i32 [comparisons]; positions by which the base page's keys are rotated on: those of
-        the sibling minus those of the base page.
-      first: i32 [comparisons]; first slot that is compared.
-      slots: i32 [comparisons]; how many are.
+      begin: i32 [pages + 1]; comparisons `begin[i]` to `begin[i + 1]` are with `page[i]`.
+      sibling: i32 [comparisons]; the page that is compared with the base page.
+      frame: i32 [comparisons]; by how many positions the base page's keys are rotated: the
+        sibling's positions minus the base page's.
+      first: i32 [comparisons]; the first slot to compare.
+      slots: i32 [comparisons]; how many slots to compare.
     """
 
     page: Array
@@ -45,17 +45,17 @@ class DiffPlan:
         first: np.ndarray,
         slots: np.ndarray,
     ) -> "DiffPlan":
-        """Groups comparisons by their base pages.
+        """Groups comparisons by base page.
 
         Args:
-          base: i32 [comparisons]; base pages, ascending.
-          sibling: i32 [comparisons]; see `DiffPlan.sibling`, and so on.
-          frame: i32 [comparisons].
-          first: i32 [comparisons].
-          slots: i32 [comparisons].
+          base: i32 [comparisons]; base pages, in ascending order.
+          sibling: i32 [comparisons]; see `DiffPlan`.
+          frame: i32 [comparisons]; see `DiffPlan`.
+          first: i32 [comparisons]; see `DiffPlan`.
+          slots: i32 [comparisons]; see `DiffPlan`.
 
         Raises:
-          ValueError: the base pages do not ascend.
+          ValueError: the base pages are not in ascending order.
         """
         if (np.diff(base) < 0).any():
             raise ValueError("base: pages do not ascend; order comparisons by their base pages")
@@ -64,7 +64,7 @@ class DiffPlan:
         return cls(*(column.astype(np.int32) for column in columns))
 
     def padded(self, pages: int, comparisons: int) -> "DiffPlan":
-        """The same comparisons in arrays of these sizes, which are at least its own."""
+        """Pads the arrays to these sizes, which must be at least their own."""
 
         def fill(name: str, size: int, mode: Literal["constant", "edge"] = "constant") -> Array:
             column = np.asarray(getattr(self, name))
@@ -74,23 +74,23 @@ class DiffPlan:
         return DiffPlan(fill("page", pages), fill("begin", pages + 1, "edge"), *columns)
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Deviation:
     """How far siblings are from their base pages, in the order of the plan's comparisons.
 
-    Scores are given for each layer, over its heads and the slots that are compared, so that a
-    selection can weigh layers; a maximum or a sum over layers is that of the whole page. Where a
-    difference is no number, they are infinite. What a plan is filled up with has zeros.
+    Each score is given per layer, over its heads and the compared slots, so that a selection can
+    weight layers. The maximum or sum over layers is the score of the whole page. Scores are
+    infinite if a difference is NaN, and zero for a plan's padding.
 
     Attributes:
-      k_largest: f32 [layers, comparisons]; the largest absolute difference of a number of a key.
-      k_squares: f32 [layers, comparisons]; the sum of squared differences of keys.
-      v_largest: as k_largest, of values.
-      v_squares: as k_squares, of values.
-      far: bool [comparisons]; the patch bitmap: whether any number is further than the threshold,
-        or infinitely far.
+      k_largest: f32 [layers, comparisons]; the largest absolute difference between keys.
+      k_squares: f32 [layers, comparisons]; the sum of squared differences between keys.
+      v_largest: as k_largest, for values.
+      v_squares: as k_squares, for values.
+      far: bool [comparisons]; the patch bitmap: whether any difference exceeds the threshold or is
+        infinite.
     """
 
     k_largest: jax.Array

@@ -1,4 +1,4 @@
-"""The page diff in plain jax.numpy, all pages at once: what other paths are tested against."""
+"""The page diff in plain jax.numpy, all pages at once: the reference for the implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ def page_diff_reference(
     *,
     theta: float,
 ) -> jax.Array:
-    """Gathers, rotates and subtracts. Arguments as `api.page_diff`, the plan on the host.
+    """Gathers, rotates and subtracts pages.
+
+    Arguments as for `api.page_diff`, but the plan must be on the host.
 
     Returns:
       f32 [SCORES, layers, comparisons], in the order of `Deviation`.

@@ -1,9 +1,9 @@
-"""Sizes of the page diff kernels, by what was compiled for their targets."""
+"""Sizes of the page diff kernels, chosen from kernels compiled for their targets."""
 
-# GPU: siblings in shared memory, the one that is compared and those on their way. A block has them,
-# the base page and the tables of angles there: three blocks of parts as large as those of a restore
-# then fit an H100's 227 KiB.
+# GPU: siblings in shared memory: the one that is compared, and those that are being copied. A block
+# also holds the base page and the tables of angles there. With parts as large as those of a
+# restore, three blocks fit an H100's 227 KiB.
 STAGES = 2
-# TPU: bytes of keys of a page over the layers that are compared at a time. Keys and values of two
-# pages, each with what comes next, are in VMEM, of which a program has 16 MiB.
+# TPU: bytes of a page's keys in the layers that are compared at a time. A program has 16 MiB of
+# VMEM, which holds the keys and values of two pages, double-buffered.
 LAYERS_BYTES = 1 << 19

@@ -8,7 +8,7 @@ from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
 from tokendance_jax.kernels.paged_kv import PagedKV
 
-# Comparisons of one step. Tuned on a CPU, where their pages stay in the cache.
+# Comparisons per step. Tuned on a CPU, where the pages of a step stay in the cache.
 STEP = 16
 
 
@@ -19,7 +19,7 @@ def page_diff_xla(
     *,
     theta: float,
 ) -> jax.Array:
-    """Arguments as `api.page_diff`, results as `reference.page_diff_reference`."""
+    """Computes the scores of `reference.page_diff_reference`. Arguments as for `api.page_diff`."""
     layers, _, page_size, _, head_dim = kv.k.shape
     comparisons = plan.sibling.shape[0]
     room = -(-comparisons // STEP) * STEP
@@ -66,8 +66,18 @@ def page_diff_xla(
 
 
 def _deviation(own: jax.Array, shown: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest difference and the sum of squares f32 [pages] of pages f32 [pages, W, K, H]."""
+    """Returns the largest difference and the sum of squares of pages.
+
+    Args:
+      own: f32 [pages, W, K, H]; siblings.
+      shown: f32 [pages, W, K, H]; base pages.
+      used: bool [pages, W]; slots to compare.
+
+    Returns:
+      Two arrays f32 [pages].
+    """
     gap = jnp.where(used[:, :, None, None], jnp.abs(own - shown), 0)
-    # Slots and heads first: XLA's CPU code then takes the numbers of a head side by side.
+    # Reduce over slots and heads first: XLA's CPU code then processes the numbers of a head side by
+    # side.
     largest = gap.max(axis=(1, 2)).max(axis=1)
     return largest, (gap * gap).sum(axis=(1, 2)).sum(axis=1)

@@ -85,28 +85,29 @@ def round_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends rows to the pages of their lanes; a row sees logical positions up to its own.
 
-    Keys stay rotated at their canonical positions; queries are rotated back by the frame of the
-    page they meet (rotary attention depends on position differences alone).
+    Keys stay rotated at their canonical positions. Queries are rotated back by the frame of the
+    page that they attend to (rotary attention depends on position differences alone).
 
     Args:
       q: f32 [rows, heads, head_dim], rotated at logical positions, not scaled.
-      kv: the pool, this round's rows already written.
+      kv: the pool; this round's rows are already written.
       layer: index of the layer.
       position: i32 [rows]; logical positions.
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane.
       theta: base of the rotary frequencies.
-      shared: which rows of many lanes meet shared pages together; its tables and tiles then stand
-        for the others.
-      with_lse: whether log-sum-exps are wanted.
+      shared: the packed rows, and what they share. If given, its tables and tiles replace `tables`
+        and `tiles`.
+      with_lse: whether to also return log-sum-exps.
       implementation: see `dispatch.Op.run`.
 
     Returns:
-      f32 [rows, heads, head_dim]; zero in rows that stand in no tile. With `with_lse` also the
-      log-sum-exp of each query's scores, f32 [rows, heads]; `flash.MASKED` there.
+      f32 [rows, heads, head_dim]; zero in rows that are in no tile. With `with_lse`, also the
+      log-sum-exp of each query's scores, f32 [rows, heads]; `flash.MASKED` in rows that are in no
+      tile.
 
     Raises:
-      NotImplementedError: the named implementation cannot take these shapes.
+      NotImplementedError: the named implementation does not support these shapes.
     """
     return OP.run(
         implementation,

@@ -1,4 +1,4 @@
-"""Round attention as a Mosaic GPU kernel, for Hopper: tiles of rows against their lanes' tables."""
+"""Round attention as a Mosaic GPU kernel for Hopper: tiles of rows and their lanes' tables."""
 
 from typing import Any
 
@@ -32,10 +32,10 @@ def round_attention_mosaic_gpu(
     with_lse: bool = False,
     interpret: Any = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Arguments as `api.round_attention`; `interpret` takes parameters of the simulator.
+    """Implements `api.round_attention`; `interpret` takes parameters of the simulator.
 
-    Rows that share pages meet them first, packed into full tiles whichever their lanes; the tiles
-    of their lanes go on where that ended.
+    With `shared`, the kernel runs twice. First, packed rows attend to their shared pages, in full
+    tiles that mix rows of several lanes. Then each lane's tiles continue from those results.
     """
     check_pool(kv.k)
     rows, heads, _ = q.shape
@@ -83,11 +83,11 @@ def _attend_shared(
     theta: float,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """What the shared rows see of the groups.
+    """Attends the packed rows to the key blocks of the groups.
 
     Returns:
-      The output bf16 [1, rows, heads, head_dim], anything in other rows; the log-sum-exp of scores
-      f32 [rows, heads], there `flash.MASKED`.
+      The output [1, rows, heads, head_dim] in the pool's precision, undefined in other rows; and
+      the log-sum-exp of scores f32 [rows, heads], `flash.MASKED` in other rows.
     """
     rows, heads, _ = q.shape
     page_size, kv_heads = kv.k.shape[2:4]
@@ -95,7 +95,8 @@ def _attend_shared(
     row = rows_of_tiles(jnp.asarray(shared.row)[None], group, rows)[0]
     lane = rows_of_tiles(jnp.asarray(shared.lane)[None], group, 0)[0]
     lane = jnp.where(row < rows, lane, lanes)
-    # The slots of groups lie before all rows that read them: position 0 stands for all of them.
+    # All slots of groups lie before the rows that read them, so `group_steps` gives them position
+    # 0, and a query with the limit 0 sees them all.
     limit = jnp.where(row < rows, 0, -1)
     out, lse = flash_attention_gpu(
         q,

@@ -1,12 +1,13 @@
 """Round attention as a Mosaic TPU kernel.
 
-One program goes through the tiles in use and, of each, through the key blocks that it sees. The
-pages of a block, and the rows of the next tile, come while the block before is attended to. Tiles
-are gathered and scattered row by row, by copies: rows may stand in any order.
+One program loops over the tiles in use and, for each tile, over the key blocks that it sees. It
+copies the pages of the next block, and the rows of the next tile, while it computes the current
+block. Each row of a tile is gathered and scattered by a copy of its own, so rows may be in any
+order.
 
-Packed rows of many lanes meet the blocks of groups in one tile, each row's query rotated into the
-block's frame in its own lane. Then each lane's rows go on with the lane's own blocks, in the window
-of the tile in which they lie: what they saw stays in VMEM.
+Packed rows of many lanes attend to the blocks of groups in one tile; each row's query is rotated
+into the frame that the block has in the row's lane. Then each lane's rows continue with the lane's
+own blocks, in the window of the tile that contains them. Their softmax stays in VMEM in between.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from tokendance_jax.kernels.round_attention.tpu_stretches import (
     window_sizes,
 )
 
-# Numbers of a row of memory: a log-sum-exp is sent in each of them.
+# Numbers in a row of memory: each log-sum-exp is written to all numbers of a row.
 LSE_WIDTH = 128
 
 Ref = Any
@@ -48,10 +49,10 @@ def round_attention_mosaic_tpu(
     with_lse: bool = False,
     interpret: Any = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Arguments as `api.round_attention`.
+    """Implements `api.round_attention`, with the same arguments.
 
-    Pools are read row by row. XLA lays out large pools with heads narrower than 128 in another way:
-    who has such pools gives them the layout of rows, or XLA copies them.
+    Expects pools in row-major layout. XLA lays out large pools with heads narrower than 128
+    differently; pass such pools in row-major layout, or XLA copies them.
 
     Args:
       q: f32 [rows, heads, head_dim].
@@ -59,11 +60,11 @@ def round_attention_mosaic_tpu(
       layer: index of the layer.
       position: i32 [rows].
       tables: block tables of all lanes.
-      tiles: the rows, grouped by lane; of a tile, the rows in use stand first.
+      tiles: the rows, grouped by lane; in each tile, the rows in use come first.
       theta: base of the rotary frequencies.
-      shared: which rows are packed; left aside if its tables would fill SMEM.
-      with_lse: whether log-sum-exps are wanted.
-      interpret: whether to run on a CPU, or parameters of the simulator.
+      shared: the packed rows, and what they share; ignored if its tables do not fit into SMEM.
+      with_lse: whether to also return log-sum-exps.
+      interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
     """
     heads, head_dim = q.shape[1:]
     page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
@@ -126,7 +127,7 @@ def round_attention_mosaic_tpu(
         in_specs=[dict.fromkeys(columns, smem), specs, dict.fromkeys(results, there)],
         out_specs=dict.fromkeys(results, there),
         scratch_shapes=[scratch],
-        # Rows of no tile stay as they are.
+        # Results start as `results`, so rows that are in no tile keep these values.
         input_output_aliases={
             len(columns) + len(inputs) + index: index for index in range(len(results))
         },
@@ -151,7 +152,7 @@ def _attend_tiles(
     entries, heads = vmem["pages_k"].shape[1], out["out"].shape[1]
 
     def seen_slots(stretch: jax.Array, entry: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The first slot of an entry that some row of the stretch sees, and the end of these."""
+        """The start and the end of the slots of an entry that any row of the stretch sees."""
         first = columns["first"][entry]
         ahead = columns["last"][stretch] - columns["start"][entry] + 1
         return first, first + jnp.clip(ahead, 0, columns["slots"][entry])
@@ -182,7 +183,7 @@ def _attend_tiles(
                     act(pltpu.make_async_copy(inputs[name].at[page], here, arrived))
 
     def clean(stretch: jax.Array, block: jax.Array) -> None:
-        """Clears the values that nobody sees."""
+        """Clears the values of slots that no row of the stretch sees."""
         place = jax.lax.rem(columns["begin"][stretch] + block, PLACES)
         number = columns["block"][stretch] + block
 
@@ -192,7 +193,7 @@ def _attend_tiles(
             flash_tpu.clear_unseen(vmem["pages_v"].at[place, index], *seen)
 
     def move_rows(tile: jax.Array, act: Callable[[Ref, Ref], None]) -> None:
-        """Starts or awaits copies of a tile's rows, to or from where `act` says."""
+        """Calls `act` with each row of a tile and the row's place in VMEM."""
 
         @pl.loop(0, columns["rows"][tile])
         def _(index: jax.Array) -> None:
@@ -211,7 +212,7 @@ def _attend_tiles(
 
         move_rows(tile, send)
 
-    # Empty entries are not fetched: whatever stands in their place is then finite.
+    # Empty entries are not fetched: their places must hold finite values from the start.
     vmem["pages_v"][...] = jnp.zeros(vmem["pages_v"].shape, vmem["pages_v"].dtype)
 
     @pl.when(tiles > 0)
@@ -269,7 +270,7 @@ def _meet(
     vmem: dict[str, Ref],
     simulated: bool,
 ) -> None:
-    """Attends a stretch's rows to a block, in the window of the tile in which they lie."""
+    """Attends a stretch's rows to a block, in the window of the tile that contains them."""
     number, place = columns["block"][stretch] + block, columns["begin"][stretch] + block
     place, tile_rows = jax.lax.rem(place, PLACES), vmem["row_position"].shape[0]
     moved = columns["moved"][number] != 0
@@ -286,7 +287,7 @@ def _meet(
             frame = _column(vmem["reading"][place, pl.ds(0, 1)])[:, :1]
             _set_angles(frame, inputs["angles"], vmem)
 
-        # The rows that see a lane's entries see all of them.
+        # In a lane's own blocks, only positions limit what rows see: set the bits of all entries.
         @pl.when(jnp.logical_not(together) & (block == 0))
         def _() -> None:
             vmem["held"][...] = jnp.full(vmem["held"].shape, -1, jnp.int32)
@@ -320,12 +321,12 @@ def _meet(
 
 
 def _column(row: jax.Array) -> jax.Array:
-    """The numbers [n, n] of a row [1, n] as a column, in every column."""
+    """Turns a row [1, n] into a column, and repeats the column: [n, n]."""
     return jnp.broadcast_to(row, (row.shape[1], row.shape[1])).T
 
 
 def _set_angles(frame: jax.Array, tables: Ref, vmem: dict[str, Ref]) -> None:
-    """Cosines and signed sines of a rotation back from frames [tile_rows, 1], or [1, 1]."""
+    """Sets the cosines and signed sines that rotate back by frames [tile_rows, 1] or [1, 1]."""
     shape, head_dim = vmem["cos"].shape, vmem["cos"].shape[1]
     position = jnp.broadcast_to(-frame, (frame.shape[0], head_dim))
     angle = rope.angles(position, *(tables[pl.ds(index, 1)] for index in range(3)))
@@ -336,7 +337,7 @@ def _set_angles(frame: jax.Array, tables: Ref, vmem: dict[str, Ref]) -> None:
 
 
 def _rotate_back(offset: Any, size: int, place: jax.Array, vmem: dict[str, Ref]) -> None:
-    """Rotates the queries of a window of a tile into frames, head by head."""
+    """Rotates the queries of a tile's window by the angles of `_set_angles`, head by head."""
     kv_heads, group, tile_rows, _ = vmem["queries"].shape
     stride, window = vmem["rows"].shape[1] // tile_rows, pl.ds(offset, size)
     cos, sin = vmem["cos"][window], vmem["sin"][window]
@@ -355,7 +356,7 @@ def _attend(
     place: jax.Array,
     vmem: dict[str, Ref],
 ) -> None:
-    """One step of the online softmax of those rows of a window that lie in a span of the tile."""
+    """Performs one step of the online softmax for the rows of a window that lie in `span`."""
     kv_heads, window = vmem["queries"].shape[0], pl.ds(offset, size)
     limit, slot_position = vmem["row_position"][window, pl.ds(0, 1)], vmem["slot_position"][place]
     if "held" in vmem:
@@ -388,7 +389,7 @@ def _attend(
 
 
 def _finish(vmem: dict[str, Ref], stride: int) -> None:
-    """Brings a tile's output into rows."""
+    """Normalises a tile's output and rearranges it by row."""
     kv_heads, group, tile_rows, _ = vmem["queries"].shape
     for head in range(kv_heads * group):
         at = head // group, head % group

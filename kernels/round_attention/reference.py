@@ -1,4 +1,4 @@
-"""Round attention in plain jax.numpy: the definition that other paths are tested against."""
+"""Round attention in plain jax.numpy: the definition that implementations are tested against."""
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ def round_attention_reference(
 ) -> jax.Array:
     """Attends every row to its whole lane at once, with the keys rotated to logical positions.
 
-    Rotating the keys, where the product rotates queries, makes this an independent statement of
-    the same result. Arguments as `api.round_attention`, and `lane` i32 [rows] in place of tiles.
+    The implementations rotate queries; this function rotates keys, which makes it an independent
+    definition of the same result. Its arguments are those of `api.round_attention`, with `lane`
+    i32 [rows] in place of tiles.
     """
     kv_heads, head_dim = kv.k.shape[3:]
     weights, seen = weights_of(q, kv, layer, position, lane, tables, theta=theta)
@@ -42,7 +43,7 @@ def weights_of(
     *,
     theta: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weights f32 [rows, kv_heads, group, slots], and which slots a row sees [rows, slots]."""
+    """Weights f32 [rows, kv_heads, group, slots], and which slots each row sees [rows, slots]."""
     rows, heads, head_dim = q.shape
     page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
     slot_position = tables.slot_positions(page_size).reshape(tables.page.shape[0], -1)[lane]

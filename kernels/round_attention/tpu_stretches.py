@@ -1,9 +1,9 @@
-"""What the TPU kernel of round attention goes through: tiles, and of each the key blocks it meets.
+"""The work of the TPU kernel of round attention: tiles, and the key blocks that each tile reads.
 
-A stretch is key blocks that neighbouring rows of a tile meet one after the other. A tile of one
-lane has a single stretch: the lane's blocks. A tile of packed rows has one with the blocks of the
-groups, which all its rows meet, each in its lane's frame; then one for each of its lanes, with what
-is left of the lane's blocks for the lane's rows.
+A stretch is a list of key blocks that neighbouring rows of a tile read one after the other. A tile
+of one lane has a single stretch: the lane's blocks. A tile of packed rows begins with a stretch of
+the groups' blocks, which all its rows read, each in its lane's frame. One stretch per lane follows,
+in which the lane's rows read the blocks that remain in the lane's own table.
 """
 
 import jax
@@ -13,21 +13,20 @@ import numpy as np
 from tokendance_jax.kernels import flash
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables, RowTiles, SharedRows, block_pages
 
-# Rows of a tile that a stretch meets, where that is not the whole tile: what is left of a lane
-# behind its full tiles is often little.
+# Sizes of windows smaller than a tile, in rows: a lane often has few rows after its full tiles.
 SMALL_TILES = (32, 64)
-# Such windows of a tile begin at multiples: rows of a tile of bfloat16 numbers in VMEM.
+# Windows begin at multiples of this: the rows of a tile of bfloat16 numbers in VMEM.
 WINDOW = 16
-# Bits of a word that says which entries of a block a row sees.
+# Bits of a word; each bit says whether a row sees one entry of a block.
 WORD = 32
-# Where entries of groups start: in front of all rows.
+# The logical position at which entries of groups start: in front of all rows.
 IN_FRONT = -(1 << 20)
 
 Arrays = dict[str, jax.Array]
 
 
 def window_sizes(tile_rows: int) -> tuple[int, ...]:
-    """Numbers of rows that can meet a block together, ascending."""
+    """Sizes of windows: numbers of rows that can read a block together, ascending."""
     return (*(size for size in SMALL_TILES if size < tile_rows), tile_rows)
 
 
@@ -39,29 +38,34 @@ def stretches(
     shared: SharedRows | None,
     page_size: int,
 ) -> tuple[Arrays, Arrays]:
-    """Prepares tables and tiles; all but the layer's number is the same code in all layers.
+    """Prepares tables and tiles. All but the layer's index is the same computation in all layers.
 
     Args:
       layer: index of the layer.
       position: i32 [rows].
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane.
-      shared: which rows are packed; its tables and tiles then stand for the others.
+      shared: the packed rows; if given, its tables and tiles replace `tables` and `tiles`.
       page_size: slots of a page.
 
     Returns:
-      Numbers for SMEM, flat. Of the call: the layer, and the tiles and stretches in use. Of each
-      tile: its rows, their number, and its first stretch. Of each stretch: its first block; the
-      number of blocks, at least one, so that the copies of the next can start beside its last; the
-      blocks of stretches before; its rows `from` and `to` in the tile, and their last position; the
-      size and offset of a window of the tile that has these rows; the first of its readings, or -1.
-      Of each block, those of lanes in front of those of groups: the frame, and whether that is
-      another than before. Of each entry: page, first slot, slots, and their start.
+      Flat columns of numbers for SMEM, and arrays. The columns are:
 
-      And arrays: positions of slots i32 [blocks, 1, slots]; positions of rows i32 [tiles,
-      tile_rows], -1 where there is no row; and, if rows are packed, how their tiles read the blocks
-      of groups, i32 [readings, 1 + words, tile_rows]: the frames in the rows' lanes, and bits of
-      the entries that the rows see.
+      For the call: the layer, and the numbers of tiles and stretches in use.
+      For each tile: its rows, their number, and its first stretch.
+      For each stretch: its first block; the number of its blocks, at least one, so that the copies
+      of the next stretch can start during the last block; the number of blocks of all stretches
+      before it; the places `from` and `to` of its rows in the tile, and the last position of these
+      rows; size and offset of a window of the tile that contains these rows; its first reading, or
+      -1.
+      For each block, those of lanes before those of groups: the frame, and whether it differs from
+      the frame of the block before.
+      For each entry: page, first slot, number of slots, and position of the first slot.
+
+      The arrays are the positions of slots i32 [blocks, 1, slots]; the positions of rows i32
+      [tiles, tile_rows], -1 in places without a row; and, if rows are packed, readings i32
+      [readings, 1 + words, tile_rows]. A reading says how a tile's packed rows read a block of
+      groups: the block's frame in each row's lane, and the bits of the entries that each row sees.
     """
     if shared is not None:
         tables, tiles = shared.tables, shared.tiles
@@ -75,7 +79,8 @@ def stretches(
         arrays["reading"] = _readings(shared.groups, packed_tiles.pop("lane"))
         of_tiles, found = _joined(of_tiles, packed_tiles), _joined(found, packed)
         of_blocks = _joined(of_blocks, _group_blocks(shared.groups, page_size))
-        # Packed tiles, their stretches with groups, and lanes of which some may go on in a tile.
+        # Each packed tile adds a stretch for groups, each lane adds one, and each tile that
+        # continues a lane adds one more.
         most += 2 * len(packed_tiles["row"]) + shared.groups.frame.shape[1]
 
     stretch_used, tile_used = found.pop("used"), of_tiles["stretches"] > 0
@@ -114,7 +119,7 @@ def _lane_blocks(tables: LaneTables, page_size: int) -> Arrays:
 
 
 def _group_blocks(groups: GroupTables, page_size: int) -> Arrays:
-    """The blocks of groups, and their entries: all of it in front of all rows."""
+    """The blocks of groups, and their entries, which lie in front of all rows."""
     page, frame = jnp.asarray(groups.page), jnp.asarray(groups.frame)
     never = jnp.iinfo(jnp.int32).max
     return {
@@ -131,7 +136,7 @@ def _group_blocks(groups: GroupTables, page_size: int) -> Arrays:
 def _single(
     tiles: RowTiles, position: jax.Array, block_start: jax.Array, *, packed: bool
 ) -> tuple[Arrays, Arrays]:
-    """Tiles of one lane, and their stretches; if rows are packed, the first half of the lanes."""
+    """Tiles of one lane, and their stretches; if rows are packed, for the first half of lanes."""
     row, lane = jnp.asarray(tiles.row), jnp.asarray(tiles.lane)
     used = jnp.arange(len(lane), dtype=jnp.int32) < tiles.count
     if packed:
@@ -150,7 +155,7 @@ def _single(
 def _packed(
     shared: SharedRows, position: jax.Array, block_start: jax.Array, tile_rows: int
 ) -> tuple[Arrays, Arrays]:
-    """Tiles of packed rows, with the lanes of these, and their stretches."""
+    """Tiles of packed rows with the lane of each row, and the stretches of these tiles."""
     room = -len(shared.row) % tile_rows
     row = jnp.pad(shared.row, (0, room), constant_values=len(position)).reshape(-1, tile_rows)
     lane = jnp.pad(shared.lane, (0, room)).reshape(row.shape)
@@ -184,7 +189,7 @@ def _packed(
 
 
 def _own_blocks(block_start: jax.Array, lane: jax.Array, last: jax.Array) -> Arrays:
-    """The blocks of lanes i32 [...] that rows up to a position i32 [...] see."""
+    """The blocks of lanes i32 [...] that rows at positions up to `last`, i32 [...], see."""
     seen = (block_start[lane] <= last[..., None]).sum(axis=-1, dtype=jnp.int32)
     return {"last": last, "block": lane * block_start.shape[1], "blocks": jnp.maximum(seen, 1)}
 
@@ -203,7 +208,7 @@ def _readings(groups: GroupTables, lane: jax.Array) -> jax.Array:
 
 
 def _positions(row: jax.Array, position: jax.Array) -> jax.Array:
-    """Positions of rows i32 [...], -1 where there is no row."""
+    """Positions of rows i32 [...], -1 in places without a row."""
     return jnp.where(row < len(position), jnp.take(position, row, mode="clip"), -1)
 
 
@@ -212,6 +217,6 @@ def _joined(one: Arrays, other: Arrays, axis: int = 0) -> Arrays:
 
 
 def _in_use(arrays: Arrays, used: jax.Array, most: int) -> Arrays:
-    """The entries in use first, in the order in which they stand."""
+    """Moves the items in use to the front, in order; pads to `most` items with copies of item 0."""
     number = jnp.flatnonzero(used, size=most, fill_value=0)
     return {name: x[number] for name, x in arrays.items()}

@@ -1,4 +1,4 @@
-"""Round attention as XLA code: loops over row tiles and over the key blocks that each sees."""
+"""Round attention as XLA code: loops over row tiles and the key blocks that each tile sees."""
 
 import functools
 from typing import Any
@@ -12,11 +12,11 @@ from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows, block
 from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, continued, nothing_seen
 
-# Rows of smaller tiles, for the few rows that a lane often has behind its full tiles. Tuned on a
+# Rows of smaller tiles, for the few rows that a lane often has after its full tiles. Tuned on a
 # CPU.
 SMALL_TILES = (32, 64)
 
-# For each KV head: queries turned into the frame of the block before, and the online softmax.
+# For each KV head: the queries in the frame of the block before, and the online softmax.
 Carry = tuple[tuple[jax.Array, ...], tuple[flash.Carry, ...]]
 
 
@@ -32,15 +32,15 @@ def round_attention_xla(
     shared: SharedRows | None = None,
     with_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Reads each key block once per tile of rows; arguments as `api.round_attention`.
+    """Implements `api.round_attention`, reading each key block once per tile of rows.
 
-    All loops have the plan's own bounds: padding rows, unused tiles and the part of a table that
-    no row of a tile may see cost nothing, whatever the bucket.
+    The bounds of all loops come from the plan, not from the bucket, so padding rows, unused tiles
+    and the part of a table that no row of a tile may see cost nothing.
     """
     rows, heads, head_dim = q.shape
     page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
     group = heads // kv_heads
-    # What rows saw so far; a tile replaces it by what they saw in the end.
+    # The rows' results so far. Each tile overwrites its rows with their final results.
     if shared is not None:
         results = attend_shared(q, kv, layer, shared, theta=theta)
         tables, tiles = shared.tables, shared.tiles
@@ -51,13 +51,13 @@ def round_attention_xla(
     slot_position = tables.slot_positions(page_size).reshape(lanes, -1, pages * page_size)
     block_start, block_stop = jnp.min(slot_position, axis=2), jnp.max(slot_position, axis=2)
     block_frame = flash.block_frames(tables, page_size)
-    # For all blocks at once: XLA would work out angles beside the queries for each of these.
+    # For all blocks at once: inside the loop, XLA would compute the angles again for every query.
     cos, sin = rope.rotation(-block_frame, theta=theta, head_dim=head_dim)
 
     def tile(
         tile_rows: int, index: jax.Array, results: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        """What a tile's first rows find, [tile_rows, heads, ...]."""
+        """Computes the results of a tile's first rows, [tile_rows, heads, ...]."""
         row, lane = jnp.asarray(tiles.row)[index, :tile_rows], tiles.lane[index]
         row_position = jnp.take(position, row, mode="clip")
         last = jnp.max(jnp.where(row < rows, row_position, -1))
@@ -65,7 +65,8 @@ def round_attention_xla(
         q_tile = jnp.take(q, row, axis=0, mode="clip") * head_dim**-0.5
         queries = flash.split_heads(q_tile, kv_heads)  # one product per KV head
 
-        # Blocks that all rows see whole come first: a mask would take a quarter of their time.
+        # Blocks that all rows see whole come first, and get no mask: it would take a quarter of
+        # their time.
         whole, seen = block_stop[lane] <= least, block_start[lane] <= last
         order = jnp.argsort(jnp.where(whole, 0, jnp.where(seen, 1, 2)))
         moved = flash.moved(block_frame[lane, order], start=0)
@@ -84,7 +85,7 @@ def round_attention_xla(
             mask = None
             if masked:
                 key_position = slot_position[at]
-                # Slots that no row sees may hold anything; a weight of zero would keep a NaN.
+                # Slots that no row sees may hold NaN, which a weight of zero would not remove.
                 written = (key_position <= last)[:, None, None]
                 values = jnp.where(written, values, jnp.zeros((), values.dtype))
                 mask = key_position[None, :] <= row_position[:, None]
@@ -102,7 +103,7 @@ def round_attention_xla(
             if shared is None
             else continued((results[0], results[1]), row, kv_heads),
         )
-        if tile_rows > max(SMALL_TILES):  # few small tiles would pay for compiling another loop
+        if tile_rows > max(SMALL_TILES):  # small tiles rarely pay for compiling another loop
             carry = jax.lax.fori_loop(
                 0, whole_blocks, functools.partial(block, masked=False), carry
             )
@@ -133,7 +134,7 @@ def round_attention_xla(
 
     def step(index: jax.Array, results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         found = jax.lax.switch(size_of[index], branches, index, results)
-        # Behind the switch: inside it, all results would be copied for every tile.
+        # Scatter after the switch: inside it, every tile would copy all results.
         row = tiles.row[index, :most]
         return tuple(x.at[row].set(y, mode="drop") for x, y in zip(results, found, strict=True))
 

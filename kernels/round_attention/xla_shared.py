@@ -1,4 +1,4 @@
-"""Rows of many lanes against the key blocks that these share, as XLA code."""
+"""Attention of packed rows to the key blocks that their lanes share, as XLA code."""
 
 import functools
 
@@ -9,10 +9,10 @@ from tokendance_jax.kernels import flash, rope, storage
 from tokendance_jax.kernels.lanes import SHARED_TILE_ROWS, SharedRows
 from tokendance_jax.kernels.paged_kv import PagedKV
 
-# What rows saw: the output f32 [rows, heads, head_dim] over it, and the log-sum-exp of their
-# scores f32 [rows, heads].
+# The results of rows over the slots that they saw: the output f32 [rows, heads, head_dim], and the
+# log-sum-exp of scores f32 [rows, heads].
 Seen = tuple[jax.Array, jax.Array]
-# For each KV head: queries turned into the frames of the block before, and the online softmax.
+# For each KV head: the queries in the frames of the block before, and the online softmax.
 Carry = tuple[tuple[jax.Array, ...], tuple[flash.Carry, ...]]
 
 
@@ -24,9 +24,10 @@ def attend_shared(
     *,
     theta: float,
 ) -> Seen:
-    """Reads each shared key block once per tile of rows; arguments as `api.round_attention`.
+    """Attends packed rows to the groups, reading each key block once per tile of rows.
 
-    Each row's query is rotated into the frame that the block has in the row's lane.
+    Each row's query is rotated into the frame that the block has in the row's lane. The arguments
+    are those of `api.round_attention`.
     """
     rows, heads, head_dim = q.shape
     page_size, kv_heads = kv.k.shape[2], kv.k.shape[3]
@@ -37,7 +38,7 @@ def attend_shared(
     lane = jnp.pad(shared.lane, (0, room)).reshape(-1, tile_rows)
     page, frame = jnp.asarray(groups.page), jnp.asarray(groups.frame)
     member, valid = jnp.asarray(groups.member), groups.valid(page_size)
-    # For all blocks at once: XLA would work out angles beside the queries for each of these.
+    # For all blocks at once: inside the loop, XLA would compute the angles again for every query.
     cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
     full = jnp.all(valid, axis=(1, 2))
     holds_all, holds_any = jnp.all(member, axis=2), jnp.any(member, axis=2)  # [blocks, lanes]
@@ -47,7 +48,8 @@ def attend_shared(
         used = (tile_row < rows)[None, :]
         q_tile = jnp.take(q, tile_row, axis=0, mode="clip") * head_dim**-0.5
 
-        # Blocks that all rows see whole come first: a mask would take a quarter of their time.
+        # Blocks that all rows see whole come first, and get no mask: it would take a quarter of
+        # their time.
         whole = full & jnp.all(holds_all[:, tile_lane] | ~used, axis=1)
         seen = jnp.any(holds_any[:, tile_lane] & used, axis=1)
         order = jnp.argsort(jnp.where(seen & whole, 0, jnp.where(seen, 1, 2)))
@@ -70,7 +72,7 @@ def attend_shared(
             turned = jax.lax.cond(moved[index], turn, lambda: turned)
             mask = None
             if masked:
-                # Slots that nobody sees may hold anything; a weight of zero would keep a NaN.
+                # Slots that no row sees may hold NaN, which a weight of zero would not remove.
                 written = valid[at].reshape(-1, 1, 1)
                 values = jnp.where(written, values, jnp.zeros((), values.dtype))
                 mask = member[at][tile_lane][:, :, None] & valid[at][None]
@@ -84,7 +86,7 @@ def attend_shared(
 
         dtype = storage.value_dtype(kv.k.dtype)
         carry = (
-            flash.split_heads(jnp.zeros(q_tile.shape, dtype), kv_heads),  # the first block turns
+            flash.split_heads(jnp.zeros(q_tile.shape, dtype), kv_heads),  # set by the first block
             tuple(flash.start(tile_rows * heads // kv_heads, head_dim) for _ in range(kv_heads)),
         )
         whole_blocks = jnp.sum((seen & whole).astype(jnp.int32))
@@ -105,12 +107,15 @@ def attend_shared(
 
 
 def nothing_seen(q: jax.Array) -> Seen:
-    """What queries [rows, heads, head_dim] saw in the beginning."""
+    """The results of queries [rows, heads, head_dim] that have seen nothing yet."""
     return jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], flash.MASKED, jnp.float32)
 
 
 def continued(seen: Seen, row: jax.Array, kv_heads: int) -> tuple[flash.Carry, ...]:
-    """The online softmax of rows i32 [n] behind what they saw, of each KV head: a sum of one."""
+    """Returns, for each KV head, the online softmax of rows i32 [n] that continues from `seen`.
+
+    A row that saw something has a sum of one, at its log-sum-exp.
+    """
     out, lse = (flash.split_heads(jnp.take(x, row, axis=0, mode="clip"), kv_heads) for x in seen)
 
     def head(out: jax.Array, lse: jax.Array) -> flash.Carry:

@@ -1,4 +1,4 @@
-"""Restoring pages into the pool: from the pool itself, or from pages at rest."""
+"""Restores pages into the pool, from the pool itself or from pages at rest."""
 
 from typing import Protocol
 
@@ -34,17 +34,17 @@ def sparse_restore(
     theta: float,
     implementation: str | None = None,
 ) -> PagedKV:
-    """Copies pieces of pages to slots of the pool, with keys rotated to where they go.
+    """Copies pieces of pages to slots of the pool, and rotates keys to their new positions.
 
-    Base pages and the patches that take their place are pieces alike: a mirror's plan names the
-    patch page where it has one, and the base page elsewhere. A source page is read once, however
-    many mirrors show it, and every slot is written once: the fused restore of TokenDance
-    (arXiv 2604.03143, section 4.3). In place when the pool is donated.
+    This is the fused restore of TokenDance (arXiv 2604.03143, section 4.3). Each source page is
+    read once, however many mirrors use it, and each slot is written once. Patches need no special
+    treatment: a mirror's plan names the patch page where the mirror has one, and the base page
+    elsewhere. The pool is updated in place if it is donated.
 
     Args:
       kv: the pool.
-      source: pages outside the pool; None: pages of the pool itself, of which none is written too.
-      plan: what goes where.
+      source: pages outside the pool; None: pages of the pool itself, none of which is also written.
+      plan: the pieces, and the slots that each is copied to.
       theta: base of the rotary frequencies.
       implementation: see `dispatch.Op.run`.
 
@@ -52,9 +52,8 @@ def sparse_restore(
       The pool with the pieces written.
 
     Raises:
-      ValueError: the source's pages are not of the pool's shape, or its arrays do not fit each
-        other.
-      NotImplementedError: the named implementation cannot take these shapes.
+      ValueError: the source's pages do not fit the pool, or its arrays do not fit each other.
+      NotImplementedError: the named implementation does not support these arguments.
     """
     if source is not None:
         _check(kv, source)
@@ -72,14 +71,14 @@ def _check(kv: PagedKV, source: Source) -> None:
             "all but the number of pages must agree"
         )
     quantised = source.k.dtype == "int8"
-    if not quantised and source.k.dtype != kv.k.dtype:
+    if source.v.dtype != source.k.dtype or not (quantised or source.k.dtype == kv.k.dtype):
         raise ValueError(
-            f"source: {source.k.dtype} pages for a pool of {kv.k.dtype}; store them as int8 "
-            "or in the pool's dtype"
+            f"source: {source.k.dtype} keys and {source.v.dtype} values for a pool of "
+            f"{kv.k.dtype}; store both as int8 or in the pool's dtype"
         )
     for scale in (source.k_scale, source.v_scale):
         if (None if scale is None else scale.shape) != (source.k.shape[:-1] if quantised else None):
             raise ValueError(
-                "source: int8 pages come with k_scale and v_scale, one number for each slot and "
-                "head; other pages come without"
+                "source: int8 pages must come with k_scale and v_scale, one number for each slot "
+                "and head; other pages must come without them"
             )

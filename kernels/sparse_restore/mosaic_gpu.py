@@ -1,8 +1,8 @@
 """The fused sparse restore as a Mosaic GPU kernel, for Hopper.
 
-A block of threads takes one part of a source page in one layer: bulk copies bring it into shared
-memory once. Of each piece, keys are rotated in registers, and bulk copies take keys and values to
-the pool. Values in the pool's precision never pass through registers.
+A thread block works on one part of a source page in one layer. Bulk copies bring this part into
+shared memory once. For each piece, the block rotates the keys in registers, and bulk copies write
+keys and values to the pool. Values in the pool's precision never pass through registers.
 """
 
 import functools
@@ -29,12 +29,12 @@ def sparse_restore_mosaic_gpu(
     theta: float,
     interpret: Any = False,
 ) -> PagedKV:
-    """Arguments as `api.sparse_restore`.
+    """Implements `api.sparse_restore`, with the same arguments.
 
     Args:
       kv: the pool, bfloat16 or float32.
-      source: where from; None: the pool.
-      plan: what goes where.
+      source: the source pages; None: pages of the pool.
+      plan: the pieces, and the slots that each is copied to.
       theta: base of the rotary frequencies.
       interpret: parameters of the simulator, to run on a CPU.
     """
@@ -42,7 +42,7 @@ def sparse_restore_mosaic_gpu(
     rotated = source is None or source.rotated
     scaled = source is not None and source.k_scale is not None
     biased = source is not None and source.key_bias is not None
-    # Whether keys or values are something else than what is stored.
+    # Whether the stored keys are unrotated, need a scale, or lack their bias.
     at_rest = not rotated or scaled or biased
     columns = (plan.page, plan.begin, plan.first, plan.slots, plan.target, plan.turn)
     arrays = [jnp.asarray(column) for column in columns]
@@ -130,7 +130,7 @@ def _restore_part(
         @pl.loop(start, stop)
         def _(piece: jax.Array) -> None:
             stage = jax.lax.rem(piece - start, STAGES)
-            # Where slot 0 of the part would lie in the pool.
+            # The row of the pool that slot 0 of the part would be copied to.
             to = parts.first_row(k_pool, layer, 0, part)
             to = to + (target[piece] - first[piece]) * parts.kv_heads
             begins = jnp.maximum(first[piece] - part_first, 0)
@@ -139,8 +139,8 @@ def _restore_part(
             copy(v, v_pool)
 
             def turn_and_copy() -> None:
-                # The stage is free when the copies of the piece before the last have read it; of
-                # the last one and of this one's values they may go on.
+                # The stage is free once the copies of the piece before the previous one have read
+                # it. Copies of the previous piece, and of this piece's values, may still run.
                 plgpu.wait_smem_to_gmem(STAGES - 1, wait_read_only=True)
                 _rotate(parts, k, smem, stage, turn[piece], part_first, rotated=rotated)
                 plgpu.commit_smem()
@@ -151,7 +151,8 @@ def _restore_part(
             if "k_plain" in smem:
                 turn_and_copy()
             else:
-                # What is not turned keeps its bits: a product with 1 and 0 loses signs of zeros.
+                # Keys that are not rotated keep their bits: products with 1 and 0 would lose the
+                # sign of zeros.
                 pl.when(turn[piece] == 0)(lambda: copy(k, k_pool))
                 pl.when(turn[piece] != 0)(turn_and_copy)
             plgpu.commit_smem_to_gmem_group()
@@ -162,7 +163,7 @@ def _restore_part(
 def _make_plain(
     parts: PageParts, source: dict[str, Ref], smem: dict[str, Ref], row: jax.Array, layer: jax.Array
 ) -> None:
-    """Turns what is at rest into float32 keys with their bias and values as the pool has them."""
+    """Converts a part at rest: keys to float32, with their bias, and values to the pool's dtype."""
     step = max(1, THREADS // parts.head_dim)
     shape = step, parts.head_dim
     number = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -195,7 +196,7 @@ def _rotate(
     *,
     rotated: bool,
 ) -> None:
-    """Rotates the part's keys into a stage."""
+    """Rotates the part's keys and writes them to a stage."""
     for start in range(0, parts.rows, parts.chunk):
         rows, position = pl.ds(start, parts.chunk), turn
         if not rotated:
@@ -209,7 +210,7 @@ def _rotate(
 def _copy_rows(
     parts: PageParts, begins: jax.Array, ends: jax.Array, to: jax.Array, here: Ref, there: Ref
 ) -> None:
-    """Sends slots `begins` to `ends` of the part to the rows behind `to`."""
+    """Copies slots `begins` to `ends` of the part to the pool; slot 0 would go to row `to`."""
 
     def copy(row: jax.Array | int, count: int) -> None:
         rows = pl.ds(row, count), pl.ds(to + row, count)

@@ -1,9 +1,9 @@
 """The fused sparse restore as a Mosaic TPU kernel.
 
-One program goes through the source pages in use, some layers at a time: a copy brings a page of
-all these layers into VMEM once, while the pieces of the page before are restored. Of each piece,
-keys are rotated into one of two stages, and copies take keys and values to the pool while the next
-piece is rotated. Values in the pool's precision go from the page straight to the pool.
+One program iterates over the source pages in use, for some layers at a time. A copy brings a page
+of these layers into VMEM once, while the pieces of the previous page are restored. The keys of each
+piece are rotated into one of two stages, and copies write keys and values to the pool while the
+next piece is rotated. Values in the pool's precision are copied from the page straight to the pool.
 """
 
 import dataclasses
@@ -20,14 +20,15 @@ from tokendance_jax.kernels import rope
 from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 
-# Bytes of a page over the layers that are restored at a time: ten times as much is in VMEM at most,
-# of which a program has 16 MiB.
+# Bytes of a page's keys in the layers that are restored at a time. VMEM holds at most ten times as
+# much; a program has 16 MiB of it.
 CHUNK_BYTES = 1 << 19
-# The largest plan: it lies in SMEM, which has 1 MiB.
+# The largest plan in bytes. Plans are in SMEM, which has 1 MiB.
 PLAN_BYTES = 1_000_000
-# Source pages in VMEM: one comes in, one is restored, one is still on its way to the pool.
+# Source pages in VMEM: one is being copied in, one is being restored, and pieces of one are still
+# being copied to the pool.
 PAGES = 3
-# Pieces on their way to the pool, and the one that is rotated.
+# Pieces with rotated keys in VMEM: those being copied to the pool, and the one being rotated.
 STAGES = 2
 
 Ref = Any
@@ -35,14 +36,14 @@ Ref = Any
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """A chunk is a page in some layers.
+    """Sizes of pages and chunks. A chunk is a page in some of the layers.
 
     Attributes:
       chunks: chunks of a page.
       layers: layers of a chunk.
       page_size: slots of a page.
       kv_heads: heads of a slot.
-      head_dim: numbers of a head.
+      head_dim: width of a head.
     """
 
     chunks: int
@@ -65,22 +66,22 @@ def sparse_restore_mosaic_tpu(
     theta: float,
     interpret: Any = False,
 ) -> PagedKV:
-    """Arguments as `api.sparse_restore`.
+    """Implements `api.sparse_restore`, with the same arguments.
 
-    Pools and sources are read row by row. XLA lays out large pools with heads narrower than 128 in
-    another way: who has such pools gives them the layout of rows, or XLA copies them.
+    Expects pools and sources in row-major layout. XLA lays out large pools with heads narrower than
+    128 differently; pass such pools with a row-major layout, or XLA copies them.
 
     Args:
       kv: the pool, bfloat16 or float32.
-      source: where from; None: the pool.
-      plan: what goes where.
+      source: the source pages; None: pages of the pool.
+      plan: the pieces, and the slots that each is copied to.
       theta: base of the rotary frequencies.
-      interpret: whether to run on a CPU, or parameters of the simulator.
+      interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
     """
     layers, _, page_size, kv_heads, head_dim = kv.k.shape
     dtype = kv.k.dtype
     if dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {dtype}")
+        raise NotImplementedError(f"the kernel supports bfloat16 and float32 pools, not {dtype}")
     page_bytes = page_size * kv_heads * max(head_dim, 128) * dtype.itemsize
     fitting = (n for n in range(1, layers + 1) if layers % n == 0 and n * page_bytes <= CHUNK_BYTES)
     chunk_layers = max(fitting, default=1)
@@ -99,7 +100,7 @@ def sparse_restore_mosaic_tpu(
         fetched |= {"k": jnp.asarray(source.k), "v": jnp.asarray(source.v)}
     if source is not None and source.k_scale is not None:
         for name, scale in (("k_scale", source.k_scale), ("v_scale", source.v_scale)):
-            # One column per layer, as the rows of a tile are the heads of a slot.
+            # Layers are the columns because the heads of a slot are the rows of a tile.
             fetched[name] = jnp.asarray(scale).transpose(1, 2, 3, 0)
             scratch[name] = pltpu.VMEM((PAGES, page_size, kv_heads, layers), jnp.float32)
         scratch["v_plain"] = pltpu.VMEM((PAGES, *sizes.chunk), dtype)
@@ -167,7 +168,7 @@ def _restore(
     *,
     rotated: bool,
 ) -> None:
-    """Restores all pieces of all pages in use. An item is a page in one chunk of layers."""
+    """Restores all pieces of all pages in use. An item is one chunk of one page."""
     pages, pieces = columns["pages"][0], columns["pieces"][0]
     items = pages * sizes.chunks
     sent_v = vmem.get("v_plain", vmem["v"])
@@ -182,7 +183,7 @@ def _restore(
             act(pltpu.make_async_copy(at, vmem[name].at[place], vmem["arrived"].at[place]))
 
     def send(step: jax.Array, v: Ref, act: Callable[[Any], None]) -> None:
-        """Starts or awaits the copies of a piece to the pool, in powers of two."""
+        """Starts or awaits the copies of a piece to the pool, each of a power of two of slots."""
         chunk, piece = jax.lax.div(step, pieces), jax.lax.rem(step, pieces)
         stage = jax.lax.rem(step, STAGES)
         first, slots, target = (columns[name][piece] for name in ("first", "slots", "target"))
@@ -207,7 +208,8 @@ def _restore(
 
     @pl.loop(0, items)
     def _(item: jax.Array) -> None:
-        # All but the last piece have left, so what came two items ago is in the pool.
+        # All pieces but the last are in the pool, so the place of the item before the previous one
+        # is free.
         @pl.when(item + 1 < items)
         def _() -> None:
             fetch(item + 1, lambda copy: copy.start())
@@ -239,7 +241,7 @@ def _restore(
 def _make_plain(
     sizes: _Sizes, bias: Ref, vmem: dict[str, Ref], place: jax.Array, chunk: jax.Array
 ) -> None:
-    """Makes float32 keys with their bias of keys at rest, and values in the pool's precision."""
+    """Converts a chunk at rest: keys to float32, with their bias, values to the pool's dtype."""
 
     @pl.loop(0, sizes.layers)
     def _(index: jax.Array) -> None:
@@ -262,10 +264,10 @@ def _make_plain(
 def _rotate(
     sizes: _Sizes, k: Ref, stage: Ref, tables: Ref, turn: jax.Array, *, rotated: bool
 ) -> None:
-    """Rotates the keys of a page [layers, page_size, kv_heads, head_dim] into a stage."""
+    """Rotates a page's keys [layers, page_size, kv_heads, head_dim] and writes them to a stage."""
     slots = 1 if rotated else sizes.page_size
     shape = slots, 1, sizes.head_dim
-    # Not rotated yet, a slot's keys go to a position of its own.
+    # Keys that are not rotated yet have an angle of their own in each slot.
     position = turn + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     angle = rope.angles(position, *(tables[pl.ds(index, 1)] for index in range(3)))
     half = sizes.head_dim // 2
@@ -275,7 +277,8 @@ def _rotate(
     @pl.loop(0, sizes.layers)
     def _(layer: jax.Array) -> None:
         x = k[layer].astype(jnp.float32)
-        # One instruction where a head fills the lanes; narrower ones are no circle for it.
+        # One instruction swaps the halves of a head that fills the register's lanes. It does not
+        # wrap around within narrower heads.
         whole = sizes.head_dim % 128 == 0
         swapped = x[..., half:], x[..., :half]
         other = pltpu.roll(x, half, 2) if whole else jnp.concatenate(swapped, axis=2)

@@ -1,4 +1,4 @@
-"""What a restore reads and writes: source pages, and the pieces of them that go to slots."""
+"""What a restore reads and writes: source pages, and the pieces of them that are copied."""
 
 import dataclasses
 from typing import Literal, no_type_check
@@ -9,7 +9,7 @@ import numpy as np
 from tokendance_jax.kernels.lanes import Array
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -18,12 +18,11 @@ class Source:
     Attributes:
       k: [layers, pages, page_size, kv_heads, head_dim]; keys in the pool's dtype or int8.
       v: values, as k.
-      k_scale: f32 [layers, pages, page_size, kv_heads], what int8 keys are multiplied with; else
-        None.
-      v_scale: as k_scale.
-      key_bias: f32 [layers, kv_heads, head_dim], added to keys before they are rotated; or None.
-      rotated: whether keys stand rotated at canonical positions; else they were taken before the
-        rotary embedding, and slot o of a page is rotated by the piece's turn plus o.
+      k_scale: f32 [layers, pages, page_size, kv_heads]; factors of int8 keys. None for other keys.
+      v_scale: as k_scale, for values.
+      key_bias: f32 [layers, kv_heads, head_dim]; added to keys before they are rotated. Or None.
+      rotated: whether keys are stored rotated at canonical positions. Otherwise they are stored
+        before the rotary embedding, and slot o of a page is rotated by the piece's turn plus o.
     """
 
     k: Array
@@ -34,20 +33,21 @@ class Source:
     rotated: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds these pytrees with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RestorePlan:
-    """Pieces of source pages, page by page: so a page is read once, wherever its pieces go.
+    """Pieces of source pages, grouped so that each page is read once, wherever its pieces go.
 
     Attributes:
       page: i32 [pages]; the source pages that are read.
-      begin: i32 [pages + 1]; pieces `begin[i]` to `begin[i + 1]` are those of `page[i]`.
+      begin: i32 [pages + 1]; pieces `begin[i]` to `begin[i + 1]` are of `page[i]`.
       first: i32 [pieces]; first slot of the piece in its page.
-      slots: i32 [pieces].
-      target: i32 [pieces]; page * page_size + offset of the first slot. The others follow it.
-      turn: i32 [pieces]; positions by which keys are rotated on: target minus source position, or,
-        of keys that are not rotated yet, the target position of slot 0 of the source page.
+      slots: i32 [pieces]; number of slots.
+      target: i32 [pieces]; the pool's slot that the first slot is copied to, page * page_size +
+        offset. The other slots follow it.
+      turn: i32 [pieces]; by how many positions keys are rotated: target minus source position. For
+        keys that are not rotated yet, the target position of slot 0 of the source page.
     """
 
     page: Array
@@ -61,22 +61,22 @@ class RestorePlan:
     def of_slots(
         cls, source: np.ndarray, target: np.ndarray, turn: np.ndarray, *, page_size: int
     ) -> "RestorePlan":
-        """Finds the pieces of single slots.
+        """Joins single slots into pieces.
 
         Args:
           source: i32 [slots]; page * page_size + offset in the source.
-          target: i32 [slots]; page * page_size + offset in the pool; no slot twice.
+          target: i32 [slots]; page * page_size + offset in the pool, without duplicates.
           turn: i32 [slots]; see `RestorePlan.turn`.
           page_size: slots of a page.
 
         Returns:
-          The plan, with as many pieces as there are runs of neighbouring slots.
+          The plan, with one piece per run of neighbouring slots.
         """
         order = np.lexsort((target, source // page_size))
         source, target, turn = source[order], target[order], turn[order]
         page = source // page_size
         new_page = np.diff(page, prepend=-1) != 0
-        # A piece stays in one target page too: a kernel may then write it as one.
+        # A piece stays within one target page too, so that a kernel can write it as a whole.
         onward = (np.diff(source) == 1) & (np.diff(target) == 1) & (np.diff(turn) == 0)
         onward &= target[1:] % page_size != 0
         new_piece = new_page.copy()
@@ -95,10 +95,10 @@ class RestorePlan:
 
     @classmethod
     def of_pages(cls, source: np.ndarray, target: np.ndarray, *, page_size: int) -> "RestorePlan":
-        """Whole pages to whole pages, as they are.
+        """Plans copies of whole pages without rotation.
 
         Args:
-          source: i32 [pages]; pages of the source, ascending, none twice.
+          source: i32 [pages]; pages of the source, in ascending order, without duplicates.
           target: i32 [pages]; pages of the pool.
           page_size: slots of a page.
         """
@@ -113,7 +113,7 @@ class RestorePlan:
         )
 
     def cut(self, start: int, stop: int) -> "RestorePlan":
-        """The work of pieces `start` to `stop` alone."""
+        """Returns the plan of pieces `start` to `stop` alone."""
         page, begin, *columns = self._columns()
         stop = min(stop, len(columns[0]))
         begin = np.clip(begin, start, stop) - start
@@ -122,7 +122,7 @@ class RestorePlan:
         return RestorePlan(page[used], begin, *(column[start:stop] for column in columns))
 
     def padded(self, pages: int, pieces: int) -> "RestorePlan":
-        """The same work in arrays of these sizes, which are at least its own."""
+        """Pads the arrays to these sizes, which must be at least their own."""
 
         def fill(x: np.ndarray, size: int, mode: Literal["constant", "edge"]) -> np.ndarray:
             return np.pad(x, (0, size - len(x)), mode=mode)
@@ -135,5 +135,5 @@ class RestorePlan:
         )
 
     def _columns(self) -> list[np.ndarray]:
-        """The arrays of a plan on the host, in the order of its fields."""
+        """Returns the arrays of a plan on the host, in the order of its fields."""
         return [np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)]

@@ -1,4 +1,4 @@
-"""The sparse restore in plain jax.numpy, all slots at once: what other paths are tested against."""
+"""The sparse restore in plain jax.numpy, all slots at once: the reference for implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ def sparse_restore_reference(
     *,
     theta: float,
 ) -> PagedKV:
-    """Gathers, rotates and scatters. Arguments as `api.sparse_restore`, the plan on the host."""
+    """Gathers, rotates and scatters slots.
+
+    Arguments as for `api.sparse_restore`, but the plan must be on the host.
+    """
     page_size, head_dim = kv.k.shape[2], kv.k.shape[4]
     origin = Source(kv.k, kv.v) if source is None else source
     plan = jax.tree.map(np.asarray, plan)
@@ -32,7 +35,7 @@ def sparse_restore_reference(
     write = (slice(None), target // page_size, target % page_size)
 
     def plain(x: Array, scale: Array | None) -> jax.Array:
-        """f32 [layers, slots, kv_heads, head_dim]."""
+        """Returns the scaled numbers, f32 [layers, slots, kv_heads, head_dim]."""
         number = storage.load(jnp.asarray(x)[read]).astype(jnp.float32)
         return number if scale is None else number * jnp.asarray(scale)[read][..., None]
 

@@ -1,4 +1,4 @@
-"""Sizes of the restore kernels, by what was compiled for their targets."""
+"""Sizes of the restore kernels, chosen from kernels compiled for their targets."""
 
-# GPU: pieces on their way to the pool while the next is rotated.
+# GPU: stages for rotated keys. The next piece is rotated while others are copied to the pool.
 STAGES = 2

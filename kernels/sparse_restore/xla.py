@@ -8,9 +8,9 @@ from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 
-# Most pieces that one step restores. Tuned on a CPU: their pages stay in the cache from the read to
-# the write, and steps are few. 25 mirrors of 128 pages of the 0.5B model in bfloat16 take 102, 97,
-# 90 and 88 ms in steps of 16, 32, 64 and 128 pieces.
+# The most pieces that one step restores. Tuned on a CPU: the pages of a step stay in the cache from
+# the read to the write, and there are few steps. 25 mirrors of 128 pages of the 0.5B model in
+# bfloat16 take 102, 97, 90 and 88 ms in steps of 16, 32, 64 and 128 pieces.
 STEP_PIECES = 128
 
 
@@ -21,7 +21,7 @@ def sparse_restore_xla(
     *,
     theta: float,
 ) -> PagedKV:
-    """Arguments as `api.sparse_restore`."""
+    """Implements `api.sparse_restore`, with the same arguments."""
     layers, pages, page_size, _, head_dim = kv.k.shape
     count = jnp.asarray(plan.begin)[-1]
     pieces = min(STEP_PIECES, plan.first.shape[0])
@@ -47,7 +47,7 @@ def sparse_restore_xla(
     position = turn[:, None] + (jnp.zeros_like(offset[:, :1]) if rotated else offset)
     cos, sin = rope.rotation(position, theta=theta, head_dim=head_dim)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    # What is not turned keeps its bits: a product with 1 and 0 would lose the sign of zeros.
+    # Keys that are not rotated keep their bits: products with 1 and 0 would lose the sign of zeros.
     stands = source is None or (
         source.rotated and source.k_scale is None and source.key_bias is None
     )

@@ -1,4 +1,4 @@
-"""Loading of Qwen2 checkpoints: safetensors, GGUF, Orbax and the Hugging Face hub."""
+"""Loads Qwen2 checkpoints: safetensors, GGUF, Orbax and the Hugging Face hub."""
 
 from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.huggingface import save_huggingface

@@ -1,4 +1,4 @@
-"""Adapters, such as LoRA, are told from models and refused by name."""
+"""Recognises adapters, such as LoRA, and refuses them by name."""
 
 import os
 from collections.abc import Iterable
@@ -9,15 +9,15 @@ from tokendance_jax.models.qwen2.errors import CheckpointError
 
 _CONFIG = "adapter_config.json"
 _FILES = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
-# PEFT's wrapper, and its parameters beside those of the model.
+# In tensor names: the prefix of a model that PEFT wrapped, and the infix of LoRA's own parameters.
 _PREFIX, _INFIX = "base_model.model.", ".lora_"
 
 
 def refuse_adapter_folder(folder: Path) -> None:
-    """Checks that a folder holds no adapter; transformers would apply one that lies by a model.
+    """Checks that a folder holds no adapter. transformers would apply one found next to a model.
 
     Raises:
-      CheckpointError: It does.
+      CheckpointError: The folder holds an adapter.
     """
     for name in _FILES:
         if (folder / name).exists():
@@ -27,10 +27,10 @@ def refuse_adapter_folder(folder: Path) -> None:
 
 
 def refuse_adapter_tensors(names: Iterable[str], where: str | os.PathLike[str]) -> None:
-    """Checks that tensors are those of a model alone.
+    """Checks that no tensor belongs to an adapter.
 
     Raises:
-      CheckpointError: One of them belongs to an adapter or to a model wrapped for training one.
+      CheckpointError: A tensor belongs to an adapter or to a model wrapped for training one.
     """
     for name in names:
         if name.startswith(_PREFIX) or _INFIX in name:
@@ -38,7 +38,7 @@ def refuse_adapter_tensors(names: Iterable[str], where: str | os.PathLike[str]) 
 
 
 def adapter_error(where: str | os.PathLike[str], subject: str, problem: str) -> CheckpointError:
-    """Returns the error about an adapter given as a model."""
+    """Returns the error for an adapter that is passed as a model."""
     return CheckpointError(
         where,
         subject,

@@ -1,4 +1,4 @@
-"""What every loader returns."""
+"""The checkpoint that every loader returns."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ class Checkpoint:
     Attributes:
       config: Sizes and constants of the model.
       params: Arrays by parameter path (see `tokendance_jax.models.qwen2.parameters`). Matrices are
-        [out, in] in the type asked for at loading; norm weights and biases are float32.
+        [out, in] in the dtype requested when loading; norm weights and biases are float32.
       tokenizer_json: A Hugging Face `tokenizer.json`.
       chat_template: Jinja source of the chat template, if the checkpoint has one.
       stop_ids: Token ids that end a generation, in ascending order.
-      name: The model's name, for people.
-      special_tokens: Strings of tokens by the names under which the chat template writes them, such
-        as `bos_token`; tuples of strings for lists such as `additional_special_tokens`.
+      name: The model's name, for display.
+      special_tokens: Token strings by the names that chat templates use, such as `bos_token`;
+        tuples of strings for lists, such as `additional_special_tokens`.
     """
 
     config: Qwen2Config

@@ -23,19 +23,20 @@ from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.errors import CheckpointError
 from tokendance_jax.models.qwen2.parameters import gguf_name
 
-# llama.cpp computes the rotary frequencies of this architecture from the metadata alone.
+# llama.cpp ignores these tensors for this architecture: it computes the rotary frequencies from the
+# metadata alone.
 _IGNORABLE = re.compile(r"rope_freqs\.weight|blk\.\d+\.rope_freqs\.weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class _GgufTensor(StoredTensor):
-    """A tensor in blocks, the smallest units that can be decoded by themselves.
+    """A tensor stored in blocks, the smallest units that can be decoded separately.
 
     Attributes:
-      offset: The tensor's first byte in it.
+      offset: The tensor's first byte in the file.
       block_values: Values in a block.
       block_bytes: Bytes of a block.
-      dequantize: Turns the bytes of whole blocks into values.
+      dequantize: Converts the bytes of whole blocks to values.
     """
 
     offset: int
@@ -45,12 +46,12 @@ class _GgufTensor(StoredTensor):
 
     @property
     def end(self) -> int:
-        """The first byte after the tensor."""
+        """The first byte in the file after the tensor."""
         return self.offset + self._bytes(math.prod(self.shape))
 
     def slices(self, size: int) -> Iterator[np.ndarray]:
         step = self._bytes(size)
-        # Plain reads: pages of a memory map would count as this process's memory.
+        # Plain reads, because pages of a memory map would count as this process's memory.
         with open(self.file, "rb") as file:
             file.seek(self.offset)
             for start in range(self.offset, self.end, step):
@@ -96,7 +97,8 @@ def load_gguf(file: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
             f"is one of {fields['split.count']} parts",
             "join them with llama-gguf-split --merge",
         )
-    # The embedding's row count is the vocabulary size; without it the match below fails by name.
+    # The embedding's number of rows is the vocabulary size. If the embedding is missing,
+    # `match_parameters` below reports it by name.
     embedding = header.tensors.get("token_embd.weight")
     config = Qwen2Config.from_gguf(
         fields,
@@ -170,7 +172,7 @@ def _encoding(
     try:
         kind = gguf.GGMLQuantizationType(number)
         block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        # One group for the whole slice: `dequantize` works through 16 rows at a time.
+        # `gguf` converts 16 rows at a time. A slice is flat, so that it counts as a single row.
         dequantize = functools.partial(gguf.quants.dequantize, qtype=kind)
         dequantize(np.zeros(block_bytes, np.uint8))
     except (ValueError, KeyError, NotImplementedError):

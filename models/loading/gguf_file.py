@@ -1,8 +1,8 @@
 """The header of a GGUF file: metadata and tensor descriptions, without the tensor data.
 
-`gguf.GGUFReader` maps the whole file and keeps several objects for each of the 300,000 strings of
-a vocabulary; this reader needs neither the memory nor the time, and bounds every read by the size
-of the file. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+This reader needs less memory and time than `gguf.GGUFReader`, which maps the whole file and keeps
+several objects for each of the 300,000 strings of a vocabulary. It also bounds every read by the
+size of the file. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import dataclasses
@@ -65,13 +65,13 @@ def read_gguf_header(file: Path) -> GgufHeader:
     """Reads the header of a GGUF file of version 2 or 3.
 
     Raises:
-      CheckpointError: The file is no GGUF file, of another version, or cut in its header.
+      CheckpointError: The file is not a GGUF file, has another version, or ends in its header.
     """
     size = file.stat().st_size
     with open(file, "rb") as stream:
         reader = _Reader(stream, file, size)
         if reader.take(4) != b"GGUF":
-            raise CheckpointError(file, "magic", "this is no GGUF file", "it must begin with GGUF")
+            raise CheckpointError(file, "magic", "not a GGUF file", "it must begin with GGUF")
         version = reader.number(4)
         if version not in (2, 3):
             raise CheckpointError(

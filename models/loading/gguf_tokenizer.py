@@ -13,10 +13,10 @@ _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The names under which llama.cpp takes it.
+# llama.cpp's names for this pre-tokenizer.
 _QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen", "f2llmv2", "kormo", "megrez")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-# Tokens that end a turn or a document in llama.cpp, but for those of single other model families.
+# Tokens that end a turn or a document in llama.cpp, except those specific to another model family.
 _END_TOKENS = frozenset(
     {
         "<|im_end|>",
@@ -37,7 +37,7 @@ _END_TOKENS = frozenset(
 )
 _EOS = "tokenizer.ggml.eos_token_id"
 _END_IDS = (_EOS, "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-# The names of chat templates by the fields, one of which the format misspells.
+# GGUF fields by the names that chat templates use. The format misspells "separator".
 _SPECIAL_IDS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
     "eos_token": _EOS,
@@ -70,14 +70,15 @@ def tokenizer_from_gguf(fields: Mapping[str, object], where: str | os.PathLike[s
     tokens = _list(fields, "tokenizer.ggml.tokens", where)
     kinds = _token_types(fields, where)
     merges = _list(fields, "tokenizer.ggml.merges", where)
-    # Control and user-defined tokens stay in the vocabulary: as added tokens they keep their ids.
+    # The vocabulary includes control and user-defined tokens, so that they keep their ids when they
+    # are added below.
     vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != _UNUSED}
     try:
         pairs = [tuple(merge.split(" ", 1)) for merge in merges]
         tokenizer = Tokenizer(BPE(vocab=vocab, merges=pairs))
     except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(
-            where, "tokenizer.ggml.merges", f"no valid BPE ({error})", "the file is damaged"
+            where, "tokenizer.ggml.merges", f"not a valid BPE ({error})", "the file is damaged"
         ) from None
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -100,10 +101,10 @@ def tokenizer_from_gguf(fields: Mapping[str, object], where: str | os.PathLike[s
 def stop_ids_from_gguf(
     fields: Mapping[str, object], where: str | os.PathLike[str]
 ) -> tuple[int, ...]:
-    """Returns the ids that end a generation, in ascending order, as llama.cpp does.
+    """Returns the ids that end a generation in llama.cpp, in ascending order.
 
-    These are the ids of end of sequence, turn and message, and the control and user-defined tokens
-    whose text says that they end a turn or a document.
+    These are the ids of end of sequence, turn and message, and of the control and user-defined
+    tokens whose text marks the end of a turn or a document.
 
     Raises:
       CheckpointError: The end-of-sequence id or the vocabulary is missing, or an id has no token.
@@ -129,9 +130,9 @@ def stop_ids_from_gguf(
 def special_tokens_from_gguf(
     fields: Mapping[str, object], where: str | os.PathLike[str]
 ) -> dict[str, str]:
-    """Returns the special tokens by the names that chat templates have for them.
+    """Returns the special tokens by the names that chat templates use.
 
-    Ids without a token, by which some files say that there is none, are left out.
+    Leaves out ids outside the vocabulary, which some files use for a special token that is absent.
 
     Raises:
       CheckpointError: The vocabulary is missing.
@@ -170,8 +171,8 @@ def _token_types(fields: Mapping[str, object], where: str | os.PathLike[str]) ->
             f"token type {min(unknown)}",
             "normal (1), control (3), user-defined (4) and unused (5) tokens are supported",
         )
-    # llama.cpp takes end tokens for control tokens, whatever the file types them as. A word that
-    # merges make stays one: it could not be told from text.
+    # llama.cpp treats end tokens as control tokens, whatever their type in the file. An end token
+    # that merges produce stays a word, because it could not be told from text.
     merges = _list(fields, "tokenizer.ggml.merges", where)
     words = {merge.replace(" ", "", 1) for merge in merges}
     return [

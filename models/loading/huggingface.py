@@ -30,16 +30,16 @@ from tokendance_jax.models.qwen2.errors import CheckpointError
 from tokendance_jax.models.qwen2.parameters import hf_name
 
 _INDEX = "model.safetensors.index.json"
-# Old exports keep the rotary frequencies, which follow from the configuration.
+# Old exports contain the rotary frequencies, which follow from the configuration.
 _IGNORABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 def load_huggingface(folder: Path, name: str, *, dtype: np.dtype, progress: bool) -> Checkpoint:
-    """Loads a folder as `save_pretrained` writes it.
+    """Loads a folder in the format of `save_pretrained`.
 
-    A tied model may repeat its embedding as the output matrix. An output matrix with other values
-    is used, and the model is untied, as in transformers.
+    A tied model may repeat its embedding as the output matrix. If the output matrix has other
+    values, it is used and the model is untied, as in transformers.
 
     Args:
       folder: The folder.
@@ -73,17 +73,19 @@ def load_huggingface(folder: Path, name: str, *, dtype: np.dtype, progress: bool
 
 
 def save_huggingface(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint as `save_pretrained` would, all tensors in bfloat16, whole or not at all.
+    """Writes a checkpoint in the format of `save_pretrained`, with all tensors in bfloat16.
+
+    The target appears only once everything is written.
 
     Args:
-      checkpoint: What to write.
-      target: A folder that does not exist yet. Missing parents are made.
+      checkpoint: The checkpoint to write.
+      target: A folder that does not exist yet. Missing parents are created.
 
     Raises:
       CheckpointError: The target exists.
     """
     if checkpoint.stop_ids:
-        # Others take the token that ends an answer from the tokenizer's files.
+        # Other loaders read the token that ends an answer from the tokenizer's files.
         tokenizer = parse_tokenizer(target, checkpoint.tokenizer_json)
         last = {"eos_token": tokenizer.id_to_token(checkpoint.stop_ids[-1])}
         checkpoint = dataclasses.replace(
@@ -122,7 +124,9 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
     if not isinstance(shard_of, dict) or not all(
         isinstance(shard, str) for shard in shard_of.values()
     ):
-        raise CheckpointError(index, "weight_map", "is no map to file names", "download it again")
+        raise CheckpointError(
+            index, "weight_map", "is not a map to file names", "download it again"
+        )
     headers = {}
     for shard in sorted(set(shard_of.values())):
         if not (folder / shard).is_file():

@@ -1,4 +1,4 @@
-"""Finds out what a source is and loads it."""
+"""Detects the format of a source and loads it."""
 
 import os
 import re
@@ -23,18 +23,18 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Loads a Qwen2 model onto the default device.
 
-    All names, shapes and sizes are checked before any weight is read. Beside the arrays the load
-    needs little memory: weights are read and converted in slices.
+    All names, shapes and sizes are checked before any weight is read. Loading needs little memory
+    besides the arrays: weights are read and converted in slices.
 
     Args:
       source: A folder with `config.json` and safetensors files, a GGUF file, a folder that
         `save_orbax` wrote, or a Hugging Face hub id `organisation/name`.
-      dtype: Type of the matrices: float32 or bfloat16. Norm weights and biases become float32.
+      dtype: Dtype of the matrices: float32 or bfloat16. Norm weights and biases become float32.
       progress: Whether to show a progress bar on stderr.
 
     Raises:
       CheckpointError: The source does not exist, or is damaged, incomplete or not supported.
-      ValueError: `dtype` is another type.
+      ValueError: `dtype` is neither float32 nor bfloat16.
     """
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, jnp.bfloat16):
@@ -43,7 +43,7 @@ def load_checkpoint(
         path = Path(source).expanduser()
     except RuntimeError:
         raise CheckpointError(
-            os.fspath(source), "source", "there is no such home folder", "write the folder out"
+            os.fspath(source), "source", "there is no such home folder", "write the path in full"
         ) from None
     if path.is_file():
         return load_gguf(path, dtype=dtype, progress=progress)
@@ -75,7 +75,7 @@ def _download(source: str) -> Path:
         ) from None
     try:
         return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
-    # OSError: the base of the hub's own errors, and those of the disk.
+    # OSError covers the hub's own errors and those of the disk.
     except (OSError, HFValidationError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Writes and loads the project's own format: Orbax arrays beside Hugging Face's small files."""
+"""Writes and loads the project's own format: Orbax arrays next to Hugging Face's small files."""
 
 import math
 import os
@@ -30,15 +30,15 @@ _NOTHING = re.compile(r"(?!)")
 
 
 def save_orbax(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint to a new folder, whole or not at all.
+    """Writes a checkpoint to a new folder, which appears only once everything is written.
 
     The folder holds `config.json`, `generation_config.json`, `tokenizer.json`,
     `tokenizer_config.json`, `chat_template.jinja` if there is a template, and the arrays in
     `params/`.
 
     Args:
-      checkpoint: What to write; the arrays keep their types.
-      target: A folder that does not exist yet. Missing parents are made.
+      checkpoint: The checkpoint to write. The arrays keep their dtypes.
+      target: A folder that does not exist yet. Missing parents are created.
 
     Raises:
       CheckpointError: The target exists.
@@ -59,7 +59,7 @@ def load_orbax(folder: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
       progress: Whether to show a progress bar on stderr.
 
     Raises:
-      CheckpointError: A file is missing or damaged, or the arrays are not the configuration's.
+      CheckpointError: A file is missing or damaged, or the arrays do not match the configuration.
     """
     config = read_config(folder)
     text = read_text_tools(folder, config)
@@ -118,10 +118,11 @@ def _finite(array: jax.Array) -> jax.Array:
 
 
 def _groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Divides parameters into layers and single matrices, the largest group first.
+    """Groups parameters by layer, each other parameter alone, with the largest group first.
 
-    Orbax holds stored and converted copies of all that it restores at once. In this order the peak
-    stays close to the size of the weights, and layers are still read in parallel inside.
+    Orbax holds a stored and a converted copy of everything that one call restores. In this order
+    peak memory stays close to the size of the weights, and the parameters of a layer are still read
+    in parallel.
     """
     groups: dict[str, list[str]] = {}
     for path in shapes:

@@ -1,4 +1,4 @@
-"""A progress bar over bytes."""
+"""A progress bar that counts bytes."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ def byte_progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]
       shown: Whether to show anything.
 
     Yields:
-      A function that adds bytes to those loaded.
+      A function that adds a number of bytes to the bytes loaded so far.
     """
     if not shown:
         yield lambda count: None

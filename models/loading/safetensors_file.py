@@ -21,7 +21,7 @@ class _SafetensorsTensor(StoredTensor):
         rows = max(1, size // math.prod(self.shape[1:]))
         for start in range(0, self.shape[0], rows):
             # The package maps the file, and mapped pages count as this process's memory until the
-            # file is closed. Opened for every slice, it also shows at once if it was cut meanwhile.
+            # file is closed. Opening it for every slice also detects truncation in the meantime.
             with _opened(self.file) as content:
                 stored = content.get_slice(self.name)
                 yield stored[start : min(start + rows, self.shape[0])].reshape(-1)
@@ -31,7 +31,7 @@ def read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file by name, without reading their values.
 
     Raises:
-      CheckpointError: The file is cut or damaged, or a tensor's type is not supported.
+      CheckpointError: The file is truncated or damaged, or a tensor's type is not supported.
     """
     with _opened(file) as content:
         names = content.keys()

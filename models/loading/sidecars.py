@@ -1,4 +1,4 @@
-"""The small files beside the weights: reads `config.json`, writes all, whole or not at all."""
+"""The small files next to the weights: reads `config.json`, and writes all of them or none."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.errors import CheckpointError
 
-# Special tokens with a name, in the order in which transformers adds them.
+# Names of special tokens, in the order in which transformers adds them.
 SPECIAL_NAMES = (
     "bos_token",
     "eos_token",
@@ -23,7 +23,7 @@ SPECIAL_NAMES = (
     "cls_token",
     "mask_token",
 )
-# Those without.
+# The list of special tokens without a name.
 LISTED = "additional_special_tokens"
 
 
@@ -31,7 +31,7 @@ def read_config(folder: Path) -> Qwen2Config:
     """Reads `config.json`.
 
     Raises:
-      CheckpointError: It is missing, malformed or describes a model that is not supported.
+      CheckpointError: The file is missing, malformed or describes a model that is not supported.
     """
     file = folder / "config.json"
     return Qwen2Config.from_hf(read_json(file), str(file))
@@ -41,7 +41,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Returns the JSON object in a file.
 
     Raises:
-      CheckpointError: The file is missing, or holds no JSON object.
+      CheckpointError: The file is missing or does not hold a JSON object.
     """
     text = read_text(file, file.name, "the folder must hold it")
     try:
@@ -51,12 +51,12 @@ def read_json(file: Path) -> dict[str, Any]:
             file, file.name, f"malformed JSON ({error})", "download it again"
         ) from None
     if not isinstance(value, dict):
-        raise CheckpointError(file, file.name, "is no JSON object", "download it again")
+        raise CheckpointError(file, file.name, "is not a JSON object", "download it again")
     return value
 
 
 def check_target(target: str | os.PathLike[str]) -> None:
-    """Checks, before long work, that a folder can be written to a target.
+    """Checks that a target does not exist yet. Call this before long work.
 
     Raises:
       CheckpointError: The target exists.
@@ -67,17 +67,20 @@ def check_target(target: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Makes a folder that appears at the target when the block ends well, and else not at all.
+    """Creates a folder that appears at the target only if the `with` block succeeds.
 
     Args:
-      target: A folder that does not exist yet. Missing parents are made.
+      target: A folder that does not exist yet. Missing parents are created.
+
+    Yields:
+      A temporary folder to write to. It is renamed to the target, or deleted after an error.
 
     Raises:
       CheckpointError: The target exists.
     """
     target = Path(target).absolute()
     check_target(target)
-    # A sibling, so that the last step is a rename on one file system.
+    # Next to the target, so that the last step is a rename within one file system.
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:
@@ -89,27 +92,27 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_config(folder: Path, fields: Mapping[str, object], name: str = "config.json") -> None:
-    """Writes a JSON object as one of a checkpoint's small files."""
+    """Writes a JSON object to one of a checkpoint's small files."""
     (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def write_sidecars(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the files about text.
+    """Writes the files of the tokenizer and chat template.
 
-    These are `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`, and the chat
-    template's if there is one.
+    These are `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`, and
+    `chat_template.jinja` if there is a template.
     """
     write_config(folder, {"eos_token_id": list(checkpoint.stop_ids)}, "generation_config.json")
     (folder / "tokenizer.json").write_text(checkpoint.tokenizer_json, encoding="utf-8")
     special = dict(checkpoint.special_tokens)
     settings: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    # Null says that there is none: some names have defaults.
+    # Null says that there is no such token. Some names would have a default otherwise.
     settings |= {name: special.pop(name, None) for name in SPECIAL_NAMES}
     if LISTED in special:
         settings[LISTED] = special.pop(LISTED)
     if special:
         settings["extra_special_tokens"] = special
-    # Other loaders take the template from here.
+    # Other loaders read the template from here.
     settings["chat_template"] = checkpoint.chat_template
     write_config(folder, settings, "tokenizer_config.json")
     if checkpoint.chat_template is not None:
@@ -125,7 +128,7 @@ def read_text(file: Path, subject: str, remedy: str) -> str:
       CheckpointError: The file is missing or not UTF-8.
     """
     try:
-        return file.read_bytes().decode("utf-8")  # text mode would change line ends
+        return file.read_bytes().decode("utf-8")  # text mode would convert line ends
     except FileNotFoundError:
         raise CheckpointError(file, subject, "the file is missing", remedy) from None
     except UnicodeDecodeError as error:

@@ -16,10 +16,10 @@ from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.errors import CheckpointError
 from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_shapes
 
-# Values converted at a time: small enough for the caches, large enough to hide Python's cost.
+# Values converted at a time: small enough for the caches, large enough to hide Python's overhead.
 # A multiple of every block size.
 _SLICE_VALUES = 1 << 18
-# XLA's CPU client takes a NumPy buffer without a copy only at this alignment.
+# XLA's CPU client uses a NumPy buffer without a copy only at this alignment.
 _ALIGNMENT = 64
 
 
@@ -30,7 +30,7 @@ class StoredTensor(abc.ABC):
     Attributes:
       shape: Row-major shape.
       file: The file.
-      name: The tensor's name in it.
+      name: The tensor's name in the file.
     """
 
     shape: tuple[int, ...]
@@ -64,15 +64,15 @@ def match_parameters(
     Args:
       config: The configuration.
       shapes: Shape of each tensor of the checkpoint by its name there.
-      name_of: Gives a parameter path's name in the checkpoint.
-      ignorable: Matches names of superfluous tensors that are harmless.
+      name_of: Returns the name that a parameter path has in the checkpoint.
+      ignorable: Matches names of extra tensors that can be ignored.
       where: File or folder, for error messages.
 
     Returns:
       Tensor name by parameter path.
 
     Raises:
-      CheckpointError: A tensor is missing, unknown or of another shape.
+      CheckpointError: A tensor is missing, unknown or has another shape.
     """
     names = {path: name_of(path) for path in parameter_shapes(config)}
     for path, shape in parameter_shapes(config).items():
@@ -106,9 +106,9 @@ def match_parameters(
 
 
 def equal_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Returns whether two tensors of one shape hold the same values, of whatever types.
+    """Returns whether two tensors of the same shape hold the same values, whatever their types.
 
-    Reads slice by slice, up to the first difference.
+    Reads slice by slice and stops at the first difference.
 
     Raises:
       CheckpointError: A file changed since its header was read.
@@ -126,7 +126,7 @@ def read_parameters(
     straight into the array's own buffer.
 
     Args:
-      tensors: Where each parameter is stored, by its path.
+      tensors: Stored tensors by parameter path.
       dtype: Type of the matrices; vectors become float32.
       progress: Whether to show a progress bar on stderr.
 
@@ -145,7 +145,7 @@ def read_parameters(
 def _read(tensor: StoredTensor, dtype: np.dtype, advance: Callable[[int], None]) -> np.ndarray:
     values = _aligned_empty(math.prod(tensor.shape), dtype)
     start = 0
-    with np.errstate(over="ignore", invalid="ignore"):  # said by name below
+    with np.errstate(over="ignore", invalid="ignore"):  # reported by name below
         for part in tensor.slices(_SLICE_VALUES):
             converted = values[start : start + part.size]
             converted[:] = part
@@ -157,18 +157,21 @@ def _read(tensor: StoredTensor, dtype: np.dtype, advance: Callable[[int], None])
 
 
 def not_finite(where: str | os.PathLike[str], name: str, dtype: np.dtype) -> CheckpointError:
-    """The error of a tensor that holds NaN or infinite numbers once it is converted to `dtype`."""
+    """Returns the error for a tensor with NaN or infinite numbers after conversion to `dtype`."""
     return CheckpointError(
         where,
         name,
         f"holds NaN or infinite numbers in {dtype}",
-        "get the file again; if it is whole, its training diverged, or its numbers are too large "
-        f"for {dtype}",
+        "get the file again; if it is complete, its training diverged, or its numbers are too "
+        f"large for {dtype}",
     )
 
 
 def _finite(values: np.ndarray) -> bool:
-    """Whether no number has all bits of its exponent set; NumPy is slow to ask that of bfloat16."""
+    """Returns whether all numbers are finite, that is, none has all bits of its exponent set.
+
+    `np.isfinite` is slow for bfloat16.
+    """
     bits = np.dtype(f"u{values.itemsize}")
     exponent = np.array(np.inf, values.dtype).view(bits)
     return not (values.view(bits) & exponent == exponent).any()

@@ -1,8 +1,8 @@
-"""What a folder says about text: tokenizer, added and special tokens, chat template, end tokens.
+"""Reads tokenizer, added and special tokens, chat template and end tokens from a folder.
 
-Several files say it, and say it again: `tokenizer.json`, `tokenizer_config.json`,
-`special_tokens_map.json`, `added_tokens.json`, `config.json` and `generation_config.json`. They are
-joined as transformers joins them; where they contradict each other, the folder is refused.
+These are spread over several files, with repetitions: `tokenizer.json`, `tokenizer_config.json`,
+`special_tokens_map.json`, `added_tokens.json`, `config.json` and `generation_config.json`. The
+files are merged as in transformers. If they contradict each other, the folder is refused.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from tokendance_jax.models.qwen2.errors import CheckpointError
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL, _ADDED = "special_tokens_map.json", "added_tokens.json"
 _DECODER = "added_tokens_decoder"
-# The second may also be an object of names.
+# `extra_special_tokens` may also be an object of tokens by name.
 _LISTS = (LISTED, "extra_special_tokens")
 _FIELDS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special"}
-# What Qwen2's tokenizer in transformers takes these for where no file tells.
+# The token that Qwen2's tokenizer in transformers uses for these names if no file defines them.
 _DEFAULT_NAMES, _DEFAULT = ("eos_token", "unk_token", "pad_token"), "<|endoftext|>"
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTools:
-    """The parts of a `Checkpoint` that are about text, under the same names."""
+    """The fields of a `Checkpoint` that concern text, under the same names."""
 
     tokenizer_json: str
     chat_template: str | None
@@ -38,7 +38,7 @@ class TextTools:
 
 @dataclasses.dataclass(frozen=True)
 class _Claim:
-    """A token as a file describes it, with the id that it has there, if it has one."""
+    """A token as a file describes it, with its id in this file, if the file has one."""
 
     file: Path
     token: AddedToken
@@ -46,21 +46,22 @@ class _Claim:
 
 
 def read_text_tools(folder: Path, config: Qwen2Config) -> TextTools:
-    """Reads what a folder says about text.
+    """Reads tokenizer, chat template, end tokens and special tokens from a folder.
 
-    Added tokens are those of `tokenizer.json`, then those of `added_tokens_decoder` in
-    `tokenizer_config.json` by their ids, or of `added_tokens.json` where there is no decoder, then
-    the special tokens. Special tokens are those of `tokenizer_config.json`, overridden by
-    `special_tokens_map.json` where there is no decoder. Ends are all that any file names:
-    `eos_token_id` of `config.json` and `generation_config.json`, and `eos_token` of the other two.
+    Added tokens are, in this order, those of `tokenizer.json`; those of `added_tokens_decoder` in
+    `tokenizer_config.json` by ascending id, or of `added_tokens.json` if there is no decoder; and
+    the special tokens. Special tokens are those of `tokenizer_config.json`. If there is no decoder,
+    `special_tokens_map.json` overrides them. End tokens are all that any file names: `eos_token_id`
+    in `config.json` and `generation_config.json`, `eos_token` in `tokenizer_config.json` and
+    `special_tokens_map.json`.
 
     Args:
       folder: The folder.
       config: The model's configuration.
 
     Raises:
-      CheckpointError: A file is missing or malformed; files contradict each other; a token has no
-        row in the embedding; no file names an end token.
+      CheckpointError: A file is missing or malformed, files contradict each other, a token has no
+        row in the embedding, or no file names an end token.
     """
     text = read_text(folder / _TOKENIZER, "the tokenizer", "save the model with its fast tokenizer")
     tokenizer = parse_tokenizer(folder, text)
@@ -90,7 +91,7 @@ def parse_tokenizer(where: str | os.PathLike[str], tokenizer_json: str) -> Token
     """Returns the tokenizer of a `tokenizer.json`.
 
     Raises:
-      CheckpointError: It is malformed.
+      CheckpointError: The text is malformed.
     """
     try:
         return Tokenizer.from_str(tokenizer_json)
@@ -106,10 +107,10 @@ def check_ids(
     stop_ids: tuple[int, ...],
     config: Qwen2Config,
 ) -> None:
-    """Checks that every id has a row in the embedding.
+    """Checks that every id of the tokenizer and in `stop_ids` has a row in the embedding.
 
     Raises:
-      CheckpointError: The tokenizer belongs to another model.
+      CheckpointError: An id has no row, because the tokenizer belongs to another model.
     """
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     last = max(vocab, key=vocab.__getitem__)
@@ -118,7 +119,7 @@ def check_ids(
             where,
             "tokenizer",
             f"token {last!r} has id {vocab[last]}",
-            f"the embedding has {config.vocab_size} rows: the tokenizer is of another model",
+            f"the embedding has {config.vocab_size} rows: the tokenizer belongs to another model",
         )
     for stop in stop_ids:
         _check_end(where, "eos_token_id", stop, config)
@@ -145,12 +146,12 @@ def _special_tokens(
 
 
 def _named(file: Path, fields: dict[str, Any]) -> dict[str, _Claim | None]:
-    """Returns the tokens that a file names; None where it says that there is none."""
+    """Returns the tokens that a file names; None for names that it sets to null or empty."""
     models = fields.get("extra_special_tokens")
     models = models if isinstance(models, dict) else {}
     named: dict[str, _Claim | None] = {}
     for name, value in (fields | models).items():
-        # Other fields, such as `add_bos_token`, end in this way too.
+        # Other fields, such as `add_bos_token`, end in `_token` too.
         model = name in models or (name.endswith("_token") and isinstance(value, str | dict))
         if name in SPECIAL_NAMES and value in (None, ""):
             named[name] = None
@@ -165,7 +166,7 @@ def _special(file: Path, name: str, value: object) -> AddedToken:
 
 
 def _added_token(file: Path, name: str, fields: Any, **fixed: Any) -> AddedToken:
-    """Returns a token as a file describes it, but for what is fixed."""
+    """Returns a token as a file describes it. Properties in `fixed` override the file's."""
     if isinstance(fields, dict) and isinstance(fields.get("content"), str) and fields["content"]:
         known = {key: value for key, value in fields.items() if key in _FIELDS}
         try:
@@ -184,13 +185,13 @@ def _add_tokens(
     special: list[_Claim],
     config: Qwen2Config,
 ) -> bool:
-    """Adds what `tokenizer.json` lacks; returns whether it lacked anything."""
+    """Adds the tokens that `tokenizer.json` lacks. Returns whether it lacked any."""
     names = {claim.token.content for claim in special}
     numbered = _numbered(folder / _ADDED, _optional(folder / _ADDED), names)
     present = tokenizer.get_added_tokens_decoder().values()
     if _DECODER in settings:
         adding, stale = _decoder(folder / _SETTINGS, settings[_DECODER]), numbered
-        # One that only parses in another way is set again.
+        # A token that differs only in how it is matched in text is set again.
         known = {repr(token) for token in present}
         lacking = [claim for claim in adding if repr(claim.token) not in known]
     else:
@@ -206,7 +207,7 @@ def _add_tokens(
     for claim in special:
         content = claim.token.content
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        # A word that names a special token gives its id as it is.
+        # A special token that is also a word of the vocabulary keeps the word's id.
         if content not in added and not _is_word(tokenizer, content):
             changed = True
             tokenizer.add_tokens([claim.token])
@@ -218,7 +219,7 @@ def _add_tokens(
             raise CheckpointError(
                 claim.file,
                 claim.token.content,
-                f"the token has id {token_id} behind those of {_TOKENIZER}",
+                f"the token has id {token_id} after those of {_TOKENIZER}",
                 f"the embedding has {config.vocab_size} rows: save model and tokenizer together",
             )
     return changed
@@ -233,7 +234,9 @@ def _is_word(tokenizer: Tokenizer, content: str) -> bool:
 
 def _decoder(file: Path, decoder: object) -> list[_Claim]:
     if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
-        raise CheckpointError(file, _DECODER, "is no object of ids", "save the tokenizer again")
+        raise CheckpointError(
+            file, _DECODER, "is not an object of tokens by id", "save the tokenizer again"
+        )
     return [
         _Claim(file, _added_token(file, f"{_DECODER}: {key}", fields), int(key))
         for key, fields in decoder.items()
@@ -270,7 +273,7 @@ def _check_claim(tokenizer: Tokenizer, claim: _Claim, folder: Path) -> None:
 
 
 def _stop_ids(folder: Path, ends: set[int], config: Qwen2Config) -> tuple[int, ...]:
-    """Joins the end tokens of the tokenizer's files with those of the model's."""
+    """Merges the end tokens of the tokenizer's files, `ends`, with those of the model's files."""
     stops = set(ends)
     for name in ("generation_config.json", "config.json"):
         ids = _optional(folder / name).get("eos_token_id")
@@ -304,10 +307,10 @@ def _check_end(
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """Returns the template of its own file or of the settings, if there is one."""
+    """Returns the chat template from its own file or from the settings, if there is one."""
     file = folder / "chat_template.jinja"
     if file.exists():
-        return read_text(file, "chat_template", "it must be a UTF-8 text")
+        return read_text(file, "chat_template", "it must be UTF-8 text")
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = [item for item in template if isinstance(item, dict)]
@@ -319,5 +322,5 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
         folder / _SETTINGS,
         "chat_template",
         "no default template",
-        "a string or one named 'default' is supported",
+        "it must be a string or a list with a template named 'default'",
     )

@@ -43,7 +43,7 @@ class Qwen2Config:
 
     @property
     def layer_weights(self) -> int:
-        """Numbers in the matrices of a layer: half the operations that they take for a token."""
+        """Numbers in the matrices of a layer: half the operations that they cost per token."""
         q, kv = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
         return self.hidden_size * (2 * q + 2 * kv + 3 * self.intermediate_size)
 
@@ -85,8 +85,8 @@ class Qwen2Config:
           where: Its file, for error messages.
 
         Raises:
-          CheckpointError: Another architecture, a missing or malformed field, or a variant
-            (rope scaling, sliding window, quantised weights) that is not supported.
+          CheckpointError: The architecture is not Qwen2, a field is missing or malformed, or a
+            variant (rope scaling, sliding window, quantised weights) is not supported.
         """
         _require_equal(fields, "model_type", "qwen2", where)
         _require_equal({"hidden_act": "silu", **fields}, "hidden_act", "silu", where)
@@ -108,7 +108,7 @@ class Qwen2Config:
         read = _Fields(fields, where)
         heads = read.size("num_attention_heads")
         hidden = read.size("hidden_size")
-        # transformers leaves the field out where it equals this architecture's default.
+        # transformers omits the field when it equals this architecture's default.
         tied = fields.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             raise _malformed(where, "tie_word_embeddings", tied, "true or false")
@@ -137,16 +137,17 @@ class Qwen2Config:
           fields: Metadata values by key, such as `qwen2.block_count`.
           where: The file, for error messages.
           tied: Whether the file has no output matrix of its own.
-          vocab_size: Rows of its embedding matrix; the metadata need not tell.
+          vocab_size: Rows of its embedding matrix. The metadata may omit this number.
 
         Raises:
-          CheckpointError: Another architecture, a missing or malformed field, or rope scaling.
+          CheckpointError: The architecture is not Qwen2, a field is missing or malformed, or the
+            file has rope scaling.
         """
         _require_equal(fields, "general.architecture", "qwen2", where)
         kind = fields.get("qwen2.rope.scaling.type")
         if kind not in (None, "none"):
             raise _rope_scaling(where, "qwen2.rope.scaling.type", repr(kind))
-        # llama.cpp scales linearly by a factor without a type; 0 and 1 are none.
+        # llama.cpp scales linearly if there is a factor without a type. 0 and 1 mean no scaling.
         for key in ("qwen2.rope.scaling.factor", "qwen2.rope.scale_linear"):
             if kind is None and fields.get(key, 0) not in (0, 1):
                 raise _rope_scaling(where, key, f"by {fields[key]!r} without a type")
@@ -156,7 +157,7 @@ class Qwen2Config:
         head_dim = read.head_dim(
             "qwen2.attention.key_length", hidden, heads, "qwen2.embedding_length"
         )
-        # Both are present in some files only; llama.cpp defaults them to the key width.
+        # Only some files have these fields. llama.cpp defaults both to the key width.
         for key in ("qwen2.attention.value_length", "qwen2.rope.dimension_count"):
             if fields.get(key, head_dim) != head_dim:
                 raise _malformed(where, key, fields[key], f"the head width {head_dim}")
@@ -197,7 +198,7 @@ class Qwen2Config:
                 "num_key_value_heads",
                 f"{self.num_key_value_heads} does not divide the "
                 f"{self.num_attention_heads} attention heads",
-                "grouped-query attention needs groups of one size",
+                "grouped-query attention needs groups of equal size",
             )
         if self.head_dim % 2:
             raise CheckpointError(
@@ -221,7 +222,7 @@ _PRESETS = {
 
 
 class _Fields:
-    """Reads required numbers out of metadata, with errors that name file and field."""
+    """Reads required numbers from metadata and raises errors that name file and field."""
 
     def __init__(self, fields: Mapping[str, object], where: str) -> None:
         self._fields = fields
@@ -240,7 +241,7 @@ class _Fields:
         return float(value)
 
     def head_dim(self, key: str, hidden: int, heads: int, hidden_key: str) -> int:
-        """Reads the head width, which both formats leave out when it is hidden / heads."""
+        """Reads the head width, which both formats may omit when it is hidden / heads."""
         if self._fields.get(key) is not None:
             return self.size(key)
         if hidden % heads:
@@ -248,14 +249,14 @@ class _Fields:
                 self._where,
                 hidden_key,
                 f"{hidden} is not divisible by {heads} attention heads",
-                f"give the head width in {key} where it is not the quotient",
+                f"set {key} if the head width is not the quotient",
             )
         return hidden // heads
 
     def _get(self, key: str) -> object:
         if key not in self._fields:
             raise CheckpointError(
-                self._where, key, "the field is missing", "a Qwen2 checkpoint has it"
+                self._where, key, "the field is missing", "every Qwen2 checkpoint must have it"
             )
         return self._fields[key]
 
@@ -263,9 +264,9 @@ class _Fields:
 def _rope_theta(fields: Mapping[str, object], where: str) -> float:
     """Reads the base of the rotary frequencies, and refuses scaled ones.
 
-    transformers 5 moved `rope_theta` and `rope_scaling` into one object, `rope_parameters`, and
-    reads the base there first, under the old name too. An object without a type says nothing else
-    that may be left out.
+    transformers 5 moved `rope_theta` and `rope_scaling` into one object, `rope_parameters`. It
+    looks for the base in this object first, even if the object has the old name `rope_scaling`. If
+    the object has no type, other fields in it are refused, because they cannot be ignored.
     """
     theta = fields, where
     for key in ("rope_parameters", "rope_scaling"):
@@ -288,7 +289,7 @@ def _rope_theta(fields: Mapping[str, object], where: str) -> float:
 
 
 def _from_float32(value: float) -> float:
-    # GGUF stores float32: the shortest decimal gives back the published 1e-6 for 9.99999997e-07.
+    # GGUF stores float32. The shortest decimal of 9.99999997e-07 is the published 1e-6.
     return float(str(np.float32(value)))
 
 

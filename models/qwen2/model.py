@@ -1,8 +1,8 @@
 """Qwen2.5 as Flax NNX modules over rows and pages.
 
-A forward pass knows rows, not sequences: each row brings its token, its positions and the slot that
-its K and V go to. How rows attend is the caller's: prefill and decode pass different functions.
-Matrices are stored [out, in] as published and multiplied in their own precision with float32
+A forward pass computes rows, not sequences: each row has a token, positions, and the slot that its
+K and V are written to. The caller passes the attention function; prefill and decode use different
+ones. Matrices are stored [out, in] as published and multiplied in their own precision with float32
 results; the residual stream, norms, rotary embedding and softmax are float32.
 """
 
@@ -51,9 +51,9 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((vocab, width), dtype))
 
     def __call__(self, token: Int32[jax.Array, " rows"]) -> Float[jax.Array, "rows width"]:
-        # XLA's CPU backend widens a bfloat16 table to gather from it, and takes that out of the
-        # decode loop: 540 MB and 60 ms a call for a vocabulary of 152k. The barrier ties the table
-        # to the tokens, so that only the rows are widened.
+        # To gather from a bfloat16 table, XLA's CPU backend widens all of it, and hoists that out
+        # of the decode loop: 540 MB and 60 ms a call for a vocabulary of 152k. The barrier ties the
+        # table to the tokens, so that only the gathered rows are widened.
         table, token = jax.lax.optimization_barrier((self.weight[...], token))
         return table.at[token].get(mode="clip").astype(jnp.float32)
 
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
 
     def project(self, x: Float[jax.Array, "rows width"]) -> QueriesKeysValues:
-        """Queries, keys and values of normalised rows, not rotated yet."""
+        """Returns the queries, keys and values of normalised rows, before rotation."""
         q, k, v = (
             projection(x).reshape(x.shape[0], -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -114,7 +114,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype)
 
     def project(self, x: Float[jax.Array, "rows width"]) -> QueriesKeysValues:
-        """Queries, keys and values, not rotated yet, given the residual stream before the layer."""
+        """Returns queries, keys and values before rotation, given the residual stream `x`."""
         return self.self_attn.project(self.input_layernorm(x))
 
     def finish(
@@ -122,7 +122,7 @@ class Block(nnx.Module):
         x: Float[jax.Array, "rows width"],
         attended: Float[jax.Array, "rows heads head_dim"],
     ) -> Float[jax.Array, "rows width"]:
-        """The residual stream behind the layer, given that before it and what rows attended to."""
+        """Returns the residual stream after the layer, given `x` before it and `attended`."""
         x = x + self.self_attn.o_proj(attended.reshape(x.shape[0], -1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -130,8 +130,8 @@ class Block(nnx.Module):
 class Qwen2(nnx.Module):
     """The decoder and its output matrix.
 
-    The module is a description: programs take its state split off (`nnx.split`) as an argument of
-    `jax.jit` and merge the two inside.
+    The module only describes the model. Programs take its state, split off with `nnx.split`, as an
+    argument of `jax.jit`, and merge module and state inside.
     """
 
     def __init__(self, config: Qwen2Config, *, dtype: DTypeLike):
@@ -158,25 +158,25 @@ class Qwen2(nnx.Module):
         rolled: bool = False,
         watch: Callable[[jax.Array], None] | None = None,
     ) -> tuple[Float[jax.Array, "rows width"], PagedKV]:
-        """Runs layers; writes the rows' K and V.
+        """Runs layers and writes the rows' K and V to the pool.
 
-        The pool is written in place and carried along. Weights stay where they are, also in a loop:
-        stacked, to be scanned over, they would be copied layer by layer.
+        The pool is carried through the layers and written in place. Weights are used where they
+        are, even in a loop: stacking them for a scan would copy them layer by layer.
 
         Args:
           rows: the tokens to compute.
           kv: the pool.
-          attend: how rows meet the pages of their lanes.
+          attend: computes the attention of rows to the pages of their lanes.
           x: the residual stream before the first of the layers; None: the tokens' embeddings.
-          layers: which layers, one after the other; None: all.
-          rolled: whether the program has one loop over layers, that branches to each layer's
-            products: XLA code for attention, much larger than the rest, is then compiled once, and
+          layers: the layers to run, in order; None: all.
+          rolled: whether the program has one loop over layers that branches to each layer's
+            products. Attention as XLA code, much larger than the rest, is then compiled once and
             runs as fast on a CPU. On an accelerator the branches would cost more than they save.
-          watch: called while tracing with the residual stream after the embedding and after each
-            layer: inside of the loop, once for all layers, where they are rolled.
+          watch: called while tracing, with the residual stream after the embedding and after each
+            layer. If layers are rolled, it is called inside the loop, once for all layers.
 
         Returns:
-          The residual stream behind the layers, before the final norm, f32 [rows, width], and the
+          The residual stream after the layers, before the final norm, f32 [rows, width], and the
           pool.
         """
         span = range(len(self.layers)) if layers is None else layers
@@ -218,7 +218,13 @@ class Qwen2(nnx.Module):
     def queries_keys_values(
         self, layer: int, x: Float[jax.Array, "rows width"], rows: Rows
     ) -> QueriesKeysValues:
-        """Rotated queries and keys, and values, of a layer, given the residual stream before it."""
+        """Returns a layer's rotated queries and keys, and its values.
+
+        Args:
+          layer: index of the layer.
+          x: the residual stream before the layer.
+          rows: the rows' positions.
+        """
         q, k, v = self.layers[layer].project(x)
         q = rope.rotate(q, *self._rotation(rows.position))
         return q, rope.rotate(k, *self._rotation(rows.canonical)), v
@@ -229,7 +235,7 @@ class Qwen2(nnx.Module):
         return cos[:, None, :], sin[:, None, :]
 
     def logits(self, hidden: Float[jax.Array, "rows width"]) -> Float[jax.Array, "rows vocab"]:
-        """Next-token logits f32 [rows, vocab] of residual-stream rows."""
+        """Returns the next-token logits f32 [rows, vocab] of rows of the residual stream."""
         normed = self.norm(hidden)
         if self.lm_head is None:
             return matmul(normed, self.embed_tokens.weight[...])
@@ -239,7 +245,7 @@ class Qwen2(nnx.Module):
 def abstract_parameters(
     config: Qwen2Config, dtype: DTypeLike
 ) -> tuple[nnx.GraphDef[Qwen2], nnx.State]:
-    """The module's graph and its state as shapes: no memory is used."""
+    """Returns the module's graph and its state as shapes, without allocating memory."""
     model = nnx.eval_shape(lambda: Qwen2(config, dtype=dtype))
     return nnx.split(model)
 
@@ -271,7 +277,7 @@ def state_from_parameters(
         if (array.shape, array.dtype) != (expected.shape, expected.dtype):
             raise ValueError(
                 f"params: {path} is {array.dtype}{list(array.shape)}, "
-                f"the model takes {expected.dtype}{list(expected.shape)}"
+                f"the model needs {expected.dtype}{list(expected.shape)}"
             )
         variable.set_value(array)
     return graph, state

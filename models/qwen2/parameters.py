@@ -30,7 +30,7 @@ _GGUF_LAYER = {
 def parameter_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every parameter by its path, in the order of the forward pass.
 
-    Matrices are [out, in]; `lm_head.weight` is there only when the embedding is not tied.
+    Matrices are [out, in]. `lm_head.weight` is present only if the embedding is not tied.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
@@ -59,7 +59,7 @@ def parameter_shapes(config: Qwen2Config) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_dtype(shape: tuple[int, ...], dtype: np.dtype) -> np.dtype:
-    """Returns the type in which a parameter is kept: `dtype` for matrices, float32 for vectors."""
+    """Returns the dtype in which a parameter is held: `dtype` for matrices, float32 for vectors."""
     return dtype if len(shape) == 2 else np.dtype(np.float32)
 
 

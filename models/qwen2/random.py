@@ -1,4 +1,4 @@
-"""Parameters drawn from a seed: for tests and benchmarks."""
+"""Random parameters for tests and benchmarks."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tokendance_jax.models.qwen2.parameters import parameter_shapes
 def random_parameters(
     config: Qwen2Config, dtype: DTypeLike, *, seed: int = 0
 ) -> dict[str, jax.Array]:
-    """Draws a model with the activations' scales of a fresh initialisation.
+    """Draws parameters whose activations have the scales of a freshly initialised model.
 
     Args:
       config: sizes of the model.

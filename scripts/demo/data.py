@@ -1,4 +1,4 @@
-"""What the demo model learns from: the town's texts for the tokenizer, its conversations as ids."""
+"""Training data of the demo model: texts for the tokenizer, and conversations as token ids."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ from tokendance_jax.demo.town import (
 )
 from tokendance_jax.prompt import Tokenizer, tokenize_prompt
 
-# How often a question is of a kind, where a view allows it.
+# How often a question is of each kind, if the view allows all kinds.
 _SHARES: dict[ProbeKind, float] = {
     "retrieve": 0.3,
     "combine": 0.2,
@@ -35,13 +35,15 @@ _SHARES: dict[ProbeKind, float] = {
     "repeat": 0.12,
     "tell": 0.1,
 }
-# How often the agent's own statement is left out, only some of the others are seen, and none.
+# How often an agent does not see its own statement, how often it sees only some of the other
+# statements, and how often it sees no statement at all.
 _WITHOUT_OWN, _SUBSET, _SILENT = 0.3, 0.25, 0.03
 _QUESTIONS = (6, 20)
-# Tokens of an echo, and how many different ones.
+# Fewest and most tokens of an echo; choices for the number of different tokens in it.
 _ECHO, _DIFFERENT = (8, 48), (4, 8, 64)
 _TEXTS = 500
-# Chat markup as the template writes it: an answer's end, around a further question, at the end.
+# Chat markup as the template writes it: at the end of an answer, before and after a further
+# question, and at the end of a conversation.
 _STOP, _BETWEEN, _BEHIND, _END = (
     "<|im_end|>",
     "\n<|im_start|>user\n",
@@ -55,11 +57,11 @@ class Batch:
     """Rows of tokens, each filled with conversations.
 
     Attributes:
-      token: ids, one more than the model is given.
-      weight: how much the loss of predicting this token counts.
-      conversation: number of the conversation within the row; rows attend within one.
-      answer: number of the answer that the token belongs to, from 0; -1: none. Answers that the end
-        of the row cuts are none.
+      token: token ids; each row has one more than the model reads.
+      weight: weight of predicting this token in the loss.
+      conversation: number of the conversation within the row; attention stays within one.
+      answer: number of the answer that the token belongs to, from 0; -1: none. Answers that are cut
+        off by the end of the row do not count.
       kinds: kind of each answer.
     """
 
@@ -70,14 +72,15 @@ class Batch:
     kinds: tuple[ProbeKind, ...]
 
     def correct(self, hit: Bool[np.ndarray, "batch shorter"]) -> dict[ProbeKind, tuple[int, int]]:
-        """Counts whole answers.
+        """Counts the right answers.
 
         Args:
-          hit: whether each token but the first of a row is the most probable one.
+          hit: whether each token after the first of a row is the model's most probable one.
 
         Returns:
-          Kind to answers without a miss and answers in all. As the right answer stands before each
-          of its tokens, these are the answers that greedy decoding gives.
+          For each kind, the number of answers without a miss, and the number of all answers. Each
+          token of an answer is predicted from the right answer so far, so greedy decoding gives
+          exactly the answers without a miss.
         """
         answer = self.answer[:, 1:]
         missed = set(np.unique(answer[~hit]).tolist())
@@ -89,9 +92,10 @@ class Batch:
 
 
 def tokenizer_texts() -> Iterator[str]:
-    """Texts of the training split, names cut at their seams: no name becomes one token.
+    """Yields texts of the training split, then those of the harbour trace.
 
-    Behind them the harbour's trace, for the words of ordinary English.
+    Names are split between their two syllables, so that no name becomes one token. The harbour
+    trace adds words of ordinary English.
     """
     starts, ends = "|".join(words.NAME_STARTS), "|".join(words.NAME_ENDS)
     seam = re.compile(rf"\b({starts})({ends})\b")
@@ -122,10 +126,10 @@ def draw_batch(
       tokenizer: the demo's, with its chat template.
       seed: numbers that together seed the draw.
       rows: number of rows.
-      length: tokens that the model is given in a row.
-      agents: fewest and most agents of a town. With 0 at most there are drills: random tokens
-        said again, which teach how to look up and copy, whatever the token.
-      text_weight: weight of tokens that are no answer; an answer's weigh 1.
+      length: number of tokens that the model reads in a row.
+      agents: fewest and most agents of a town. If the most is 0, rows are drills: random tokens
+        that are repeated, which teach the model to look up and copy any token.
+      text_weight: weight of tokens outside of answers; tokens of answers have weight 1.
       split: which names and places occur.
       questions: fewest and most questions of a conversation.
     """
@@ -160,7 +164,7 @@ def draw_batch(
 def _drill(
     tokenizer: Tokenizer, rng: random.Random, length: int
 ) -> tuple[Int32[np.ndarray, " length"], Float32[np.ndarray, " length"]]:
-    """Tokens and weights of an echo or of records."""
+    """Draws the tokens and weights of an echo or of records."""
     plain = sorted(set(range(tokenizer.vocab_size)) - tokenizer.control_ids)
     return rng.choice((_echo, _records))(plain, rng, length)
 
@@ -168,9 +172,9 @@ def _drill(
 def _echo(
     plain: Sequence[int], rng: random.Random, length: int
 ) -> tuple[Int32[np.ndarray, " length"], Float32[np.ndarray, " length"]]:
-    """Random tokens, said again and again. The first time has no weight.
+    """Draws random tokens and repeats them. Their first occurrence has no weight.
 
-    Of few different tokens, so that only several together say how it goes on.
+    There are few different tokens, so that only several tokens together determine the next one.
     """
     few = rng.sample(plain, rng.choice(_DIFFERENT))
     said = np.array(rng.choices(few, k=rng.randint(*_ECHO)), np.int32)
@@ -182,10 +186,10 @@ def _echo(
 def _records(
     plain: Sequence[int], rng: random.Random, length: int
 ) -> tuple[Int32[np.ndarray, " length"], Float32[np.ndarray, " length"]]:
-    """Records of random tokens, then the same records in other orders.
+    """Draws records of random tokens, and repeats the same records in other orders.
 
-    A record is a key of several tokens, each of which other keys have too, filling, and a value.
-    Values have weight once they were said.
+    A record is a key, filling, and a value. A key has up to four tokens, which also occur in other
+    keys. Values have weight once they have occurred before.
     """
     columns = [rng.sample(plain, rng.randint(2, 8)) for _ in range(rng.randint(1, 4))]
     most = math.prod(map(len, columns))
@@ -210,7 +214,7 @@ def _records(
 def _conversation(
     tokenizer: Tokenizer, rng: random.Random, agents: int, split: words.Split, questions: int
 ) -> Iterator[tuple[Any, ProbeKind | None]]:
-    """A prompt and its answer, then more of both: ids, and the kind if they are an answer."""
+    """Yields a prompt, its answer, and further questions and answers: ids, and kinds of answers."""
     town = draw_town(rng, agents, split)
     seat = rng.randrange(agents)
     others = [other for other in range(agents) if other != seat]

@@ -34,11 +34,11 @@ class Run:
         self._manager = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step."""
+        """Draws the batch of a step."""
         return self._draw((self.recipe.seed, _TRAIN, step), self.recipe.stage(step), low=2)
 
     def held_out(self, stage: Stage) -> Batch:
-        """A fixed batch of held-out names and places, in towns of a stage's largest size."""
+        """Draws a fixed batch of held-out names and places, in towns of a stage's largest size."""
         stage = dataclasses.replace(stage, rows=_HELD_OUT_ROWS)
         return self._draw((_HELD_OUT,), stage, low=stage.agents, split="held_out")
 
@@ -56,7 +56,7 @@ class Run:
         )
 
     def restore(self) -> tuple[int, dict]:
-        """The number of steps done, and the state behind them."""
+        """Returns the number of steps done, and the state after them."""
         state = start(self.config, self.recipe)
         step = self._manager.latest_step()
         if step is None:
@@ -64,17 +64,17 @@ class Run:
         return step, dict(self._manager.restore(step, args=ocp.args.StandardRestore(state)))
 
     def save(self, step: int, state: dict) -> None:
-        """Writes a checkpoint, if this step has none yet."""
+        """Writes a checkpoint, unless the latest one is of this step."""
         if self._manager.latest_step() != step:
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def train(self, *, save_minutes: float, eval_steps: int, until: int | None = None) -> Params:
-        """Trains from the last checkpoint on.
+        """Trains from the latest checkpoint on.
 
         Args:
-          save_minutes: time between checkpoints.
-          eval_steps: steps between checks on held-out towns.
-          until: the step to stop behind; None: the recipe's last.
+          save_minutes: minutes between checkpoints.
+          eval_steps: steps between evaluations on held-out towns.
+          until: the step after which to stop; None: the recipe's last.
 
         Returns:
           The parameters.
@@ -108,7 +108,7 @@ class Run:
         return state["params"]
 
     def score(self, params: Params, stage: Stage) -> dict[str, float]:
-        """Share of right answers by kind, on the held-out towns of a stage's largest size."""
+        """Returns the share of right answers by kind, on the held-out batch of a stage."""
         batch = self.held_out(stage)
         arrays = batch.token, batch.conversation
         hit = hits(params, *arrays, config=self.config, dtype=self.recipe.dtype)
@@ -116,7 +116,7 @@ class Run:
         return {kind: round(right / total, 3) for kind, (right, total) in counts.items() if total}
 
     def export(self, params: Params) -> Path:
-        """Writes the model as a Hugging Face folder, if it is not there yet."""
+        """Writes the model as a Hugging Face folder, unless the folder exists; returns its path."""
         folder = self.folder / "model"
         if not folder.exists():
             stop_ids = sorted(self.tokenizer.encode_markup("<|endoftext|><|im_end|>"))
@@ -132,7 +132,7 @@ class Run:
         return folder
 
     def plot(self) -> None:
-        """Draws the loss, and the answers that are right, as `loss.png`; needs matplotlib."""
+        """Plots the loss and the share of right answers to `loss.png`; needs matplotlib."""
         import matplotlib
 
         matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The demo's tokenizer: how it is trained. The demo's weights are trained for exactly its ids."""
+"""Training of the demo's tokenizer. The demo's weights work only with exactly its token ids."""
 
 from collections.abc import Iterable, Iterator
 
@@ -9,10 +9,10 @@ from tokendance_jax.prompt import Trace
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 1024
-# A pair that is rarer in the texts is not merged.
+# Pairs that occur less often in the texts are not merged.
 _MIN_FREQUENCY = 2
 
-# How Qwen2 cuts text into words: numbers digit by digit, a space belongs to the word after it.
+# Qwen2's pattern of words: each digit is a word, and a space belongs to the word after it.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -20,7 +20,7 @@ _WORDS = (
 
 
 def texts_of(trace: Trace) -> Iterator[str]:
-    """The texts of all prompts and answers, as often as they occur."""
+    """Yields the texts of all prompts and answers, as often as they occur."""
     for round_ in trace.rounds:
         for prompt in round_.agents:
             yield from (segment.text for segment in prompt.segments if segment.text)
@@ -29,13 +29,13 @@ def texts_of(trace: Trace) -> Iterator[str]:
 
 
 def train(texts: Iterable[str]) -> str:
-    """Trains a byte-level BPE, built like Qwen2's, the control tokens last.
+    """Trains a byte-level BPE that is built like Qwen2's. Control tokens have the last ids.
 
     Args:
       texts: the texts to train on.
 
     Returns:
-      The `tokenizer.json` text; the same texts give the same vocabulary and merges.
+      The text of `tokenizer.json`. The same texts give the same vocabulary and merges.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

@@ -1,11 +1,11 @@
-"""Trains the demo's model from nothing, on a CPU, on conversations of a small town.
+"""Trains the demo's model from scratch, on a CPU, on conversations of a small town.
 
   python -m scripts.demo.train_demo_model --out=town-run --minutes=110
   python -m scripts.demo.train_demo_model --out=town-run --steps=200 --layers=2
 
-The folder keeps the recipe, the tokenizer, checkpoints, the loss, and in the end `model/`, a
-Hugging Face folder in bfloat16, with `probes.json`: how often the engine's greedy answers to
-held-out probes are right. A run that was stopped goes on where its last checkpoint is.
+The folder of the run holds the recipe, the tokenizer, checkpoints and the loss. At the end it also
+holds `model/`, a Hugging Face folder in bfloat16, and `probes.json`: how often the engine's greedy
+answers to held-out probes are right. A run that was stopped continues from its latest checkpoint.
 """
 
 import dataclasses
@@ -29,50 +29,62 @@ from tokendance_jax.model import load_model
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.study import probes
 
-_OUT = flags.DEFINE_string("out", None, "Folder of the run; made if missing.", required=True)
-_RESUME = flags.DEFINE_bool("resume", True, "Whether to go on with a run that the folder holds.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder of the run; created if it does not exist.", required=True
+)
+_RESUME = flags.DEFINE_bool(
+    "resume", True, "Whether to continue a run that the folder holds; --noresume refuses it."
+)
 _MINUTES = flags.DEFINE_float(
     "minutes",
     110.0,
-    "Time for the steps: how many follows from the time of the first ones.",
+    "Minutes that all steps may take; the time of the first ones determines their number. Ignored "
+    "with --steps.",
     lower_bound=0,
 )
 _STEPS = flags.DEFINE_integer(
-    "steps", 0, "Number of steps; 0: as many as fit in --minutes.", lower_bound=0
+    "steps", 0, "Number of training steps; 0: as many as fit in --minutes.", lower_bound=0
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and data.", lower_bound=0)
-_LAYERS = flags.DEFINE_integer("layers", 6, "Decoder layers.", lower_bound=1)
-_WIDTH = flags.DEFINE_integer("width", 256, "Width; heads are 64 wide, two to a KV head.")
+_SEED = flags.DEFINE_integer("seed", 0, "Random seed of parameters and data.", lower_bound=0)
+_LAYERS = flags.DEFINE_integer("layers", 6, "Number of decoder layers.", lower_bound=1)
+_WIDTH = flags.DEFINE_integer(
+    "width",
+    256,
+    "Width of the residual stream, a multiple of 128; heads are 64 wide, two per KV head.",
+)
 _INNER = flags.DEFINE_integer("inner", 512, "Width of the MLP.", lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float(
-    "learning_rate", 1.5e-3, "Peak of the learning rate.", lower_bound=0
-)
-_WARMUP = flags.DEFINE_integer("warmup", 100, "Steps of warm-up.", lower_bound=0)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1.5e-3, "Peak learning rate.", lower_bound=0)
+_WARMUP = flags.DEFINE_integer("warmup", 100, "Number of warm-up steps.", lower_bound=0)
 _WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "Weight decay of matrices.", lower_bound=0)
 _TEXT_WEIGHT = flags.DEFINE_float(
-    "text_weight", 0.1, "Weight of tokens that are no answer.", lower_bound=0
+    "text_weight",
+    0.1,
+    "Loss weight of tokens outside of answers; tokens of answers have weight 1.",
+    lower_bound=0,
 )
 _STAGES = flags.DEFINE_multi_string(
     "stage",
     ["0.02:256:8:0", "0.38:512:4:5", "0.35:768:4:10", "0.25:1024:4:16"],
-    "Part of the curriculum, as share of the steps:tokens in a row:rows:most agents (0: drills); "
-    "repeat the flag.",
+    "Stages of the curriculum, as SHARE:TOKENS:ROWS:AGENTS: share of the steps, tokens in a row, "
+    "rows in a batch, and most agents of a town (0: drills).",
 )
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of products.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["float32", "bfloat16"], "Precision of the matrices in products."
+)
 _SAVE_MINUTES = flags.DEFINE_float(
     "save_minutes", 5.0, "Minutes between checkpoints.", lower_bound=0
 )
 _EVAL_STEPS = flags.DEFINE_integer(
-    "eval_steps", 250, "Steps between checks on held-out towns.", lower_bound=1
+    "eval_steps", 250, "Steps between evaluations on held-out towns.", lower_bound=1
 )
 _DRAWS = flags.DEFINE_integer(
-    "draws", 20, "Draws of rounds of probes in each setting.", lower_bound=1
+    "draws", 20, "Number of draws of rounds of probes in each setting.", lower_bound=1
 )
 _SETTING = flags.DEFINE_multi_enum(
     "setting",
     list(probes.SETTINGS),
     list(probes.SETTINGS),
-    "Settings of the probes; repeat the flag.",
+    "Kinds of rounds of probes to draw.",
 )
 
 _CONTEXT = 8192
@@ -80,11 +92,11 @@ _TIMED_STEPS = 3
 
 
 def open_run(folder: Path, *, resume: bool) -> Run:
-    """Opens the run in a folder, or begins one by the flags' values.
+    """Opens the run in a folder, or starts a run with the values of the flags.
 
     Args:
       folder: the run's folder.
-      resume: whether a run that the folder holds is taken up.
+      resume: whether to continue a run that the folder holds.
 
     Raises:
       ValueError: the folder holds a run and `resume` is false.
@@ -92,7 +104,7 @@ def open_run(folder: Path, *, resume: bool) -> Run:
     described = folder / "recipe.json"
     if described.exists():
         if not resume:
-            raise ValueError(f"out: {folder} holds a run; name a new folder or resume it")
+            raise ValueError(f"out: {folder} holds a run; name a new folder, or use --resume")
         fields = json.loads(described.read_text())
         stages = tuple(Stage(**stage) for stage in fields["recipe"].pop("stages"))
         recipe = Recipe(**fields["recipe"], stages=stages)
@@ -104,7 +116,7 @@ def open_run(folder: Path, *, resume: bool) -> Run:
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     if not recipe.steps:
         recipe = _timed(Run(folder, config, recipe, tokenizer_json), _MINUTES.value * 60)
-    # Last, so that a folder without it is begun anew.
+    # Written last: in a folder without this file, the run starts anew.
     fields = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
     common.write_json(str(described), fields)
     return Run(folder, config, recipe, tokenizer_json)
@@ -112,7 +124,9 @@ def open_run(folder: Path, *, resume: bool) -> Run:
 
 def _config() -> Qwen2Config:
     if _WIDTH.value < 128 or _WIDTH.value % 128:
-        raise ValueError(f"width: {_WIDTH.value} is no multiple of 128; heads come in pairs")
+        raise ValueError(
+            f"width: {_WIDTH.value} is not a multiple of 128; heads are 64 wide and come in pairs"
+        )
     heads = _WIDTH.value // 64
     return Qwen2Config(
         vocab_size=demo_tokenizer.VOCAB_SIZE,
@@ -150,10 +164,10 @@ def _recipe() -> Recipe:
 
 
 def _timed(run: Run, seconds: float) -> Recipe:
-    """The recipe with as many steps as fit in a time, by the first steps of each stage."""
+    """Returns the recipe with as many steps as fit in a time; times first steps of every stage."""
     per_step = 0.0
     for stage in run.recipe.stages:
-        # A plan of this stage alone; its programs are thrown away.
+        # A recipe of this stage alone; its compiled program is not used again.
         recipe = dataclasses.replace(
             run.recipe, steps=1000, stages=(dataclasses.replace(stage, share=1.0),)
         )

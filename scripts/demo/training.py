@@ -1,4 +1,4 @@
-"""Training of the demo model: start, forward pass, loss, step, plan and checkpoints."""
+"""Training of the demo model: recipe, initial parameters, forward pass, loss and step."""
 
 import dataclasses
 import functools
@@ -18,13 +18,14 @@ from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_sh
 
 Params = dict[str, jax.Array]
 
-# Queries that attend at once: what lies behind them is never multiplied.
+# Queries in a block of attention; the keys after a block are never multiplied.
 _QUERY_BLOCK = 128
 _EMBEDDING_SCALE = 0.12
 _INTO_STREAM = 0.02
-# Layers that match, the bias of queries and keys that look back, and which frequencies serve.
+# Number of layers that match; bias of the queries and keys that look back; looking back uses
+# frequencies above _FAST, and matching those below _SLOW.
 _MATCHING, _BIAS, _FAST, _SLOW = 2, 5.0, 0.05, 1.5e-3
-# What is drawn where something has its place, against what is drawn elsewhere.
+# Scale of the random numbers in matrices that also hold constructed parts.
 _ELSEWHERE = 0.1
 
 
@@ -33,10 +34,10 @@ class Stage:
     """A part of the curriculum.
 
     Attributes:
-      share: of all steps.
+      share: share of all steps.
       length: tokens in a row.
       rows: rows in a batch.
-      agents: most agents of a town; 0: drills.
+      agents: most agents of a town; 0: the rows are drills.
     """
 
     share: float
@@ -47,16 +48,16 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a training run is made of. The same recipe and seed give the same model.
+    """The settings of a training run. The same recipe and seed give the same model.
 
     Attributes:
       steps: optimiser steps of all stages.
-      learning_rate: peak; warm-up is linear, decay is half a cosine down to a twentieth.
+      learning_rate: the peak; warm-up is linear, decay is half a cosine to a twentieth of the peak.
       warmup: steps of the warm-up.
-      weight_decay: of matrices; vectors have none.
-      text_weight: weight in the loss of tokens that are no answer.
+      weight_decay: weight decay of matrices; vectors have none.
+      text_weight: loss weight of tokens outside of answers.
       dtype: precision of the matrices in products.
-      seed: of parameters and data.
+      seed: seed of parameters and data.
       stages: the curriculum.
     """
 
@@ -70,7 +71,7 @@ class Recipe:
     stages: tuple[Stage, ...]
 
     def stage(self, step: int) -> Stage:
-        """The stage of a step."""
+        """Returns the stage of a step."""
         bound = 0.0
         for stage in self.stages:
             bound += stage.share * self.steps
@@ -79,7 +80,7 @@ class Recipe:
         return self.stages[-1]
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW behind a clip of the gradient's norm."""
+        """Makes the optimiser: AdamW, after clipping of the gradient's norm."""
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, self.warmup, self.steps, self.learning_rate / 20
         )
@@ -99,14 +100,15 @@ def _matrices(params: optax.Params) -> optax.Params:
 
 
 def initial_parameters(config: Qwen2Config, seed: int) -> Params:
-    """Draws parameters to train from, which can look things up from the first step on.
+    """Draws initial parameters that can look things up from the first step on.
 
-    Finding what followed the same words before takes two layers that small models learn late, and
-    together (Olsson et al. 2022, "In-context learning and induction heads"). Here they stand at the
-    beginning: tokens live in the first quarter of the residual stream; the heads of the first layer
-    bring what stood one, two, three and so on tokens back, each to a part of its own; those of the
-    next layers attend to where the same tokens stood before, and say what followed. All else is
-    normal and small.
+    Finding what followed an earlier occurrence of the same words takes two layers, which small
+    models learn late, and together (Olsson et al. 2022, "In-context learning and induction heads").
+    These parameters contain such layers from the start. Token embeddings use the first quarter of
+    the residual stream. The heads of the first layer copy the tokens that stand one, two, three and
+    so on positions back, each head to its own part of the stream. The heads of the next layers
+    attend to the positions that follow an earlier occurrence of the same tokens, and predict the
+    token there. All other parameters are normal and small.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     params = {}
@@ -134,10 +136,10 @@ def initial_parameters(config: Qwen2Config, seed: int) -> Params:
 def _look_back(
     config: Qwen2Config, params: dict[str, np.ndarray], said: Float[np.ndarray, "part token"]
 ) -> None:
-    """Has head h of the first layer bring the token that stands h + 1 back.
+    """Makes head h of the first layer copy the token that stands h + 1 positions back.
 
-    The product of a rotated pair of a query at angle -d and of a key at angle 0 is largest d tokens
-    apart; of several frequencies together, only there.
+    The product of a query's pair at angle -d and a key's pair at angle 0, both rotated, is largest
+    where they are d tokens apart. Summed over several frequencies, it is largest only there.
     """
     attention = "layers.0.self_attn"
     frequency = _frequency(config)
@@ -172,14 +174,14 @@ def _match(
     said: Float[np.ndarray, "part token"],
     generator: np.random.Generator,
 ) -> None:
-    """Has head h of a layer attend to what followed the last h + 1 tokens, and say it."""
+    """Makes head h of a layer attend to what followed the last h + 1 tokens, and predict it."""
     attention = f"layers.{layer}.self_attn"
     part, token = said.shape
     heads, size = config.num_attention_heads, config.head_dim
-    # Where rotation is slow, products do not depend on the distance.
+    # At slow frequencies, products do not depend on the distance.
     slow = np.flatnonzero(np.tile(_frequency(config) < _SLOW, 2))
     values = generator.standard_normal((token, size), np.float32) * np.float32(size**-0.5)
-    # A key holds the tokens before it, each seen through a matrix of its own.
+    # A key holds the tokens before it, each projected by its own matrix.
     seen = generator.standard_normal((heads, len(slow), part), np.float32)
     seen *= np.float32(part**-0.5)
     before = [slice(token + back * part, token + (back + 1) * part) for back in range(heads)]
@@ -206,7 +208,7 @@ def _frequency(config: Qwen2Config) -> np.ndarray:
 
 
 def start(config: Qwen2Config, recipe: Recipe) -> dict:
-    """The state before the first step."""
+    """Makes the state before the first step."""
     params = initial_parameters(config, recipe.seed)
     return {"params": params, "opt": recipe.optimizer().init(params)}
 
@@ -219,19 +221,20 @@ def logits_of(
     *,
     dtype: str,
 ) -> Float[Array, "batch length vocab"]:
-    """The model's next-token logits under dense causal attention within conversations.
+    """Computes next-token logits under dense causal attention within conversations.
 
     Args:
       config: sizes.
-      params: path to array; matrices are rounded to `dtype` for products.
-      token: ids.
+      params: arrays by path; matrices are rounded to `dtype` for products.
+      token: token ids.
       conversation: number of each token's conversation in its row.
       dtype: "float32" or "bfloat16".
     """
     batch, length = token.shape
     rounded = {p: a.astype(parameter_dtype(a.shape, jnp.dtype(dtype))) for p, a in params.items()}
     model = nnx.merge(*state_from_parameters(config, rounded, dtype))
-    # Rotary attention depends on differences alone: conversations need no positions of their own.
+    # Rotary attention depends on position differences alone, so positions need not restart at 0 in
+    # each conversation.
     position = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     rows = Rows(token.reshape(-1), position, position, jnp.zeros_like(position))
     x = model.embed_tokens(token.reshape(-1))
@@ -251,7 +254,7 @@ def _attend(
     v: Float[Array, "batch length kv_heads head_dim"],
     conversation: Int32[Array, "batch length"],
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Causal attention within conversations, in f32 but for the products' inputs."""
+    """Causal attention within conversations, in f32 except for the inputs of products."""
     batch, length, heads, head_dim = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, head_dim)
     results = []
@@ -268,7 +271,10 @@ def _attend(
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """An einsum of two arrays of one precision, with a float32 result; so are its gradients."""
+    """Computes an einsum of two arrays of one precision, with a float32 result.
+
+    Its gradients are computed in the same way, and rounded to the precision of the arrays.
+    """
     return _product(spec, a, b)
 
 
@@ -300,16 +306,16 @@ _product.defvjp(_forward_and_saved, _backward)  # pyright: ignore[reportFunction
 def train_step(
     state: dict, arrays: tuple, *, config: Qwen2Config, recipe: Recipe
 ) -> tuple[dict, jax.Array]:
-    """One step.
+    """Runs one training step.
 
     Args:
       state: parameters and the optimiser's state, donated.
-      arrays: token, weight, conversation of a batch.
+      arrays: token, weight and conversation of a batch.
       config: sizes.
       recipe: the recipe.
 
     Returns:
-      The state, and f32 [2]: the mean loss of the answers' tokens, and of all others.
+      The new state, and f32 [2]: the mean loss of tokens of answers, and of all other tokens.
     """
 
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
@@ -334,6 +340,6 @@ def _mean(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Float[Array
 def hits(
     params: Params, token: jax.Array, conversation: jax.Array, *, config: Qwen2Config, dtype: str
 ) -> Bool[Array, "batch shorter"]:
-    """Whether each token but the first of a row is the most probable one."""
+    """Whether each token after the first of a row is the model's most probable one."""
     logits = logits_of(config, params, token[:, :-1], conversation[:, :-1], dtype=dtype)
     return jnp.argmax(logits, axis=-1) == token[:, 1:]

@@ -1,4 +1,4 @@
-"""What the scripts share: models, traces and sizes by flag values, and writing JSON."""
+"""Helpers of all scripts: models, traces and sizes from flag values, and JSON output."""
 
 import dataclasses
 import json
@@ -37,48 +37,53 @@ from tokendance_jax.prompt import (
 from tokendance_jax.prompt.preamble import DEFAULT_PREAMBLE
 
 DEMO = "demo"
-PREAMBLE_HELP = "File with the text in front of bases where prompts have no beginning in common."
-# What `head` computes unless told otherwise.
+PREAMBLE_HELP = (
+    "Text file with the preamble in front of bases, for prompts that have no beginning in common; "
+    "default: a built-in text."
+)
+# Default number of pages that the selection `head` computes.
 HEAD_PAGES = PolicyOptions().head_pages
 
-# What a script shows as one line: wrong input, too little memory or disk, packages that are not
-# installed. Anything else is a fault of the program, and shows where.
+# Errors that a script reports in one line: wrong input, too little memory or disk space, packages
+# that are not installed. Any other error is a bug in the program and shows its traceback.
 ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, ImportError)
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
 
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def quiet_logs() -> None:
-    """Shows warnings only, unless --verbosity says otherwise.
+    """Shows only warnings and errors, unless --verbosity is given.
 
-    JAX logs the accelerators that it does not find as information, Orbax its every step.
+    At level INFO, JAX logs the accelerators that it does not find, and Orbax logs its every step.
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
 
 
 def model_of(source: str, dtype: str) -> Model:
-    """Loads the model that `--model` names: "demo", or whatever `load_model` takes."""
+    """Loads the model that `--model` names: "demo", or any source that `load_model` accepts."""
     if source == DEMO:
         return demo_model(dtype)
     return load_model(source, dtype=dtype, progress=True)
 
 
 def path_of(text: str, flag: str) -> Path:
-    """The path that a flag names, with the home folder in the place of `~`.
+    """Returns the path that a flag names, with `~` replaced by the home folder.
 
     Raises:
-      PromptError: there is no such home folder.
+      PromptError: the home folder does not exist.
     """
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise PromptError(f"{flag}: {text}: there is no such home folder; write it out") from None
+        raise PromptError(
+            f"{flag}: {text}: there is no such home folder; give the full path"
+        ) from None
 
 
 def sized_model(source: str, dtype: str) -> Model:
-    """A published size with random weights ("0.5B"), or any model that `model_of` takes."""
+    """Makes a model of a published size ("0.5B") with random weights, or loads one (`model_of`)."""
     try:
         config = Qwen2Config.preset(source)
     except ValueError:
@@ -98,7 +103,7 @@ def trace_of(path: str, name: str | None) -> Trace:
     """Reads the trace that `--trace` and `--trace_name` name: "demo", or a file.
 
     Raises:
-      PromptError: it can't be read, or there is none of that name.
+      PromptError: the file can't be read, or holds no trace of that name.
     """
     if path != DEMO:
         return read_trace(Path(path), name)
@@ -111,18 +116,18 @@ def trace_of(path: str, name: str | None) -> Trace:
 def cut_trace(
     trace: Trace, *, rounds: int, agents: int, max_new_tokens: int, live: bool = False
 ) -> Trace:
-    """Keeps the first rounds and the first agents of each, and limits the answers.
+    """Keeps the first rounds of a trace and the first agents of each, and limits the answers.
 
     Args:
       trace: the trace.
       rounds: how many rounds; 0: all.
       agents: how many agents of each round; 0: all.
-      max_new_tokens: most tokens of an answer; 0: as the trace says.
-      live: whether the trace is for a live run: its blocks get their authors, and those of agents
-        that are left out go too, since nobody says them. Else they stay with the others.
+      max_new_tokens: most tokens of an answer; 0: the limits in the trace.
+      live: whether the trace is for a live run. Its blocks then get their authors, and blocks of
+        agents that are left out are dropped, because no agent says them. In a replay they stay.
 
     Raises:
-      PromptError: in live runs, as `name_authors`.
+      PromptError: for live runs, see `name_authors`.
     """
     trace = dataclasses.replace(trace, rounds=trace.rounds[: rounds or None])
     if live:
@@ -153,13 +158,13 @@ def cut_trace(
 
 
 def recorded_answers(round_: Round, tokenizer: Tokenizer, *, most: int) -> list[np.ndarray]:
-    """Token ids of the recorded answers of a round, the first so many of each."""
+    """Returns the token ids of a round's recorded answers, at most `most` of each."""
     texts = [agent.recorded_output or "" for agent in round_.agents]
     return [np.array(tokenizer.encode_text(text)[:most], np.int32) for text in texts]
 
 
 def preamble_of(path: str | None) -> str:
-    """The text of a file, or the default preamble.
+    """Reads the preamble from a text file; None: the default preamble.
 
     Raises:
       PromptError: if the file cannot be read as text.
@@ -169,14 +174,14 @@ def preamble_of(path: str | None) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"preamble: {path} is no readable text file ({error})") from error
+        raise PromptError(f"preamble: {path} is not a readable text file ({error})") from error
 
 
 def parse_bytes(text: str) -> int:
-    """Reads "1500000", "512MiB" or "1.5GiB" as bytes.
+    """Parses a size such as "1500000", "512MiB" or "1.5GiB" to a number of bytes.
 
     Raises:
-      ValueError: if the text is none of these.
+      ValueError: if the text is not such a size.
     """
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*(|KiB|MiB|GiB)", text, re.ASCII)
     if match is None:
@@ -185,10 +190,10 @@ def parse_bytes(text: str) -> int:
 
 
 def check_policies(policies: Sequence[str], options: PolicyOptions) -> None:
-    """Refuses options that one of the policies does not take, before any of them serves.
+    """Checks that every policy accepts the options, before any of them serves.
 
     Raises:
-      ValueError: names the option.
+      ValueError: a policy does not accept an option; the message names the option.
     """
     for policy in policies:
         make_policy(policy, PagePool(2), 16, "", options=options)
@@ -197,17 +202,18 @@ def check_policies(policies: Sequence[str], options: PolicyOptions) -> None:
 def needed_kv_memory(
     model: Model, trace: Trace, *, page_size: int, chat: bool, live: bool = False
 ) -> int:
-    """Bytes that hold the largest round of a trace twice: once in use, once kept for reuse.
+    """Computes the bytes of a pool that holds a trace's largest round twice.
 
-    Bases count as one more agent, whose segments begin pages of their own.
+    One copy is in use while the other is kept for reuse. Bases count as one more agent, each of
+    whose segments begins a new page.
 
     Args:
       model: the model.
-      trace: the rounds; in live runs with the authors of their blocks (`name_authors`).
+      trace: the rounds; for live runs, with the authors of their blocks (`name_authors`).
       page_size: token slots in a page.
       chat: whether prompts are set into chat markup.
-      live: whether blocks that have an author are as long as an answer may be; what does not fit
-        the context then shows in the run.
+      live: whether blocks that have an author may be as long as the longest allowed answer. A
+        prompt that then exceeds the context is an error only when its round is served.
 
     Raises:
       PromptError: a round can't be served.
@@ -243,7 +249,7 @@ def needed_kv_memory(
 
 
 def _growth(trace: Trace, round_: Round, prompts: Sequence[TokenizedPrompt]) -> dict[str, int]:
-    """By id, how many tokens longer than recorded a block may become in a live run."""
+    """Returns, by block id, how many tokens longer than recorded a block may be in a live run."""
     limits = [
         {prompt.agent: prompt.max_new_tokens or earlier.max_new_tokens for prompt in earlier.agents}
         for earlier in trace.rounds
@@ -258,7 +264,7 @@ def _growth(trace: Trace, round_: Round, prompts: Sequence[TokenizedPrompt]) -> 
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all; numbers that are not finite become null.
+    """Writes a JSON file completely or not at all; numbers that are not finite become null.
 
     Raises:
       OSError: the file can't be written.
@@ -267,7 +273,7 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     target = Path(path).resolve()
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        # Names of files may hold bytes that are no text: those stay as JSON's escapes.
+        # File names may hold bytes that are not valid text; these are written as JSON escapes.
         temporary.write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, target)
     finally:
@@ -275,26 +281,26 @@ def write_json(path: str, content: dict[str, Any]) -> None:
 
 
 def check_json_path(path: str | None) -> None:
-    """As `check_file`, of `--json`."""
+    """Checks the path of `--json`, if it is given; see `check_file`."""
     if path is not None:
         check_file(path, "json")
 
 
 def check_file(path: str, flag: str) -> None:
-    """Refuses a path that a file could not be written to, before any work is done.
+    """Checks that a file can be written to a path, before any work is done.
 
     Args:
       path: the path.
       flag: the flag that names it.
 
     Raises:
-      PromptError: the folder does not exist or can't be written to, or the path is no file's.
+      PromptError: the folder does not exist or can't be written to, or the path is not a file's.
     """
     target = Path(path).resolve()
     if not target.parent.is_dir():
         raise PromptError(f"{flag}: the folder {target.parent} does not exist; make it first")
     if not path or (target.exists() and not target.is_file()):
-        raise PromptError(f"{flag}: {path!r} is no file; name one in a folder")
+        raise PromptError(f"{flag}: {path!r} is not a file; name a file in a folder")
     trial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         trial.touch()

@@ -1,4 +1,4 @@
-"""The frame of the scripts that measure: errors, results, calls timed in turns, tables."""
+"""Helpers of the measuring scripts: errors, results, timing of calls in turns, tables."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,17 +27,17 @@ def run(
     json: str | None,
     width: int | None = None,
 ) -> int:
-    """Runs a measurement, and writes down what it finds as it goes.
+    """Runs a measurement and writes its results to a file as they come.
 
     Args:
-      argv: the script and what flags left of its arguments: nothing.
-      measure: prints what it finds, and yields it for the file: all of it, each time there is more.
-      json: the file, or None.
-      width: columns of the console; None: the terminal's.
+      argv: the script's name; flag parsing must have left no other arguments.
+      measure: prints its results, and yields all results so far whenever there are new ones.
+      json: the file; None: the results are not written.
+      width: columns of the console; None: those of the terminal.
 
     Returns:
-      The exit status: 0, 1 after an error, of which the message alone is shown, or 130 after
-      Ctrl-C.
+      The exit status: 0, 1 after an error, or 130 after Ctrl-C. Of an error, only the message is
+      printed.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
@@ -64,15 +64,17 @@ def run(
 def in_turns(
     calls: Sequence[Callable[[], Any]], *, turns: int, parts: int = 1
 ) -> list[list[float]]:
-    """Times calls in turns, after one of each, so that a busy machine slows all alike.
+    """Times calls in turns, so that a busy machine slows all of them alike.
+
+    Every call runs once before the first turn, without being timed.
 
     Args:
-      calls: what to time; the arrays that a call returns are waited for.
-      turns: how often each is timed.
+      calls: the calls to time, each until the arrays that it returns are ready.
+      turns: how often each call is timed.
       parts: how many equal parts a call has.
 
     Returns:
-      Of each call, the seconds of a part in every turn.
+      For each call, the seconds of one part in every turn.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(turns + 1):
@@ -85,7 +87,7 @@ def in_turns(
 
 
 def table(first: str, *others: str, title: str | None = None, caption: str | None = None) -> Table:
-    """An empty table of names, and of figures to the right of them."""
+    """Makes an empty table with a column of names and right-aligned columns of figures."""
     made = Table(
         title=title and terminal.markup(title),
         caption=caption and terminal.markup(caption),
@@ -100,7 +102,7 @@ def table(first: str, *others: str, title: str | None = None, caption: str | Non
 
 
 def greedy(seats: int, agents: int) -> SamplingArrays:
-    """How agents sample that go on greedily, for ever, in so many seats."""
+    """Makes sampling arrays of `seats` seats for agents that decode greedily and never stop."""
     return sampling_arrays(
         seats,
         temperature=0.0,
@@ -115,10 +117,10 @@ def greedy(seats: int, agents: int) -> SamplingArrays:
 def behind_prompts(
     lanes: Sequence[LanePlan], steps: int, *, seats: int, shapes: Shapes
 ) -> tuple[DecodeState, np.ndarray]:
-    """Where lanes stand behind their prompts, in so many seats, and the slots of their next tokens.
+    """Makes the decode state of lanes after their prompts, and the slots of their next tokens.
 
     Returns:
-      The state, and i32 [seats, steps].
+      The state, and the slots i32 [seats, steps].
     """
     position = np.full(seats, -1, np.int32)
     slot = np.full((seats, steps), shapes.no_slot, np.int32)

@@ -1,24 +1,24 @@
-"""Quality against work, drawn."""
+"""Plots of quality against work."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from tokendance_jax.study.variants import NOISE, SHUFFLED
 
-# What eval_quality writes of a trace, the dense policy's first.
+# The rows that eval_quality writes for a trace; the first one is the dense policy's.
 Rows = Sequence[dict[str, Any]]
 
 
 def plot(
     traces: Sequence[Rows], path: str, *, kl: float | None = None, top1: float | None = None
 ) -> None:
-    """Draws mean KL and top-1 over token-layers, one line per policy and base; needs matplotlib.
+    """Plots mean KL and top-1 over token-layers, one line per policy and base; needs matplotlib.
 
     Args:
       traces: the rows of each trace, the dense policy's first.
-      path: the PNG file.
-      kl: mean KL to draw as a line, in nats.
-      top1: top-1 agreement to draw as a line.
+      path: the PNG file to write.
+      kl: mean KL, in nats, at which to draw a horizontal line.
+      top1: top-1 agreement at which to draw a horizontal line.
     """
     import matplotlib
 
@@ -50,9 +50,9 @@ def plot(
 
 
 def lines(rows: Rows) -> dict[str, list[dict[str, Any]]]:
-    """The points of each line by their work, each with a short name.
+    """Returns the points of each line, each with a short name, in the order of their work.
 
-    What checks the measurement is left out, and so are numbers that were not finite.
+    Leaves out the rows that check the measurement, and rows with numbers that were not finite.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows[1:]:

@@ -11,7 +11,7 @@ from tokendance_jax.study.probes import SETTINGS
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """One table for each setting and round, of accuracies and their intervals."""
+    """Makes one table of accuracies and their intervals per setting and round."""
     places = list(dict.fromkeys((row["setting"], row["round"]) for row in rows))
     drawn = []
     for place in places:

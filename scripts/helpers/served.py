@@ -1,4 +1,4 @@
-"""What serve_round served: sums over the rounds of each policy, tables of them, and JSON."""
+"""The results of serve_round: sums over the rounds of each policy, tables of them, and JSON."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from tokendance_jax.study.quality import Comparison, summarise
 
 @dataclasses.dataclass
 class Served:
-    """What was served so far.
+    """The results so far.
 
     Attributes:
-      results: policy to the results of its rounds.
-      compared: policy to comparisons with the first policy, of all rounds.
-      asked: the trace, if its recorded answers are the right ones.
+      results: the results of all rounds, by policy.
+      compared: the comparisons with the first policy in all rounds, by policy.
+      asked: the trace, if its recorded answers are the right ones; else None.
     """
 
     results: dict[str, list[RoundResult]]
@@ -28,7 +28,7 @@ class Served:
 
     @classmethod
     def under(cls, policies: Sequence[str]) -> "Served":
-        """Nothing yet, under each of these policies."""
+        """Makes empty results for these policies."""
         first, *others = dict.fromkeys(policies)
         return cls({policy: [] for policy in (first, *others)}, {policy: [] for policy in others})
 
@@ -38,7 +38,7 @@ class Served:
         return next(iter(self.results))
 
     def right(self, result: RoundResult) -> list[bool] | None:
-        """Which answers of a round are right, word for word; None where that is not known."""
+        """Whether each answer of a round is right, word for word; None if that is not known."""
         if self.asked is None:
             return None
         prompts = self.asked.rounds[result.index].agents
@@ -48,7 +48,7 @@ class Served:
         ]
 
     def summaries(self) -> dict[str, dict[str, Any]]:
-        """Sums over the rounds of each policy, and how it agrees with the first."""
+        """Returns the sums over the rounds of each policy, and its agreement with the first."""
         fields = ("prompt", "distinct", "unique", "computed")
         kinds = ("held", "rest", "dense")
         names = [*(f"{field}_tokens" for field in fields), *(f"kv_bytes_{kind}" for kind in kinds)]
@@ -70,7 +70,7 @@ class Served:
         return summaries
 
     def json(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The results for a file, beside the values of the flags."""
+        """Returns the results and the values of the flags, to be written to a file."""
         rows = [
             {
                 "policy": policy,
@@ -89,9 +89,9 @@ class Served:
 
 
 def rounds_table(served: Served, *, cold: bool) -> Table:
-    """Tokens, times and bytes of every round; `cold`: whether times count compilation."""
+    """Makes a table of tokens, times and bytes; `cold`: whether times include compilation."""
     title = "Tokens, seconds and KV bytes" + ("" if cold else " (compilation left out)")
-    # Two lines each, so that the table fits 80 columns.
+    # Headings have two lines, so that the table fits 80 columns.
     tokens = ("prompt\ntokens", "computed", "reused")
     times = ("prefill\ns", "decode\ns", "decode\ntok/s")
     columns = ("round", *tokens, *times, "KV MiB\nheld", "KV MiB\ndense")
@@ -99,7 +99,7 @@ def rounds_table(served: Served, *, cold: bool) -> Table:
     for policy, rounds in served.results.items():
         for result in rounds:
             ledger, timings = result.ledger, result.timings
-            later = ledger.decoded_tokens - len(result.agents)  # the first tokens are prefill's
+            later = ledger.decoded_tokens - len(result.agents)  # without the first tokens
             table.add_row(
                 policy,
                 str(result.index),
@@ -116,7 +116,7 @@ def rounds_table(served: Served, *, cold: bool) -> Table:
 
 
 def work_table(served: Served) -> Table:
-    """What each policy computed over all its rounds, beside what it had to and what it could."""
+    """Makes a table of each policy's computed tokens, with unique tokens and the reuse ceiling."""
     columns = ("prompt\ntokens", "computed", "unique", "prompt /\ncomputed", "collective\nceiling")
     table = measure.table("policy", *columns, "token-\nlayers", title="Work of all rounds")
     for policy, values in served.summaries().items():
@@ -134,7 +134,7 @@ def work_table(served: Served) -> Table:
 
 
 def comparison_table(served: Served) -> Table:
-    """What that took and held, and how near the answers are to the first policy's."""
+    """Makes a table of each policy's time and bytes, and of its agreement with the first."""
     title = "Time, bytes" + (f", quality against {served.first}" if served.compared else "")
     columns = ["prefill\ns", "KV MiB\nheld", "at\nrest", "dense"]
     columns += ["mean\nKL", "top-1", "first\ndiverg."]

@@ -1,7 +1,7 @@
-r"""Showing text of others: names, questions, answers and messages may hold anything.
+r"""Printing of untrusted text: names, questions, answers and messages may hold any characters.
 
-Control characters are shown as `\x1b` and the like, so that they never reach the terminal, and
-characters that the terminal's encoding lacks likewise.
+Control characters are printed as escapes such as `\x1b`, so that they never reach the terminal, and
+so are characters that the terminal's encoding lacks.
 """
 
 import io
@@ -11,17 +11,17 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-# C0 and C1, marks and overrides of direction, separators of lines, halves of characters.
+# C0 and C1 controls, direction marks and overrides, line separators, surrogates.
 _CONTROL = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _ALL = re.compile(f"[{_CONTROL}]")
 _BUT_LINES = re.compile(f"(?![\n\t])[{_CONTROL}]")
 
 
 def console(*, width: int | None = None) -> Console:
-    """The console of a script.
+    """Makes the console of a script.
 
     Args:
-      width: its columns; None: the terminal's.
+      width: number of columns; None: that of the terminal.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -30,22 +30,22 @@ def console(*, width: int | None = None) -> Console:
 
 
 def plain(text: str, *, lines: bool = False) -> str:
-    """Text with its control characters written out.
+    """Returns the text with its control characters escaped.
 
     Args:
       text: any text.
-      lines: whether the text may have lines and tabs of its own.
+      lines: whether to keep newlines and tabs.
     """
     return (_BUT_LINES if lines else _ALL).sub(_written_out, text)
 
 
 def markup(text: str, *, lines: bool = False) -> str:
-    """`plain` for rich, which takes no part of the text for markup of its own."""
+    """As `plain`, and escapes the text so that rich does not read any of it as markup."""
     return escape(plain(text, lines=lines))
 
 
 def complain(script: str, error: BaseException) -> None:
-    """Prints an error of a script as one line on stderr."""
+    """Prints the error of a script as one line on stderr."""
     message = " ".join(str(error).split("\n")) or type(error).__name__
     print(f"{script}: {plain(message)}", file=sys.stderr)
 

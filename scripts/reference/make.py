@@ -1,4 +1,4 @@
-"""Writes the reference of serve_round: its flags, the fields of traces, and those of its results.
+"""Writes the reference of serve_round: flags, fields of traces, and fields of results.
 
 python -m scripts.reference.make
 """
@@ -19,59 +19,62 @@ FILE = Path(__file__).with_name("serve_round.md")
 _TRACES = """\
 ## Traces
 
-A trace is a file of JSON lines, compressed if its name ends in `.gz`. One line is the prompt of one
-agent in one round. Lines are ordered by round, then by agent.
+A trace is a file of JSON lines, gzip-compressed if its name ends in `.gz`. Each line is the prompt
+of one agent in one round. Lines are ordered by round, then by agent.
 
 | field | meaning |
 |---|---|
 | `trace` | name of the trace; a file may hold several |
-| `round` | from 0 |
+| `round` | number of the round, from 0 |
 | `agent` | name of the agent |
-| `segments` | the prompt in order: a list of `{"kind", "id", "text"}` |
-| `max_new_tokens` | limit for the answer |
-| `recorded_output` | what the agent answered in the recording (optional) |
+| `segments` | the prompt: a list of `{"kind", "id", "text"}`, in order |
+| `max_new_tokens` | maximum number of tokens of the answer |
+| `recorded_output` | the agent's answer in the recording (optional) |
 | `fidelity` | `exact`: the agent reads nothing that was computed in another context (optional) |
 
-Kinds of segments are `system` and `history` (private to the agent), `shared` (a block that other
-agents may hold too) and `task` (the agent's own question, last). Within a round a shared id has one
-text. Segments are encoded one by one, so a shared block has the same tokens in every prompt.
-Strings such as `<|im_end|>` in a segment are ordinary characters, never markup.
+The kind of a segment is `system` or `history` (private to the agent), `shared` (a block that other
+agents may hold too) or `task` (the agent's own question, last). Within a round, all shared segments
+with the same id have the same text. Segments are encoded one by one, so a shared block has the same
+tokens in every prompt. Strings such as `<|im_end|>` in a segment are encoded as ordinary
+characters, never as markup.
 
 With `--replay`, the default, shared blocks are the recorded ones. With `--noreplay`, every block
-that is an answer of an earlier round is replaced by what the same agent answered in this run;
-histories stay as recorded. The `author` of a shared segment (`{"round", "agent"}`) says whose
-answer it is. Without it the id tells (`out/r0/Ann`), or the text, if it equals a recorded output. A
-block whose author cannot be told is an error that names the round and the block.
+that is an answer of an earlier round is replaced by the same agent's answer in this run; histories
+stay as recorded. The optional field `author` of a shared segment (`{"round", "agent"}`) names the
+agent who gave the answer, and the round. Without this field, the author follows from the id
+(`out/r0/Ann`), or from the text if it equals a recorded output. If the author of a block cannot be
+determined, an error names the round and the block.
 
-A bad line is an error in its own trace; `--trace_name` still serves the others. A line that names
-no trace, such as one that was cut off, may belong to the trace before or after it and is an error
-in both.
+An invalid line is an error in its own trace; `--trace_name` still serves the other traces of the
+file. A line without the name of its trace, such as a line that was cut off, may belong to the trace
+before or after it and is an error in both.
 """
 
 _JSON = """\
 ## Results
 
-`--json` names a file that is replaced after each round, so it is one valid JSON object at any time.
-Numbers that are not finite are `null`.
+`--json` names a file that is replaced after each round, so that it holds one valid JSON object at
+any time. Numbers that are not finite are `null`.
 
-`config` holds the flags. `policies` holds for each policy the sums over its rounds, its number of
-answers, how many of them are right (in replays of the demo), and its agreement with the first
-policy: mean and 95th percentile of the KL divergence, share of equal most probable tokens, and
-tokens before the first that differs. `rounds` has one entry for each policy and round:
+`config` holds the flags. `policies` holds for each policy the sums over its rounds, the number of
+answers, the number of right answers (in replays of the demo), and the agreement with the first
+policy: the mean and the 95th percentile of the KL divergence, the share of positions with the same
+most probable token, and the mean number of tokens before the first difference. `rounds` has one
+entry for each policy and round:
 """
 
 _ANSWERS = {
     "policy": "the policy",
     "round": "number of the round",
     "agents": "number of agents",
-    "outputs": "agent to answer",
-    "output_ids": "agent to the token ids of the answer",
-    "finish_reasons": "agent to `stop` or `length`",
+    "outputs": "the answers, by agent",
+    "output_ids": "the token ids of the answers, by agent",
+    "finish_reasons": "`stop` or `length`, by agent",
 }
 
 
 def attributes(kind: type) -> dict[str, str]:
-    """What the docstring of a class says of each of its attributes."""
+    """Returns the descriptions of a class's attributes in its docstring, by attribute."""
     text = inspect.getdoc(kind) or ""
     lines = text.partition("Attributes:\n")[2]
     found = {}
@@ -92,7 +95,7 @@ def _flags() -> Iterator[str]:
 
 
 def _meaning(flag: flags.Flag) -> str:
-    """The help without what absl adds to it, and the choices behind it."""
+    """Returns the help of a flag without absl's additions, followed by the possible values."""
     values = getattr(flag.parser, "enum_values", None)
     listed = f" One of {', '.join(f'`{value}`' for value in values)}." if values else ""
     text = re.sub(r"^<[^>]*>: ", "", " ".join((flag.help or "").split()))
@@ -108,16 +111,16 @@ def _fields() -> Iterator[str]:
 
 
 def reference() -> str:
-    """The text of the reference."""
+    """Returns the text of the reference."""
     return "\n".join(
         [
             "# Reference of `scripts.serve_round`",
             "",
             "Written by `python -m scripts.reference.make` from the flags and the docstrings.",
             "",
-            "The exit status is 0, 1 after an error, and 130 after Ctrl-C. Flags, outputs and the",
-            "prompts of a replay are checked before anything is computed. After a later error, and",
-            "after Ctrl-C, what was done is still shown and written.",
+            "The exit status is 0 on success, 1 after an error, and 130 after Ctrl-C. Flags,",
+            "output paths and the prompts of a replay are checked before anything is computed.",
+            "After a later error or Ctrl-C, the results so far are still printed and written.",
             "",
             "## Flags",
             "",

@@ -1,11 +1,12 @@
-"""Times a prefill call and a decode step against their own matrix products alone.
+"""Times a prefill call and a decode step against their matrix products alone.
 
   python -m scripts.reports.bench_engine
   python -m scripts.reports.bench_engine --model=model.gguf --dtype=bfloat16
 
-The yardstick is the products with the model's matrices only, at the same shapes and precision: what
-is above it is attention, norms, rotary embedding, sampling, reading and writing pages. Both are
-timed in turns, and the ratio is the median over the turns, so that a busy machine slows both alike.
+The baseline has only the products with the model's matrices, at the same shapes and precision. The
+time beyond the baseline goes into attention, norms, rotary embedding, sampling, and reading and
+writing pages. Both are timed in turns, so that a busy machine slows both alike; the ratio is the
+median over the turns.
 """
 
 import dataclasses
@@ -36,23 +37,34 @@ from tokendance_jax.policy.exact import Dense
 _MODEL = flags.DEFINE_string(
     "model",
     "0.5B",
-    "A published size with random weights ('0.5B', '1.5B', ...), or any model that serve_round "
-    "takes. Times do not depend on the weights.",
+    "Model to time: a published size with random weights ('0.5B', '1.5B', ...), or any model that "
+    "serve_round accepts. Times do not depend on the weights.",
 )
 _DTYPE = flags.DEFINE_multi_enum(
-    "dtype", ["float32", "bfloat16"], ["float32", "bfloat16"], "Precisions to time."
+    "dtype",
+    ["float32", "bfloat16"],
+    ["float32", "bfloat16"],
+    "Precisions of weights and KV to time.",
 )
-_ROWS = flags.DEFINE_integer("rows", 2048, "Rows of the prefill call.", lower_bound=1)
-_AGENTS = flags.DEFINE_integer("agents", 8, "Agents in both measurements.", lower_bound=1)
-_CONTEXT = flags.DEFINE_integer("context", 1024, "Tokens of each agent in decode.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 8, "Tokens of a decode call.", lower_bound=1)
-_TURNS = flags.DEFINE_integer("turns", 5, "How often each is timed.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+_ROWS = flags.DEFINE_integer(
+    "rows", 2048, "Number of rows of the prefill call, over all agents.", lower_bound=1
+)
+_AGENTS = flags.DEFINE_integer("agents", 8, "Number of agents in both measurements.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer(
+    "context", 1024, "Number of tokens of each agent before decode.", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer(
+    "steps", 8, "Number of steps of a decode call, of one token per agent each.", lower_bound=1
+)
+_TURNS = flags.DEFINE_integer(
+    "turns", 5, "How often each program is timed; the median counts.", lower_bound=1
+)
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the results to.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of a program and of its matrix products, one pair per turn."""
+    """Seconds of a program and of its matrix products alone, one pair per turn."""
 
     what: str
     dtype: str
@@ -135,14 +147,14 @@ class Bench:
         return self.runner.run(programs.first_token, hidden, self.sampling)
 
     def decode(self, state: DecodeState, slot: np.ndarray) -> jax.Array:
-        """Generates as many tokens as `slot` has columns."""
+        """Generates as many tokens per agent as `slot` has columns."""
         return self.runner.run(
             programs.decode, state, self.plan.tables, self.groups, slot, self.sampling
         )
 
 
 def time_prefill(model: Model) -> Timing:
-    """Times one packed prefill call, up to everybody's first token."""
+    """Times one packed prefill call, up to the first token of every agent."""
     agents, each = _AGENTS.value, _ROWS.value // _AGENTS.value
     bench = Bench(model, agents=agents, prompt=each, room=0)
     products = matrix_products(model, rows=agents * each, head_rows=bench.seats, repeat=1)
@@ -151,7 +163,7 @@ def time_prefill(model: Model) -> Timing:
 
 
 def time_decode(model: Model) -> Timing:
-    """Times one decode step, as the mean of a call of several."""
+    """Times one decode step, as the mean over a call of several steps."""
     agents, context, steps = _AGENTS.value, _CONTEXT.value, _STEPS.value
     bench = Bench(model, agents=agents, prompt=context, room=steps)
     bench.prefill()
@@ -165,10 +177,10 @@ def time_decode(model: Model) -> Timing:
 def matrix_products(
     model: Model, *, rows: int, head_rows: int, repeat: int
 ) -> Callable[[], list[jax.Array]]:
-    """The model's own products and nothing else, `repeat` times: a program for each layer.
+    """Makes a function that computes only the model's own products, `repeat` times.
 
-    Inputs stand ready in the matrices' precision and results are dropped, so no cast, no chain and
-    no other operation takes part.
+    It runs one program per layer. Inputs are prepared in the matrices' precision, and results are
+    dropped, so that no cast, no dependency between products and no other operation takes part.
     """
     config, qwen = model.config, nnx.merge(model.graph, model.state)
     head = qwen.embed_tokens if qwen.lm_head is None else qwen.lm_head
@@ -216,7 +228,7 @@ def _in_turns(
     tokens: int,
     parts: int,
 ) -> Timing:
-    """Times both in turns; `parts` steps are in a call."""
+    """Times a program and its products in turns; a call has `parts` steps."""
     program_s, products_s = measure.in_turns([program, products], turns=_TURNS.value, parts=parts)
     return Timing(what, model.dtype.name, program_s, products_s, tokens)
 

@@ -3,9 +3,10 @@
   python -m scripts.reports.bench_groups
   python -m scripts.reports.bench_groups --agents=25 --shared=2000 --private=200 --dtype=bfloat16
 
-Both have the same K and V. In the first all agents name the same pages, each under a frame of its
-own, and their queries meet a page together; in the second everybody has a copy. Whole steps and
-their attention alone are timed in turns; the ratio is the median over the turns.
+Both steps read the same K and V. In the first one, the tables of all agents name the same pages,
+each under its own frame, and a page is read once for the queries of all agents. In the second one,
+every agent has its own copy. Whole steps, and attention alone, are timed in turns; the ratio is the
+median over the turns.
 """
 
 import dataclasses
@@ -34,28 +35,40 @@ from tokendance_jax.plan.shapes import Shapes
 
 _MODEL = flags.DEFINE_string("model", "0.5B", "Model, as for bench_engine.")
 _DTYPE = flags.DEFINE_multi_enum(
-    "dtype", ["float32", "bfloat16"], ["float32", "bfloat16"], "Precisions to time."
+    "dtype",
+    ["float32", "bfloat16"],
+    ["float32", "bfloat16"],
+    "Precisions of weights and KV to time.",
 )
-_AGENTS = flags.DEFINE_integer("agents", 25, "Agents that decode.", lower_bound=2)
-_SHARED = flags.DEFINE_integer("shared", 2000, "Tokens that all agents hold.", lower_bound=1)
-_PRIVATE = flags.DEFINE_integer("private", 200, "Tokens of each agent's own.", lower_bound=32)
-_STEPS = flags.DEFINE_integer("steps", 4, "Tokens of a decode call.", lower_bound=1)
-_TURNS = flags.DEFINE_integer("turns", 7, "How often each is timed.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+_AGENTS = flags.DEFINE_integer("agents", 25, "Number of agents that decode.", lower_bound=2)
+_SHARED = flags.DEFINE_integer(
+    "shared", 2000, "Number of tokens that all agents share.", lower_bound=1
+)
+_PRIVATE = flags.DEFINE_integer(
+    "private", 200, "Number of tokens of each agent's own text.", lower_bound=32
+)
+_STEPS = flags.DEFINE_integer(
+    "steps", 4, "Number of steps of a decode call, of one token per agent each.", lower_bound=1
+)
+_TURNS = flags.DEFINE_integer(
+    "turns", 7, "How often each step is timed; the median counts.", lower_bound=1
+)
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the results to.")
 
 _PAGE_SIZE = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Seconds, one pair per turn: with shared pages, and with copies.
+    """Seconds of a step with shared pages and with copies, one pair per turn.
 
     Attributes:
       what: what was timed.
       dtype: precision of weights and KV.
-      shared_s: with shared pages.
-      copied_s: with copies.
-      difference: largest difference of the two attention outputs, over the largest output.
+      shared_s: seconds with shared pages.
+      copied_s: seconds with copies.
+      difference: largest difference between the two attention outputs, divided by the largest
+        output.
     """
 
     what: str
@@ -125,7 +138,7 @@ def time_steps(model: Model) -> list[Result]:
 
     @jax.jit
     def attention(q: jax.Array, kv: PagedKV, tables: LaneTables, groups: GroupTables) -> jax.Array:
-        # A chain, so that the layers follow each other as they do in a step.
+        # Each layer depends on the one before, so that layers run in order as they do in a step.
         x, at = q, jnp.asarray(state.position)
         for layer in range(layers):
             x = q + decode_attention(x, kv, layer, at, tables, groups, theta=theta)
@@ -149,7 +162,7 @@ def time_steps(model: Model) -> list[Result]:
 
 
 def _rounds(model: Model) -> tuple[list[LanePlan], list[LanePlan], Shapes, np.ndarray]:
-    """The lanes with shared pages, the same with copies, and which page copies which."""
+    """Returns lanes with shared pages, lanes with copies, shapes, and pairs (copy, original)."""
     agents = _AGENTS.value
     own = -(-(_PRIVATE.value + _STEPS.value) // _PAGE_SIZE)
     common_pages = -(-_SHARED.value // _PAGE_SIZE)
@@ -163,7 +176,7 @@ def _rounds(model: Model) -> tuple[list[LanePlan], list[LanePlan], Shapes, np.nd
         mine = begin + np.arange(own, dtype=np.int32)
         copy = begin + own + np.arange(common_pages, dtype=np.int32)
         copies.append(np.stack([copy, base], axis=1))
-        before = own // 2 + agent % 3 - 1  # so that everybody has a frame of their own
+        before = own // 2 + agent % 3 - 1  # so that every agent has its own frame
         frame = np.zeros(len(slots), np.int32)
         frame[before : before + common_pages] = before * _PAGE_SIZE + agent
         for lanes, middle in ((shared, base), (copied, copy)):
@@ -196,7 +209,7 @@ def _in_turns(
     parts: int,
     difference: float,
 ) -> Result:
-    """Times two calls in turns; `parts` steps are in a call."""
+    """Times two calls in turns; a call has `parts` steps."""
     shared, copied = measure.in_turns(calls, turns=_TURNS.value, parts=parts)
     return Result(what, model.dtype.name, shared, copied, difference)
 

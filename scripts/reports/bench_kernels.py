@@ -1,13 +1,14 @@
-"""Times the kernels on the device that is present, beside other ways to do the same work.
+"""Times the kernels on the device that is present, and other ways to do the same work.
 
   python -m scripts.reports.bench_kernels
   python -m scripts.reports.bench_kernels --model=7B --kernel=decode_attention --dtype=bfloat16
 
-Each implementation of a kernel, XLA code among them, and JAX's own Pallas ops where they can do the
-work. Values come first: what differs from the reference gets no time. All ways of a kernel are
-timed in turns, and ratios are medians over the turns. Bytes are the least that any way could move,
-of one call; a share of a device's published bandwidth and rate stands beside them where these are
-known. Calls of a kernel that reads one layer follow each other through all layers.
+Each implementation of a kernel is timed, including XLA code, and JAX's own Pallas ops where they
+can do the work. Values are checked first: a way whose values differ from the reference is not
+timed. All ways of a kernel are timed in turns, and ratios are medians over the turns. Bytes are the
+minimum that any way could move in one call. Bytes and operations per second are also shown as
+shares of the device's published bandwidth and rate where these are known. A kernel that reads one
+layer is called for all layers, one after another.
 """
 
 import dataclasses
@@ -31,31 +32,34 @@ from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.plan.shapes import PACKING
 
 FLAGS = flags.FLAGS
-# The sizes of a round are those of the report, whose counts of bytes and operations serve here.
+# kernel_report defines the flags for the sizes of a round, and counts bytes and operations.
 for _name in ("model", "dtype", "agents", "shared", "own", "rows", "page_size", "json"):
     flags.declare_key_flag(_name)
 FLAGS.set_default("model", ["0.5B"])
 FLAGS.set_default("rows", [128])
-_KERNEL = flags.DEFINE_multi_enum(
-    "kernel", list(SUBJECTS), list(SUBJECTS), "Kernels to time; repeat the flag."
-)
+_KERNEL = flags.DEFINE_multi_enum("kernel", list(SUBJECTS), list(SUBJECTS), "Kernels to time.")
 _IMPLEMENTATION = flags.DEFINE_multi_enum(
     "implementation",
     None,
     [name for name in IMPLEMENTATIONS if name != "interpret"],
-    "Implementations to time; repeat the flag; by default XLA code and those for the device.",
+    "Implementations to time; default: XLA code and the kernels for the device.",
 )
-_LAYERS = flags.DEFINE_integer("layers", 0, "Layers of the pool; 0: the model's.", lower_bound=0)
-_TURNS = flags.DEFINE_integer("turns", 5, "How often each is timed.", lower_bound=1)
+_LAYERS = flags.DEFINE_integer(
+    "layers", 0, "Number of layers of the pool; 0: as many as the model has.", lower_bound=0
+)
+_TURNS = flags.DEFINE_integer(
+    "turns", 5, "How often each implementation is timed; the median counts.", lower_bound=1
+)
 
-# Largest difference from the reference, over its largest number. A bfloat16 number is rounded by
-# 2**-9, a rotated key once more, and queries and weights that meet it likewise. Tensor cores take a
-# float32 number as two of bfloat16, whose products are good to about 2**-16.
+# The largest allowed difference from the reference, divided by the reference's largest number.
+# bfloat16 rounds a number of the pool by up to 2**-9, a rotated key once more, and likewise the
+# queries and weights that it is multiplied with. Tensor cores take a float32 number as two planes
+# of bfloat16, whose products are accurate to about 2**-16.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 
 
 class WrongValues(ValueError):
-    """What a kernel gave is not what its reference gives."""
+    """The values of a kernel are not those of its reference."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,7 +78,7 @@ def _measure(console: Console) -> Iterator[dict[str, Any]]:
             shared, own = (-(-x // KEY_BLOCK) * KEY_BLOCK for x in (FLAGS.shared, FLAGS.own))
             each, page_size = FLAGS.rows[0], int(FLAGS.page_size)
             work = Work(config, dtype, page_size, FLAGS.agents, shared, own, each)
-            # The report counts each number of rows apart: here the first is worked on.
+            # The report has one case for each number of rows; the first is timed here.
             cases = {}
             packing = PACKING.get(jax.default_backend())
             for case in kernel_report.cases(config, dtype, packing=packing):
@@ -106,17 +110,18 @@ def _implementations() -> list[str]:
 def time_subject(
     subject: Subject, implementations: Sequence[str], tolerance: float, turns: int
 ) -> list[dict[str, Any]]:
-    """Checks all ways to do a kernel's work, and times those that give the right values.
+    """Checks all ways to do a kernel's work, and times those whose values are right.
 
     Args:
-      subject: the kernel at work.
-      implementations: those that are wanted.
+      subject: the kernel and its work.
+      implementations: the implementations to time.
       tolerance: the largest error of right values.
-      turns: how often each is timed.
+      turns: how often each way is timed.
 
     Returns:
-      For each way its name, error, seconds of a call in every turn, and the median over the turns
-      of its time to that of the first; or why it was not timed, and whether its values are wrong.
+      For each way its name, its error, the seconds of a call in every turn, and the median over the
+      turns of the ratio of its time to that of the first way. For a way that was not timed, the
+      reason, and whether its values are wrong.
     """
     rows, ready = [], []
     ways = [name for name in implementations if name in subject.implementations]
@@ -127,7 +132,7 @@ def time_subject(
         error, program = _checked(subject, name)
         if isinstance(program, str):
             row["reason"] = program
-        elif error <= tolerance:  # which NaN is not
+        elif error <= tolerance:  # false if the error is NaN
             row["error"] = error
             ready.append((row, program))
         else:
@@ -149,11 +154,11 @@ def time_subject(
 
 
 def _checked(subject: Subject, name: str) -> tuple[float, Program | str]:
-    """A way to do the work and its error, or why it cannot."""
+    """Returns the error of a way to do the work and its program, or 0 and why it can't do it."""
     rival = subject.rivals.get(name)
     if isinstance(rival, str):
         return 0.0, rival
-    # JAX's ops refuse what they cannot take by errors of any kind.
+    # JAX's ops raise errors of any kind for arguments that they do not support.
     unfit = NotImplementedError if rival is None else Exception
     try:
         program = subject.program(name) if rival is None else rival()
@@ -173,7 +178,7 @@ def _print(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     present, device = targets.present(), jax.devices()[0].device_kind
     bandwidth = present.bandwidth if present else None
-    # The published rate is that of bfloat16 products.
+    # The published rate holds for bfloat16 products.
     rate = present.rate if present and rows[0]["dtype"] == "bfloat16" else None
     model, dtype = rows[0]["model"], rows[0]["dtype"]
     columns = "ms", "/ first", "GB/s", "of peak", "GFLOP/s", "of peak", "error"

@@ -1,11 +1,11 @@
-"""What the compilers say of the kernels, for accelerators that need not be present.
+"""Reports what compilers say about the kernels, for accelerators that need not be present.
 
   python -m scripts.reports.kernel_report --model=7B --model=14B --agents=25
 
-For each kernel: registers, spills, shared memory and blocks at a time from ptxas, temporaries from
-XLA; the bytes that the kernel moves, beside the least that any could move; its operations; and the
-time that bytes and operations would take at the target's published bandwidth and rate. That time is
-a bound, not a measurement. Needs the `aot` extra.
+For each kernel, the report shows registers, spills, shared memory and blocks at a time from ptxas,
+and temporaries from XLA. It counts the bytes that the kernel moves, against the minimum that any
+kernel could move, and the operations. From these follows the time that bytes and operations take at
+the target's published bandwidth and rate: a bound, not a measurement. Needs the `aot` extra.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 if __name__ == "__main__":
-    # The compilers would look for devices, and complain that there are none.
+    # Otherwise the compilers look for devices, and complain that there are none.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -43,24 +43,38 @@ from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.plan.round_plan import pack
 from tokendance_jax.plan.shapes import PACKING, Packing, Shapes
 
-_MODEL = flags.DEFINE_multi_string("model", ["0.5B", "7B", "14B"], "Published sizes; repeat.")
+_MODEL = flags.DEFINE_multi_string(
+    "model", ["0.5B", "7B", "14B"], "Published model sizes of the kernels, such as '7B'."
+)
 _DTYPE = flags.DEFINE_multi_enum(
-    "dtype", ["bfloat16"], ["float32", "bfloat16"], "Precisions of the pool; repeat."
+    "dtype", ["bfloat16"], ["float32", "bfloat16"], "Precisions of the KV pool."
 )
-_TARGET = flags.DEFINE_multi_enum("target", ["h100"], list(targets.TARGETS), "Targets; repeat.")
-_AGENTS = flags.DEFINE_integer("agents", 25, "Agents.", lower_bound=1)
-_SHARED = flags.DEFINE_integer("shared", 2048, "Tokens that all agents share.", lower_bound=256)
-_OWN = flags.DEFINE_integer("own", 256, "Tokens of each agent's own.", lower_bound=256)
+_TARGET = flags.DEFINE_multi_enum(
+    "target", ["h100"], list(targets.TARGETS), "Accelerators to compile for."
+)
+_AGENTS = flags.DEFINE_integer("agents", 25, "Number of agents in the round.", lower_bound=1)
+_SHARED = flags.DEFINE_integer(
+    "shared",
+    2048,
+    "Number of tokens that all agents share, rounded up to a multiple of 256.",
+    lower_bound=256,
+)
+_OWN = flags.DEFINE_integer(
+    "own",
+    256,
+    "Number of tokens of each agent's own text, rounded up to a multiple of 256.",
+    lower_bound=256,
+)
 _ROWS = flags.DEFINE_multi_integer(
-    "rows", [128, 20], "Rows of each agent in a prefill; repeat.", lower_bound=1
+    "rows", [128, 20], "Numbers of rows that each agent computes in a prefill.", lower_bound=1
 )
-_PAGE_SIZE = flags.DEFINE_enum("page_size", "16", ["16", "32"], "Token slots in a page.")
-_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+_PAGE_SIZE = flags.DEFINE_enum("page_size", "16", ["16", "32"], "Token slots in a KV page.")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the results to.")
 
 
 def main(argv: Sequence[str]) -> int:
     """Compiles and prints; returns the exit status: 0, or 1 after an error."""
-    return measure.run(argv, _measure, json=_JSON.value, width=132)  # Markdown, as wide as it is
+    return measure.run(argv, _measure, json=_JSON.value, width=132)  # as wide as the Markdown
 
 
 def _measure(console: Console) -> Iterator[dict[str, Any]]:
@@ -79,24 +93,25 @@ def _measure(console: Console) -> Iterator[dict[str, Any]]:
 def cases(
     config: Qwen2Config, dtype: str = "bfloat16", *, packing: Packing | None = None
 ) -> list[dict[str, Any]]:
-    """The kernels on a round of the flags' sizes: how to call them, and what they must do.
+    """Describes the kernels on a round of the flags' sizes: how to call them, and their work.
 
     Args:
       config: sizes of the model.
       dtype: precision of the pool.
-      packing: `Shapes.packing`.
+      packing: see `Shapes.packing`.
 
     Returns:
-      Of each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
-      of every page once for all agents that show it, of queries and of results; `extra`: what the
-      GPU kernel moves beside; and `operations`, of attention those of tensor cores.
+      For each kernel its name, `call(implementation)`, `arguments` and `donate`; `floor`: the bytes
+      of queries, of results, and of every page, counted once for all agents whose tables name it;
+      `extra`: the bytes that the GPU kernel moves in addition; and `operations`: for attention,
+      those of tensor cores.
     """
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
     heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
     shared, own = (-(-tokens // 256) * 256 for tokens in (_SHARED.value, _OWN.value))
     itemsize, planes = jnp.dtype(dtype).itemsize, planes_of(jnp.dtype(dtype))
-    # Bytes of keys and values of one layer.
+    # Bytes of the keys and values of a page in one layer.
     page = 2 * page_size * kv_heads * head_dim * itemsize
     shared_pages, own_pages = shared // page_size, own // page_size
     pages = 1 + shared_pages + agents * (shared_pages + own_pages)
@@ -118,7 +133,7 @@ def cases(
         "donate": (0,),
         "floor": layers * page * (shared_pages + pieces),
         "extra": 4 * (4 * pieces + 2 * shared_pages),
-        # Two products and a sum for each number of a key, and as much for its angle.
+        # Two products and a sum for each number of a key, and as many operations for its angle.
         "operations": layers * pieces * page_size * kv_heads * head_dim * 8,
     }
 
@@ -162,9 +177,10 @@ def cases(
         "arguments": (kv, plan),
         "donate": (),
         "floor": layers * page * (shared_pages + pieces) + layers * pieces * 16,
-        # On a GPU: scores of parts of pages, written and read again.
+        # On a GPU, scores of parts of pages are written and read again.
         "extra": 2 * layers * pieces * parts * 16 + 4 * (4 * pieces + 2 * shared_pages),
-        # A key is turned as in a restore; a difference, a maximum and a sum of squares for all.
+        # A key is rotated as in a restore. Every number of K and V goes into a difference, a
+        # maximum and a sum of squares.
         "operations": layers * pieces * page // (2 * itemsize) * (8 + 2 * 5),
     }
     prefills = [_prefill(config, kv, page, rows, packing) for rows in _ROWS.value]
@@ -174,7 +190,7 @@ def cases(
 def _prefill(
     config: Qwen2Config, kv: PagedKV, page: int, each: int, packing: Packing | None
 ) -> dict[str, Any]:
-    """Round attention of so many rows of each agent, behind what all of them share."""
+    """Describes round attention of `each` rows per agent, after the text that all agents share."""
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
     shared, own = (-(-tokens // 256) * 256 for tokens in (_SHARED.value, _OWN.value))
@@ -198,13 +214,13 @@ def _prefill(
         for agent in range(agents)
     ]
     (plan,) = pack(lanes, shapes)
-    # Where packing does not pay, tiles are of single lanes.
+    # Where packing does not pay, every tile has rows of a single lane.
     together = plan.shared if plan.shared and plan.shared.groups.count else None
     plans = jax.tree.map(lambda x: _shape(*x.shape, dtype=x.dtype.name), (plan.tables, plan.tiles))
     options = {} if together is None else {"shared": together}
     numbers, planes = rows * heads * head_dim, planes_of(kv.k.dtype)
-    # On a GPU what rows see together is written and read as the pool's numbers are, and queries are
-    # read once more.
+    # On a GPU, packed rows write and read their results over shared pages in the pool's precision,
+    # and their queries are read once more.
     part = kv.k.dtype.itemsize * numbers + 4 * rows * heads
     extra = 0 if together is None else 4 * numbers + 2 * part
 
@@ -237,7 +253,7 @@ def report(case: dict[str, Any], target: targets.Target) -> dict[str, Any]:
     """Compiles one kernel for a target.
 
     Returns:
-      What the table shows, in bytes, operations and seconds.
+      The figures of the table, in bytes, operations and seconds.
     """
     gpu = target.platform == "cuda"
     call = case["call"]("mosaic_gpu" if gpu else "mosaic_tpu")

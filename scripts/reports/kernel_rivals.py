@@ -1,7 +1,7 @@
 """Other ways to do the kernels' work: JAX's own Pallas ops, and a restore in three steps.
 
-JAX's ops know no frames and no groups: they read everybody's copy of the base, and pages in the
-order of their own layouts, which stand ready before they are timed.
+JAX's ops support neither frames nor groups. They read each agent's own copy of the base, and pages
+in their own layouts. Copies and layouts are prepared before the ops are timed.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from tokendance_jax.kernels.sparse_restore import sparse_restore
 
 @dataclasses.dataclass(frozen=True)
 class Attend:
-    """A way to attend.
+    """A way to compute attention.
 
     Attributes:
-      call: of queries f32 [rows, heads, head_dim], of the arguments, and of a keyword `layer`.
+      call: takes queries f32 [rows, heads, head_dim], the arguments, and the keyword `layer`.
       arguments: arrays, or pytrees of arrays.
     """
 
@@ -33,7 +33,7 @@ class Attend:
 
 
 def decode(work: Work) -> Mapping[str, Callable[[], Attend] | str]:
-    """What attends one row per agent."""
+    """Other ways to compute attention of one row per agent."""
     return {
         "jax gpu.paged_attention": _on("gpu", lambda: gpu_paged_attention(work)),
         "jax tpu.paged_attention": _on("tpu", lambda: tpu_paged_attention(work)),
@@ -41,9 +41,9 @@ def decode(work: Work) -> Mapping[str, Callable[[], Attend] | str]:
 
 
 def prefill(work: Work) -> Mapping[str, Callable[[], Attend] | str]:
-    """What attends the rows of a prefill."""
+    """Other ways to compute attention of a prefill's rows."""
     return {
-        "jax gpu.attention_mgpu": "it takes whole sequences: no pages, and no rows behind others",
+        "jax gpu.attention_mgpu": "it takes whole sequences: no pages, and no cached tokens",
         "jax tpu.ragged_paged_attention": _on("tpu", lambda: tpu_ragged_paged_attention(work)),
     }
 
@@ -54,11 +54,11 @@ def _on(platform: str, make: Callable[[], Attend]) -> Callable[[], Attend] | str
 
 
 def gpu_paged_attention(work: Work, *, interpret: bool = False) -> Attend:
-    """`jax.experimental.pallas.ops.gpu.paged_attention`, a Triton kernel.
+    """Adapts `jax.experimental.pallas.ops.gpu.paged_attention`, a Triton kernel.
 
     Args:
       work: the round.
-      interpret: whether it is simulated, on any platform.
+      interpret: whether to simulate the kernel, on any platform.
     """
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
@@ -80,7 +80,7 @@ def gpu_paged_attention(work: Work, *, interpret: bool = False) -> Attend:
 
 
 def tpu_paged_attention(work: Work) -> Attend:
-    """`jax.experimental.pallas.ops.tpu.paged_attention`."""
+    """Adapts `jax.experimental.pallas.ops.tpu.paged_attention`."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     return _paged(
@@ -92,7 +92,7 @@ def tpu_paged_attention(work: Work) -> Attend:
 
 
 def _paged(work: Work, op: Callable[..., jax.Array]) -> Attend:
-    """An op over pages [kv_heads, pages, page_size, head_dim] of one layer."""
+    """Adapts an op that takes pages [kv_heads, pages, page_size, head_dim] of one layer."""
 
     def split(pool: jax.Array) -> list[jax.Array]:
         return [jnp.moveaxis(storage.load(layer), 2, 0) for layer in pool]
@@ -107,7 +107,7 @@ def _paged(work: Work, op: Callable[..., jax.Array]) -> Attend:
 
 
 def tpu_ragged_paged_attention(work: Work) -> Attend:
-    """`jax.experimental.pallas.ops.tpu.ragged_paged_attention`."""
+    """Adapts `jax.experimental.pallas.ops.tpu.ragged_paged_attention`."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     begin = np.arange(work.agents + 1, dtype=np.int32) * np.int32(work.rows)
@@ -125,7 +125,7 @@ def tpu_ragged_paged_attention(work: Work) -> Attend:
         )
         return out.astype(jnp.float32)
 
-    # Keys and values of a head stand beside each other.
+    # In the op's layout, the keys and values of a head are neighbours.
     kv = _copied(work)
     pages = [
         jnp.stack([storage.load(k), storage.load(v)], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
@@ -136,22 +136,22 @@ def tpu_ragged_paged_attention(work: Work) -> Attend:
 
 
 def _tables(work: Work) -> np.ndarray:
-    """i32 [agents, pages]: everybody's copy of the base, and what is its own."""
+    """i32 [agents, pages]: the pages of each agent's copy of the base, then its own pages."""
     return np.stack([lane.page for lane in work.lanes(copied=True)])
 
 
 def _copied(work: Work) -> PagedKV:
-    """The pool with everybody's copy of the base."""
+    """Returns the pool with every agent's copy of the base filled in."""
     theta, plan = work.config.rope_theta, work.restore(patched=False)
     restore = functools.partial(sparse_restore, theta=theta, implementation="xla")
     return jax.jit(restore)(work.kv, None, plan)
 
 
 def three_steps(work: Work) -> Callable[[PagedKV], PagedKV]:
-    """A restore as three programs: gather the base, overlay the patches, rotate and write.
+    """Makes a restore of three programs: gather the base, overlay the patches, rotate and write.
 
     Returns:
-      Takes the pool donated, and returns it.
+      A function that takes the pool donated and returns it.
     """
     theta, head_dim = work.config.rope_theta, work.config.head_dim
     agents, patches = work.agents, min(PATCHES, len(work.base))
@@ -159,7 +159,7 @@ def three_steps(work: Work) -> Callable[[PagedKV], PagedKV]:
     layers = np.arange(work.config.num_hidden_layers, dtype=np.int32)[:, None]
 
     def in_all_layers(page: np.ndarray, count: int) -> np.ndarray:
-        """Places of pages where the pages of all layers, `count` each, stand in one row."""
+        """Indices of pages in all layers, in arrays that flatten layers and their `count` pages."""
         return (layers * np.int32(count) + page[None, :]).reshape(-1)
 
     of_pool = functools.partial(in_all_layers, count=work.shapes.pages)

@@ -1,6 +1,6 @@
-"""The kernels at work: what is timed, beside what, and what it must give.
+"""The kernels to time: their work, other ways to do the same work, and the expected results.
 
-A kernel is added by a function of the work that returns a `Subject`, and its name in `SUBJECTS`.
+To add a kernel, write a function that returns a `Subject` for some work, and name it in `SUBJECTS`.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Program:
     """One way to do a kernel's work.
 
     Attributes:
-      check: gives what is compared with the reference.
+      check: returns what is compared with the reference.
       timed: does the work `Subject.calls` times.
     """
 
@@ -46,19 +46,20 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A kernel at work.
+    """A kernel and its work.
 
     Attributes:
-      what: the work of one call.
-      bytes: the least that one call moves.
-      operations: of one call.
-      calls: calls in a timed program.
-      implementations: those that the kernel has.
-      program: by the name of an implementation. It raises NotImplementedError, or its `check` does,
-        where the implementation is unfit.
-      rivals: what else does the work, by name: a program, or why there is none here.
-      error: of what a `check` gave: the largest difference from the reference, over its largest
-        number.
+      what: the work of one call, in words.
+      bytes: the minimum number of bytes that one call moves.
+      operations: number of operations of one call.
+      calls: number of calls in a timed program.
+      implementations: the implementations that the kernel has.
+      program: makes the program of a named implementation. If the implementation cannot do the
+        work, `program` raises NotImplementedError, or the program's `check` does.
+      rivals: other ways to do the work, by name: each makes a program, or is the reason why there
+        is none on this machine.
+      error: computes the error of a result of `check`: its largest difference from the reference,
+        divided by the reference's largest number.
     """
 
     what: str
@@ -72,14 +73,14 @@ class Subject:
 
 
 class _InPlace:
-    """Programs that write a pool in place: all into one copy, the pool itself stays."""
+    """Programs that write a pool in place. All write the same copy; the pool itself stays."""
 
     def __init__(self, kv: PagedKV):
         self._kv = kv
         self._copy: PagedKV | None = None
 
     def program(self, call: Callable[[PagedKV], PagedKV]) -> Program:
-        """Of a call that takes the pool donated, and returns it."""
+        """Makes the program of a call that takes the pool donated and returns it."""
 
         def again() -> PagedKV:
             assert self._copy is not None
@@ -87,7 +88,7 @@ class _InPlace:
             return self._copy
 
         def check() -> PagedKV:
-            self._copy = None  # at most one copy at a time
+            self._copy = None  # frees the old copy before the new one is made
             self._copy = jax.tree.map(jnp.copy, self._kv)
             return again()
 
@@ -100,7 +101,7 @@ def _error(found: jax.Array, expected: jax.Array) -> jax.Array:
 
 
 def sparse_restore_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
-    """All layers of everybody's copy of the base, with patches, keys turned."""
+    """Restores all layers of every agent's copy of the base, with patches, and rotates keys."""
     plan, theta, kv = work.restore(), work.config.rope_theta, work.kv
     layers, _, *page_shape = kv.k.shape
     in_place = _InPlace(kv)
@@ -138,7 +139,7 @@ def sparse_restore_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
 
 
 def page_diff_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
-    """All layers of the base beside everybody's copy of it."""
+    """Compares all layers of the base with every agent's copy of it."""
     plan, theta, kv = work.comparisons(), work.config.rope_theta, work.kv
     layers, _, *page_shape = kv.k.shape
 
@@ -185,10 +186,10 @@ def _attention(
     rows: int,
     expected: Callable[[jax.Array, int], jax.Array],
 ) -> Subject:
-    """A kernel that takes queries and reads one layer: timed through all layers.
+    """Makes the subject of a kernel that takes queries and reads one layer.
 
-    Each layer's queries need the result of the layer before, so that layers follow each other, and
-    none finds its pages in a cache.
+    It is timed through all layers. The queries of a layer depend on the result of the layer before,
+    so the layers run one after another, and none finds its pages in a cache.
     """
     layers = work.config.num_hidden_layers
     q, middle = work.queries(rows), layers // 2
@@ -201,7 +202,7 @@ def _attention(
             x = q
             for layer in range(layers):
                 out = attend.call(x, *arguments, layer=layer)
-                # Results that are no queries only order the layers.
+                # A result that is not shaped as queries only makes the layers run in order.
                 x = q + (out if out.shape == q.shape else jnp.min(out) * np.float32(1e-30))
             return x
 
@@ -226,7 +227,7 @@ def _attention(
 
 
 def decode_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
-    """The next row of every agent."""
+    """Attends with the next row of every agent."""
     groups, tables = work.decode
 
     def attend(implementation: str) -> Attend:
@@ -252,7 +253,7 @@ def decode_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]])
 
 
 def round_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
-    """The rows of a prefill."""
+    """Attends with the rows of a prefill."""
     plan = work.prefill
 
     def attend(implementation: str) -> Attend:
@@ -277,7 +278,7 @@ def round_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) 
 
 
 def attention_mass_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
-    """How much the rows of a prefill attend to each entry: the products with keys, twice."""
+    """Sums how much a prefill's rows attend to each entry; computes products with keys twice."""
     plan, case = work.prefill, cases["round_attention"]
 
     def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
@@ -288,7 +289,7 @@ def attention_mass_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
         rows = work.expected(attention_mass_reference, q, layer, plan.rows.position, plan.lane)
         return jnp.zeros(plan.tables.page.shape, jnp.float32).at[plan.lane].add(rows)
 
-    # Neither values nor results of queries' size.
+    # The kernel reads no values and writes no results of the queries' size.
     queries = 4 * len(plan.lane) * work.config.num_attention_heads * work.config.head_dim
     floor = (case["floor"] - 2 * queries) // 2 + queries
     return _attention(
@@ -303,7 +304,7 @@ def attention_mass_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
 
 
 def kv_write_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
-    """Keys and values of a prefill's rows, through all layers."""
+    """Writes the keys and values of a prefill's rows, in all layers."""
     del cases
     slot, kv = np.asarray(work.prefill.rows.slot), work.kv
     layers, _, page_size, *head_shape = kv.k.shape

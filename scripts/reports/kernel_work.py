@@ -1,4 +1,4 @@
-"""A round's pages, tables and rows at the sizes of a model, for kernels to work on."""
+"""The work on which kernels are timed: a round's pages, tables and rows at a model's sizes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,30 +22,31 @@ from tokendance_jax.plan.round_plan import RoundPlan, pack
 from tokendance_jax.plan.shapes import PACKING, Shapes
 from tokendance_jax.policy.policies import PolicyOptions
 
-# Pages that every mirror has in place of the first ones of the base.
+# Number of patches of every mirror; they replace the first pages of the base.
 PATCHES = PolicyOptions().head_pages
-# Rows that a reference takes at a time: it gathers all keys of each.
+# Rows that a reference computes at a time, as it gathers all keys of each row.
 _ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Agents that share a base, each in a frame of its own, and compute the end of their own text.
+    """A round of agents that share a base and compute the end of their own text.
 
-    In the pool stand page 0, the base, and of every agent its own pages, patches, and room for a
-    copy of the base.
+    Each agent reads the base under its own frame. The pool holds page 0, the base, and for every
+    agent its own pages, its patches, and room for a copy of the base.
 
     Attributes:
-      config: sizes of the model; its layers are those of the pool.
+      config: sizes of the model; the pool has as many layers.
       dtype: precision of the pool, "float32" or "bfloat16".
       page_size: token slots in a page.
-      agents: lanes.
-      shared: tokens of the base; whole key blocks.
-      own: tokens of each agent's own, behind the base; whole key blocks.
-      rows: how many of them each agent computes.
+      agents: number of agents, each of which has a lane.
+      shared: tokens of the base; a multiple of `KEY_BLOCK`.
+      own: tokens of each agent's own text, after the base; a multiple of `KEY_BLOCK`.
+      rows: how many of its own tokens each agent computes, at the end.
 
     Raises:
-      ValueError: an agent would compute more rows than it has tokens of its own.
+      ValueError: an agent would compute more rows than it has own tokens, or the tokens are not
+        multiples of `KEY_BLOCK`.
     """
 
     config: Qwen2Config
@@ -64,11 +65,11 @@ class Work:
 
     @property
     def base(self) -> np.ndarray:
-        """i32 [shared pages]."""
+        """i32 [shared pages]; the pages of the base."""
         return 1 + np.arange(self.shared // self.page_size, dtype=np.int32)
 
     def pages_of(self, agent: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """An agent's own pages, its patches, and the pages of its copy of the base."""
+        """Returns an agent's own pages, its patches, and the pages of its copy of the base."""
         counts = self.own // self.page_size, PATCHES, len(self.base)
         start = 1 + len(self.base) + agent * sum(counts)
         pages = np.arange(start, start + sum(counts), dtype=np.int32)
@@ -76,12 +77,12 @@ class Work:
         return own, patches, copy
 
     def frame_of(self, agent: int) -> int:
-        """The frame of the base in an agent's lane, as if private texts were of any length."""
+        """The frame of the base in an agent's lane, as if after a private text of any length."""
         return 1 + agent
 
     @cached_property
     def shapes(self) -> Shapes:
-        """Buckets of exactly this size."""
+        """Static shapes whose buckets have exactly the sizes of this work."""
         rows, entries = self.agents * self.rows, (self.shared + self.own) // self.page_size
         return Shapes(
             rows=Buckets(rows, rows),
@@ -109,7 +110,7 @@ class Work:
         return PagedKV(draw(keys[0]), draw(keys[1]))
 
     def lanes(self, *, copied: bool = False) -> list[LanePlan]:
-        """Everybody's lane; `copied`: over the copies of the base, which lie in frame 0."""
+        """Makes every agent's lane; `copied`: over its copy of the base, which has frame 0."""
         lanes = []
         for agent in range(self.agents):
             own, _, copy = self.pages_of(agent)
@@ -132,22 +133,22 @@ class Work:
 
     @cached_property
     def prefill(self) -> RoundPlan:
-        """Everybody's rows in one call."""
+        """The plan of one call that computes the rows of all agents."""
         (plan,) = pack(self.lanes(), self.shapes)
         return plan
 
     @cached_property
     def decode(self) -> tuple[GroupTables, LaneTables]:
-        """What the planner has everybody read together, and by itself."""
+        """The tables of what the planner has agents read together, and of what each reads alone."""
         return group_tables(self.lanes(), self.shapes)
 
     @cached_property
     def last(self) -> np.ndarray:
-        """i32 [agents]: position of the row that each decodes."""
+        """i32 [agents]; position of the row that each agent decodes."""
         return np.full(self.agents, self.shared + self.own - 1, np.int32)
 
     def restore(self, *, patched: bool = True) -> RestorePlan:
-        """Everybody's copy of the base, with patches or without, keys turned by the frame."""
+        """Plans every agent's copy of the base: keys rotated by the frame, patches if `patched`."""
         columns = []
         for agent in range(self.agents):
             _, patches, copy = self.pages_of(agent)
@@ -165,7 +166,7 @@ class Work:
         return RestorePlan.of_slots(source, target, turn, page_size=self.page_size)
 
     def comparisons(self) -> DiffPlan:
-        """The base with everybody's copy of it, page by page."""
+        """Plans the comparisons of the base with every agent's copy of it, page by page."""
         siblings = np.stack([self.pages_of(agent)[2] for agent in range(self.agents)], axis=1)
         frame = np.array([self.frame_of(agent) for agent in range(self.agents)])
         base = np.repeat(self.base, self.agents)
@@ -178,7 +179,7 @@ class Work:
         )
 
     def queries(self, rows: int) -> jax.Array:
-        """Random f32 [rows, heads, head_dim]."""
+        """Draws random queries f32 [rows, heads, head_dim]."""
         shape = rows, self.config.num_attention_heads, self.config.head_dim
         return jax.random.normal(jax.random.key(1), shape)
 
@@ -190,7 +191,7 @@ class Work:
         position: Array,
         lane: Array,
     ) -> jax.Array:
-        """What a reference of round attention gives for rows, of which it takes a few at a time."""
+        """Computes rows with a reference of round attention, a few rows at a time."""
         theta = self.config.rope_theta
 
         @jax.jit

@@ -1,12 +1,12 @@
-"""Whole programs of rounds, compiled for accelerators that need not be present, from shapes alone.
+"""Reports on whole programs of rounds, compiled for accelerators that need not be present.
 
   python -m scripts.reports.program_report --model=7B --model=14B --agents=25 --agents=50
 
-For prefill and decode: what fills the device's memory, beside what the round needs of the pool; the
-operations and bytes of a prefill call and of a decode step; and the time that both would take at
-the target's published rate and bandwidth. That time is a bound, not a measurement. XLA knows
-nothing of what the attention kernels do: of them, what the round needs is counted. Needs the `aot`
-extra.
+The programs are compiled from shapes alone. For prefill and decode, the report shows what fills
+the device's memory, and the part of the pool that the round needs; the operations and bytes of a
+prefill call and of a decode step; and the time that both take at the target's published rate and
+bandwidth. That time is a bound, not a measurement. XLA cannot count the work of the attention
+kernels; for them, the report counts what the round needs. Needs the `aot` extra.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-# The compilers would look for devices, and complain that there are none.
+# Otherwise the compilers look for devices, and complain that there are none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -28,16 +28,33 @@ from tokendance_jax import targets
 from tokendance_jax.engine.ahead import NAMES, RoundSize, compile_round
 from tokendance_jax.models.qwen2.config import Qwen2Config
 
-_MODEL = flags.DEFINE_multi_string("model", ["7B", "14B"], "Published sizes; repeat.")
-_TARGET = flags.DEFINE_multi_enum("target", ["h100"], list(targets.TARGETS), "Targets; repeat.")
-_AGENTS = flags.DEFINE_multi_integer("agents", [10, 25, 50], "Agents; repeat.", lower_bound=1)
-_PROGRAM = flags.DEFINE_multi_enum("program", list(NAMES), list(NAMES), "Programs; repeat.")
-_SHARED = flags.DEFINE_integer("shared", 2048, "Tokens that all agents share.", lower_bound=1)
-_OWN = flags.DEFINE_integer("own", 256, "Tokens of each agent's own.", lower_bound=1)
-_ANSWER = flags.DEFINE_integer("answer", 256, "Most tokens of an answer.", lower_bound=1)
-_ROWS = flags.DEFINE_integer("row_budget", 2048, "Rows of a prefill call.", lower_bound=64)
-_KV = flags.DEFINE_string("kv_memory", None, "Size of the pool, such as 40GiB; all that is left.")
-_JSON = flags.DEFINE_string("json", None, "File to write the results to.")
+_MODEL = flags.DEFINE_multi_string(
+    "model", ["7B", "14B"], "Published model sizes of the programs, such as '7B'."
+)
+_TARGET = flags.DEFINE_multi_enum(
+    "target", ["h100"], list(targets.TARGETS), "Accelerators to compile for."
+)
+_AGENTS = flags.DEFINE_multi_integer(
+    "agents", [10, 25, 50], "Numbers of agents in the round.", lower_bound=1
+)
+_PROGRAM = flags.DEFINE_multi_enum("program", list(NAMES), list(NAMES), "Programs to compile.")
+_SHARED = flags.DEFINE_integer(
+    "shared", 2048, "Number of tokens that all agents share.", lower_bound=1
+)
+_OWN = flags.DEFINE_integer("own", 256, "Number of tokens of each agent's own text.", lower_bound=1)
+_ANSWER = flags.DEFINE_integer(
+    "answer", 256, "Maximum number of tokens of an answer.", lower_bound=1
+)
+_ROWS = flags.DEFINE_integer(
+    "row_budget", 2048, "Number of rows that one prefill call computes.", lower_bound=64
+)
+_KV = flags.DEFINE_string(
+    "kv_memory",
+    None,
+    "Size of the KV pool in bytes, KiB, MiB or GiB, such as '40GiB'; default: the memory that "
+    "weights and a reserve leave.",
+)
+_JSON = flags.DEFINE_string("json", None, "JSON file to write the results to.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     common.quiet_logs()
-    console = terminal.console(width=140)  # Markdown, as wide as it is
+    console = terminal.console(width=140)  # as wide as the Markdown
     rows: list[dict[str, Any]] = []
     try:
         common.check_json_path(_JSON.value)
@@ -79,8 +96,8 @@ def report(
     """Compiles one program.
 
     Returns:
-      The fields of `Compiled`, processor time of compilation, and `bound_s`; or, where the program
-      does not fit the device, why as `refused`.
+      The fields of `Compiled`, the processor time of compilation, and `bound_s`. If the program
+      does not fit the device, `refused` in place of these fields has the reason.
     """
     size = RoundSize(agents, _SHARED.value, _OWN.value, _ANSWER.value)
     row = {"program": program, "model": model, "target": target.name, "agents": agents}

@@ -1,4 +1,4 @@
-"""The demo's data are what they claim to be."""
+"""Checks the demo's stories, tokenizer and checkpoint."""
 
 import json
 from pathlib import Path

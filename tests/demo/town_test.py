@@ -1,4 +1,4 @@
-"""The town's probes have one right answer each, to be read off their prompts; splits never meet."""
+"""Each town probe has one right answer, which follows from its prompt; splits are disjoint."""
 
 import random
 import re
@@ -36,7 +36,7 @@ def text_of(prompt: AgentPrompt, *kinds: str) -> str:
 
 
 def plans_in(text: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """Person and time to what a text says of them: a place, or somebody to follow."""
+    """Maps (person, time) to the plans in a text: (place, leader), one of which is empty."""
     found: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for time, person, place, leader in re.findall(_PLAN, text):
         found.setdefault((person, time), []).append((place, leader))
@@ -44,7 +44,7 @@ def plans_in(text: str) -> dict[tuple[str, str], list[tuple[str, str]]]:
 
 
 def read_answer(prompt: AgentPrompt) -> str:
-    """The answer, found in the prompt's text alone."""
+    """Derives the answer from the prompt's text alone."""
     question = text_of(prompt, "task").strip()
     said = [s for s in prompt.segments if s.id.startswith("said/")]
     shared = "".join(s.text or "" for s in said)  # in this round or in earlier ones
@@ -53,7 +53,7 @@ def read_answer(prompt: AgentPrompt) -> str:
         plans, parts = plans_in(private + shared), []
         person, time = asked.groups()
         while True:
-            # In a story a plan may be told by others and remembered too.
+            # In a story, others may tell a plan that the agent also remembers.
             match list(set(plans.get((person, time), []))):
                 case []:
                     parts.append(f"at {time} {person} goes, nobody said where")
@@ -96,7 +96,7 @@ def a_view(seed: int, agents: int, split: words.Split) -> View:
 
 
 def sources(prompt: AgentPrompt, probe: Probe) -> tuple[int, int]:
-    """How many shared blocks, and how many private lines, say what the answer says."""
+    """Counts the shared blocks and the private lines that contain a clause of the answer."""
     clauses = re.findall(rf"{_PLAN}|(\w+ \w+ the \w+ at \w+ \w+)", probe.answer)
     texts = [" ".join(filter(None, clause)) for clause in clauses]
     assert len(set(texts)) == len(texts)
@@ -136,7 +136,7 @@ def test_kinds_rest_on_what_they_say(seed, agents):
     for kind, (shared, private) in rests_on.items():
         for probe in probes(view, kind, random.Random(seed)):
             if " joins " in probe.answer:
-                continue  # it abstains at the end of a chain
+                continue  # the chain ends in an abstention
             assert sources(prompt_of(view, probe), probe) == (shared, private)
     for probe in probes(view, "combine", random.Random(seed)):
         first, second = probe.answer.split(", so ")

@@ -1,4 +1,4 @@
-"""How arguments travel to programs, and what programs do with the pool."""
+"""How arguments reach programs, and what programs do with the pool."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ DTYPES = [np.int32, np.float32, np.uint32, np.bool_]
 
 @st.composite
 def host_arrays(draw):
-    """Arrays of up to three axes, some of them empty, with any bits."""
+    """Draws arrays with up to three axes, some of them empty, and any bits."""
     arrays = []
     for _ in range(draw(st.integers(0, 6))):
         dtype = draw(st.sampled_from(DTYPES))
@@ -33,7 +33,7 @@ def host_arrays(draw):
 
 
 @given(host_arrays())
-@settings(max_examples=5)  # each is compiled
+@settings(max_examples=5)  # every example compiles a program
 def test_arrays_of_the_host_arrive_with_their_bits(arrays):
     on_device = jnp.arange(3)
     arguments = (arrays, {"kept": on_device}, tuple(arrays[:1]))

@@ -1,4 +1,4 @@
-"""Answers as they grow: what is shown of them when, and what is kept of them."""
+"""Growing answers: when their text is streamed, and which text and tokens they keep."""
 
 import pickle
 
@@ -15,18 +15,18 @@ from tokendance_jax.prompt import Tokenizer
 
 TOKENIZER = Tokenizer(demo_tokenizer_json())
 END = TOKENIZER.encode_markup("<|im_end|>")[0]
-# Bytes alone: characters beyond ASCII take several tokens.
+# The tokens of ASCII characters. Each of the other characters takes several tokens.
 BYTE = {TOKENIZER.encode_text(c)[0]: c for c in map(chr, range(32, 127))}
 IDS = {c: token for token, c in BYTE.items()}
 
 
 def spell(text):
-    """One token for each ASCII character, several for others."""
+    """Encodes each ASCII character as one token, and each other character as several."""
     return [token for c in text for token in ([IDS[c]] if c in IDS else TOKENIZER.encode_text(c))]
 
 
 def answer(tokens, *, stop=(), limit=1000):
-    """An answer of these tokens, and what its callback was given."""
+    """Returns an answer with these tokens added, and what its callback received."""
     heard = []
     made = Answer(
         "a",
@@ -73,14 +73,14 @@ def test_a_character_is_shown_whole():
     made, heard = answer(tokens, limit=len(tokens))
     assert len(tokens) > 3
     assert [piece for _, piece in heard] == ["a", *[""] * (len(tokens) - 3), "漁", "b"]
-    # Cut off by the limit, it is in the text and in the stream alike.
+    # A character that the limit cuts off appears as U+FFFD in both the text and the stream.
     made, heard = answer(tokens, limit=2)
     assert "".join(piece for _, piece in heard) == made.text == "a\ufffd"
 
 
 @pytest.mark.parametrize("stop", ["漁b", "漁"])
 def test_no_token_of_a_stop_string_is_kept(stop):
-    # Neither the first bytes of its first character.
+    # Not even the tokens of the first bytes of its first character.
     made, heard = answer(spell("a漁b"), stop=[stop])
     assert made.text == "a" == "".join(piece for _, piece in heard)
     assert made.token_ids == tuple(spell("a"))
@@ -97,7 +97,8 @@ def test_a_token_that_ends_in_a_stop_string_is_not_kept():
 def test_what_is_shown_is_the_answer(text, stop):
     made, heard = answer([*spell(text), END], stop=stop)
     found = [index for index in map(text.find, stop) if index >= 0]
-    # The string that is complete first ends the answer; of several, the one that begins first.
+    # The stop string that is complete first ends the answer. If several are complete by then, the
+    # answer ends where the first of them begins.
     ends = [text.find(string) + len(string) for string in stop if string in text]
     seen = text[: min(ends)] if ends else text
     expected = seen[: min(i for i in map(seen.find, stop) if i >= 0)] if found else text
@@ -117,7 +118,7 @@ def test_logits_that_are_not_finite_end_the_round_by_name():
         "model's weights, or load it with dtype=float32 if they overflow"
     )
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
-    # What comes behind the end of an answer is nobody's.
+    # Tokens behind the end of an answer are ignored.
     ended = answer([*spell("a"), END])[0]
     take([ended], np.full((1, 2), NOT_FINITE, np.int32), round_index=3)
     assert ended.text == "a"

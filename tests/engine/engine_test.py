@@ -16,13 +16,13 @@ from tokendance_jax.prompt import AgentPrompt, PromptError, Round, Segment
 from tokendance_jax.prompt.tokenized import tokenize_round
 from tokendance_jax.study.scoring import score
 
-# One size of calls: every program is compiled once.
+# One size of calls, so that every program is compiled once.
 SIZES: dict[str, Any] = {"kv_memory": 8 << 20, "row_budget": 64}
 
 
 @pytest.fixture(scope="module")
 def programs(small_model):
-    """The programs of all engines of this module that have the usual sizes."""
+    """The programs that all engines of this module with `SIZES` share."""
     return RoundEngine(small_model, **SIZES).programs
 
 
@@ -37,6 +37,16 @@ def engine(small_model, programs):
 @pytest.fixture
 def dense(small_model, programs):
     return RoundEngine(small_model, policy="dense", **SIZES, programs=programs)
+
+
+def test_engines_of_other_pool_precisions_may_share_programs(small_model, dense):
+    round_ = harbour_trace().rounds[0]
+    # As many pages of half the bytes.
+    sizes = SIZES | {"kv_memory": SIZES["kv_memory"] // 2, "kv_dtype": "bfloat16"}
+    other = RoundEngine(small_model, policy="dense", **sizes, programs=dense.programs)
+    lengths = {len(answer) for engine in (other, dense) for answer in ids(engine.serve(round_))}
+    assert lengths
+    assert other.runner.kv.k.dtype != dense.runner.kv.k.dtype
 
 
 def ids(result):
@@ -132,7 +142,7 @@ def test_ledger_adds_up(engine):
     for a in result.agents:
         written = a.ledger.prompt_tokens + a.ledger.decoded_tokens - 1
         assert a.ledger.kv_bytes_dense == -(-written // 16) * engine.page_bytes
-        assert a.ledger.computed_tokens <= 16  # all full pages but that of the last token
+        assert a.ledger.computed_tokens <= 16  # all full pages but the last token's are reused
 
 
 def test_full_pages_of_answers_are_reused(engine):
@@ -374,7 +384,7 @@ def test_a_pool_that_the_device_cannot_hold_is_named(small_model, monkeypatch):
 
     monkeypatch.setattr(KVSpec, "zeros", full)
     with pytest.raises(
-        ValueError, match=r"kv_memory: a pool of 0\.0 GiB .* not so much left; give"
+        ValueError, match=r"kv_memory: a pool of 0\.0 GiB .* not have that much left; give"
     ):
         RoundEngine(small_model, **SIZES)
 

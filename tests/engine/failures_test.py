@@ -1,4 +1,4 @@
-"""Whatever breaks in a round: no page is lost, and the next round gives the right tokens."""
+"""Whatever fails in a round, no page is lost and the next round returns the right tokens."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "tokendance query": {"selection": "query"},
     "tokendance joint-agent": {"base": "joint-agent", "selection": "own"},
 }
-# With those that are slow they call every program. The others are a sweep.
+# Together, `QUICK` and `LONG`, which is slow, call every program. The other policies are a sweep.
 QUICK = ("prefix", "blend")
 LONG = ("tokendance", "tokendance query")
 NAMES = "abcd"
@@ -55,7 +55,7 @@ def round_(names, limit=7):
 
 
 def tokens_of(names):
-    """The token ids of these agents' prompts, agent by agent."""
+    """Returns the token ids of these agents' prompts, agent by agent."""
     segments = [segment for agent in round_(names).agents for segment in agent.segments]
     return [token for segment in segments for token in segment.token_ids or ()]
 
@@ -71,7 +71,7 @@ def expected(policy, names):
 
 @contextlib.contextmanager
 def breaking(engine, how, when):
-    """Breaks the engine's `when`-th call of a program; gives a callback that may break too."""
+    """Makes the `when`-th call of a program, or of the callback that it yields, raise an error."""
     calls = iter(range(10_000))
     inner, programs = engine.programs.call, engine.programs
 
@@ -80,7 +80,7 @@ def breaking(engine, how, when):
         if mine and how == "before":
             raise Broken
         result = inner(program, *arguments)
-        if mine:  # what was donated is gone, what came back is lost
+        if mine:  # donated arrays are gone, and results are lost
             raise KeyboardInterrupt
         return result
 
@@ -138,7 +138,7 @@ def test_no_page_is_lost_and_the_next_round_is_right(policy, actions):
 
 
 def broken_engine(policy, *path, rows):
-    """An engine of the tiny model with NaN in rows of a matrix; it shares what is compiled."""
+    """An engine of the tiny model with NaN in rows of a matrix. It shares the compiled programs."""
     flat = dict(nnx.to_flat_state(tiny().state))
     broken = flat[path].get_value().at[jnp.asarray(rows)].set(jnp.nan)
     flat[path] = flat[path].replace(broken)
@@ -156,7 +156,7 @@ def assert_idle(engine):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_agent_whose_logits_are_not_finite_fails_its_round_by_name(policy):
-    # A token of b's own text; what the others compute stays as it is.
+    # A token that only b's text has, so that the results of the others do not change.
     others = set(tokens_of("acd"))
     own = next(token for token in tokens_of("b") if token not in others)
     engine = broken_engine(policy, "embed_tokens", "weight", rows=[own])

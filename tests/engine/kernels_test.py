@@ -21,7 +21,7 @@ TALK = "the boats leave at dawn and the nets are dry, but the mill is closed unt
 
 @functools.cache
 def model_of(dtype, layers):
-    """Heads as the kernels take them."""
+    """Returns a model whose heads the kernels support."""
     config = dataclasses.replace(SMALL_CONFIG, num_hidden_layers=layers, head_dim=64)
     return Model.from_checkpoint(
         Checkpoint(
@@ -37,7 +37,7 @@ def model_of(dtype, layers):
 
 
 def round_():
-    """Two agents with own text of different length, two blocks and a question."""
+    """Two agents with own text of different lengths, two shared blocks and a question each."""
     blocks = tuple(
         td.Segment("shared", f"said/{name}", text=f"{name} said: {text}\n")
         for name, text in (
@@ -58,7 +58,7 @@ def engine_of(model, implementation, policy="tokendance"):
         model,
         policy=policy,
         options=PolicyOptions(selection="head", head_pages=1, least_saving=None),
-        # The simulator takes long for every row, and XLA for every bucket.
+        # Few rows and buckets: the simulator is slow for each row, XLA for each bucket.
         preamble="You live by the sea.\n",
         kv_memory=1 << 20,
         row_budget=64,
@@ -69,7 +69,7 @@ def engine_of(model, implementation, policy="tokendance"):
 
 
 def crowd():
-    """Six agents with own text of different length, and much that all of them are shown."""
+    """Six agents with own text of different lengths, and much text that all of them share."""
     names = "Ann", "Bo", "Cy", "Di", "Ed", "Flo"
     blocks = tuple(
         td.Segment("shared", f"said/{name}", text=f"{name} said: " + TALK * 2 + "\n")
@@ -85,7 +85,7 @@ def crowd():
 
 @pytest.mark.slow
 def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
-    """As plans of a CPU pack the ends of lanes, and as those of a GPU; XLA code takes both."""
+    """XLA code serves plans that pack the ends of lanes as for a CPU, and as for a GPU."""
     packed, answers = [], []
     of_rows = shared_rows.Sharing.of_rows
 
@@ -114,7 +114,7 @@ def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "dtype", "layers"),
-    # A layer takes the simulator half a minute; `blend` looks at the second one.
+    # The simulator takes half a minute per layer. `blend` needs two: it selects at the second.
     [
         ("tokendance", "bfloat16", 1),
         pytest.param("blend", "bfloat16", 2, marks=pytest.mark.sweep),
@@ -138,7 +138,7 @@ def test_simulated_kernels_restore_the_int8_mirrors_of_xla_code(simulator):
     mirrors = xla.serve(round_(), mirrors="int8").mirrors
     assert mirrors is not None
     restored = []
-    # Pools of other precision: XLA code on a CPU holds bits.
+    # The pools differ in dtype: XLA code on a CPU stores bits.
     for engine in (xla, engine_of(model, "interpret")):
         lanes = engine.restore(mirrors)
         assert all(lane.slots.sum() > 0 for lane in lanes)

@@ -1,4 +1,4 @@
-"""Rounds at rest, by the engine: taken out of its pool, and restored into it."""
+"""Mirrors of the engine's rounds: read from its pool, and restored into a pool."""
 
 import dataclasses
 from typing import Literal
@@ -29,7 +29,7 @@ def dense_of(mirrors):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_int8_mirrors_of_every_policy_are_near_the_exact_ones(policy):
-    # Whatever pages a round shares, copies or goes on in, their positions are known.
+    # Whichever pages a round shares, copies or continues, their positions are known.
     _, exact, exact_mirrors = served(mixed(), policy, "exact")
     _, int8, int8_mirrors = served(mixed(), policy, "int8")
     assert int8.texts == exact.texts
@@ -37,7 +37,8 @@ def test_int8_mirrors_of_every_policy_are_near_the_exact_ones(policy):
     assert int8_mirrors.form is not None
     bias = np.abs(int8_mirrors.form.key_bias).max(axis=-1)[:, None, :, None]
     for one, other in zip(dense_of(int8_mirrors), dense_of(exact_mirrors), strict=True):
-        # A key without its rotation and bias is at most this large, and two numbers are rounded.
+        # A key without its rotation and bias has numbers of at most this size. A rotated number
+        # combines two of them, each rounded by up to half a step.
         for found, held, shift in zip(one, other, (bias, 0), strict=True):
             largest = np.linalg.norm(held, axis=-1, keepdims=True) + shift
             assert (np.abs(found - held) <= largest / 127).all()
@@ -56,7 +57,7 @@ def test_bytes_at_rest_are_counted_where_they_are_asked_for():
     plain = engine.serve(gathering(), chat=False)
     assert plain.ledger.kv_bytes_rest is None
     assert all(agent.ledger.kv_bytes_mirror is None for agent in plain.agents)
-    # An engine of its own: it finds nothing of an earlier round.
+    # A new engine, which has nothing of an earlier round in its cache.
     engine = small_engine("tokendance", PolicyOptions(head_pages=1))
     counted = engine.serve(gathering(), chat=False, at_rest=True)
     assert counted.mirrors is None
@@ -79,7 +80,7 @@ def test_restored_pages_are_the_mirrors_and_are_given_back(form):
             assert found.tobytes() == expected.tobytes()
     pages = [m.private.count + m.patch.count for m in mirrors.mirrors]
     assert engine.pool.live == mirrors.base.count + sum(pages)
-    # A round goes on beside them.
+    # The engine can serve a round while the lanes hold these pages.
     assert engine.serve(round_, chat=False).texts == served(round_)[1].texts
     for lane in lanes:
         engine.pool.release(lane.page)
@@ -99,7 +100,7 @@ def test_mirrors_are_restored_by_the_weights_that_computed_them_alone(form):
     other = RoundEngine(dataclasses.replace(tiny(), config=config), **SMALL)
     with pytest.raises(MirrorError, match="model: norm_eps 1e-06 and not 1e-05; restore"):
         other.restore(mirrors)
-    # The same numbers in other arrays.
+    # Other arrays with the same numbers are the same model.
     again = dataclasses.replace(tiny(), state=jax.tree.map(lambda x: 1.0 * x, tiny().state))
     for lane in RoundEngine(again, **SMALL).restore(mirrors):
         assert lane.slots.sum() > 0

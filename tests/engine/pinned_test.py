@@ -1,7 +1,7 @@
-"""Answers that no change of the code may change: those of all policies, on three models.
+"""Pinned answers of all policies on three models, which no change of the code may alter.
 
-A digest stands for the token ids of all answers of some rounds. After a change that is meant to
-change answers, `python -m tests.engine.pinned_test` writes the digests anew.
+Each digest is that of the token ids of all answers of some rounds. After a change that is meant to
+alter answers, run `python -m tests.engine.pinned_test` to write new digests.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ POLICIES = {
     "tokendance alone": {"base": "alone"},
     "tokendance joint-agent": {"base": "joint-agent"},
 }
-# Those that stand for the others where a model's programs are large, or time is short.
+# A selection of policies, for a model whose programs are large or where time is short.
 FEW = ["dense", "prefix", "blend-batched", "epic", "tokendance"]
 
 
 def digest(results):
-    """Of the token ids of all answers."""
+    """Hashes the token ids of all answers."""
     ids = [[list(agent.token_ids) for agent in result.agents] for result in results]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 

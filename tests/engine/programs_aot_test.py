@@ -1,4 +1,4 @@
-"""Whole programs of rounds as XLA compiles them for accelerators: they fit, and copy no pool."""
+"""Whole programs of rounds, compiled for accelerators: they fit the device and copy no pool."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ from tokendance_jax import targets
 from tokendance_jax.engine.ahead import NAMES, RoundSize, compile_round
 from tokendance_jax.models.qwen2.config import Qwen2Config
 
-# Parameters that a row is multiplied with: published sizes without embedding and vectors.
+# Parameters in the matrices that multiply each row: published sizes minus embedding and vectors.
 MATRICES = {"0.5B": 0.358e9, "7B": 6.525e9, "14B": 13.21e9}
 HEAD = {"0.5B": 151936 * 896, "7B": 152064 * 3584, "14B": 152064 * 5120}
 
 
 def compiled(name, model, target, agents, layers=None):
-    """The program, with all that holds whatever the target; of fewer layers where these do."""
+    """Compiles a program, of `layers` layers if given, and checks what holds on every target."""
     config, target = Qwen2Config.preset(model), targets.TARGETS[target]
     matrices = MATRICES[model]
     if layers is not None:
@@ -22,25 +22,26 @@ def compiled(name, model, target, agents, layers=None):
         config = dataclasses.replace(config, num_hidden_layers=layers)
     size = RoundSize(agents)
     found = compile_round(name, config, target, size)
-    # Everything fits the device, the pool being all that the weights leave; the round fits that.
+    # The program fits the device with all the pool that weights leave room for. The round fits the
+    # pool.
     assert found.memory < target.memory
     assert found.round_pool < found.pool
-    # Both pools are written in place; nothing of their size is made beside.
+    # Keys and values are written in place, and no temporary is near their size.
     assert found.aliased >= found.pool
     assert found.temporaries < 0.1 * found.pool
     if target.name == "tpu-v6e":
-        assert found.kernels is None  # once this fails, the rest holds for a v6e too
+        assert found.kernels is None  # if this fails, jaxlib can read v6e programs: drop the `if`
         return found
     assert found.copies == ()
-    # Every layer has its kernels: nothing fell back to XLA code.
+    # Every layer has its kernels; none of them fell back to XLA code.
     assert found.kernels
     assert found.kernels % config.num_hidden_layers == 0
-    # All products are there once, of padding rows too, and beside them attention's.
+    # Every product is computed once, padding rows included. The rest are attention's products.
     attention = 0.4 if config.hidden_size < 1000 else 0.1
     products = 2 * found.rows * (matrices + (HEAD[model] if name == "decode" else 0))
     assert found.operations is not None
     assert products < 1.01 * found.operations < (1.01 + attention) * products
-    # Matrices are read once.
+    # All matrices are read, in decode no more than once.
     assert found.moved is not None
     assert found.moved > 0.95 * 2 * matrices
     if name == "decode":
@@ -53,7 +54,7 @@ def compiled(name, model, target, agents, layers=None):
 @pytest.mark.parametrize("model", ["7B", pytest.param("14B", marks=pytest.mark.sweep)])
 def test_rounds_of_25_agents_fit_an_h100(model, name):
     found = compiled(name, model, "h100", 25)
-    # The residual stream and the widest rows of one layer, and never those of all layers.
+    # Room for the residual stream and the widest rows of one layer, but not of all layers.
     assert found.temporaries < 3e9
 
 

@@ -1,4 +1,4 @@
-"""Collective reuse with the real model, on a recorded round: against dense and against rivals."""
+"""Collective reuse with the real model on a recorded round, compared with dense and rivals."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def against_dense(score, policy, **options):
     return agreement(score("dense"), score(policy, **options))
 
 
-# The program of CacheBlend's choice takes long to compile.
+# The program in which CacheBlend selects tokens takes long to compile.
 @pytest.mark.parametrize("rival", ["epic", pytest.param("blend-batched", marks=pytest.mark.sweep)])
 def test_the_collective_round_is_nearer_to_dense_than_its_rivals(score, rival):
     none = against_dense(score, "tokendance", selection="none")

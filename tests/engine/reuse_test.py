@@ -1,4 +1,4 @@
-"""What policies that reuse shared text must keep, on a model: invariants of the design."""
+"""Invariants of the policies that reuse shared text, tested with a model."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ PAIRS_AND_RIVALS = [
 
 @pytest.fixture
 def make():
-    """Makes engines whose pools are full of NaN; checks that they lose no page."""
+    """Makes engines whose pools are full of NaN, and checks that they lose no page."""
     made = []
 
     def make(policy="tokendance", **options):
@@ -46,7 +46,7 @@ def make():
 
 
 def score(engine, round_):
-    """Logits of a round's prompts and of some tokens behind them."""
+    """Returns logits at the end of a round's prompts and of some tokens behind, and the cost."""
     prompts = tokenize_round(round_, engine.model.tokenizer, chat=False)
     answers = [np.array(words(3, seed=seat), np.int32) for seat in range(len(prompts))]
     logits, cost = scoring.score(engine, prompts, answers)
@@ -77,12 +77,12 @@ EVERYTHING = [
 @pytest.mark.parametrize(("policy", "options"), EVERYTHING, ids=str)
 def test_recomputing_everything_equals_dense(make, dense, policy, options):
     engine = make(policy, **options)
-    for _ in range(2):  # what the first round leaves behind changes nothing
+    for _ in range(2):  # the cache that the first round leaves behind changes nothing
         assert distance(score(engine, mixed())[0], dense) < 1e-3
 
 
 def seen_scores(engine, round_):
-    """The scores by which pages are chosen in a round."""
+    """Returns the scores by which a round's pages are chosen."""
     found = []
     pick = engine._policy._selection.pick_scored
 
@@ -119,7 +119,7 @@ def only(round_, names):
 
 
 def opened_rounds(engine):
-    """Lists the rounds that an engine opens from now on."""
+    """Returns a list to which the engine adds every round that it opens from now on."""
     opened, open_round = [], engine._policy.open
 
     def watch(prompts, rooms):
@@ -147,8 +147,8 @@ def test_blend_batched_gives_the_tokens_of_blend(make):
 
 @pytest.mark.parametrize("tokens", [16, 96])
 def test_one_block_at_the_beginning_equals_the_prefix_cache_to_the_bit(make, tokens):
-    # Invariant 2: no private text, one segment, nothing recomputed. Of whole pages, as the prefix
-    # cache finds no others: then both compute the same rows in the same calls.
+    # No private text, one segment, and nothing is recomputed. The segment fills whole pages, since
+    # the prefix cache finds no others: both policies then compute the same rows in the same calls.
     round_ = Round(tuple(member(name, block("x", tokens), private=0) for name in "abc"))
     prefix, collective = make("prefix"), make(selection="none")
     for _ in range(2):
@@ -162,7 +162,7 @@ def test_one_block_at_the_beginning_equals_the_prefix_cache_to_the_bit(make, tok
     ("base", "selection"), [(b, s) for b, s in PAIRS if s != "none"], ids="-".join
 )
 def test_patches_equal_their_bases_at_layer_0_to_the_bit(make, base, selection):
-    # Invariant 3: there K and V depend on the token alone.
+    # At layer 0, K and V depend on the token alone.
     engine = make(base=base, selection=selection)
     opened = opened_rounds(engine)
     score(engine, mixed())
@@ -201,7 +201,7 @@ def test_exact_agents_are_exact_whatever_the_others_do(make, dense, policy, opti
     exact = dataclasses.replace(
         mixed(), agents=tuple(dataclasses.replace(a, fidelity="exact") for a in mixed().agents)
     )
-    # After a collective round of the same prompts nothing approximate is found.
+    # After a collective round of the same prompts, exact agents find nothing approximate.
     for round_, names in ((mixed(), "e"), (exact, "abcde"), (mixed(), "e")):
         found, _ = score(engine, round_)
         assert distance({name: found[name] for name in names}, dense) < 1e-4
@@ -209,7 +209,7 @@ def test_exact_agents_are_exact_whatever_the_others_do(make, dense, policy, opti
 
 def test_a_round_that_is_too_small_to_share_is_that_of_prefix(make):
     prefix = make("prefix")
-    # With the default least saving: the preamble costs more than these blocks.
+    # With the default least saving. The preamble has more tokens than these blocks save.
     engine = RoundEngine(tiny(), policy="tokendance", programs=prefix.programs, **SMALL)
     for index in range(2):
         round_ = dataclasses.replace(gathering(), index=index)
@@ -257,9 +257,8 @@ def test_those_who_stay_compute_the_same_bits_when_one_leaves_or_joins(make, sel
 
 def test_wrong_bases_change_the_logits(make):
     engine = make(selection="none")
-    engine.runner.kv = jax.tree.map(
-        jnp.zeros_like, engine.runner.kv
-    )  # the rests of pages are read now
+    # Shuffled pages show slots that were never written: these must not be NaN.
+    engine.runner.kv = jax.tree.map(jnp.zeros_like, engine.runner.kv)
     before, _ = score(engine, gathering())
     assert distance(score(engine, gathering())[0], before) < 1e-4
     assert shuffle_bases(engine, 0) >= 6
@@ -267,7 +266,7 @@ def test_wrong_bases_change_the_logits(make):
 
 
 def base_content(engine, lane):
-    """K and V of a base's segments, all layers."""
+    """K and V of a base's segments in all layers."""
     position = np.arange(lane.computed[0], len(lane.token_ids), dtype=np.int32)
     slot, _ = lane.locate(position, engine.shapes.page_size)
     pools = map(np.asarray, (engine.runner.kv.k, engine.runner.kv.v))
@@ -281,7 +280,7 @@ def test_bases_hold_no_private_text(make, base):
         engine = make(base=base, selection="none")
         opened = opened_rounds(engine)
         round_ = gathering("abc")
-        if private:  # other words, as many
+        if private:  # other words, the same number of them
             agents = tuple(
                 dataclasses.replace(
                     agent,
@@ -301,7 +300,8 @@ def test_bases_hold_no_private_text(make, base):
         for left, right in zip(*content, strict=True)
         for one, other in zip(left, right, strict=True)
     ]
-    if base == "joint-agent":  # the neutral one to choose by, and the Master's
+    if base == "joint-agent":
+        # K and V of the neutral base by which the Master is chosen, then of the Master's base.
         assert equal == [True, True, False, False]
     else:
         assert all(equal)
@@ -324,14 +324,14 @@ def test_steady_state_traces_nothing(policy, options):
     engine = RoundEngine(tiny(), policy=policy, options=options, **SMALL)
     assert engine.warm_up(agents=4, tokens=300) > 0
     with jax.no_tracing(True):
-        # Own blocks first, others left out: tables whose frames change several times.
+        # `shuffled` makes tables whose frames change several times.
         for index, round_ in enumerate((gathering("abcd"), gathering("bc"), shuffled("abcd"))):
             round_ = dataclasses.replace(round_, index=index)
             assert engine.serve(round_, chat=False).timings.compile_s == 0
 
 
 def shuffled(names):
-    """A round in which each agent's own block stands first, and the next one's not at all."""
+    """A round in which each agent sees its own block first, and not that of the next agent."""
     whole = gathering(names)
     agents = []
     for place, agent in enumerate(whole.agents):

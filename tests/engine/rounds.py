@@ -1,4 +1,4 @@
-"""Small rounds for the engine's tests, and sizes that need few programs."""
+"""Small rounds for the engine's tests, and engine sizes that need few programs."""
 
 import dataclasses
 import functools
@@ -12,8 +12,8 @@ from tests.models.qwen2.tiny import tiny_model
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.prompt import AgentPrompt, Round, Sampling, Segment
 
-# One bucket of rows: rounds take several calls. 96 pages of the tiny model: a round takes up to 80,
-# so what is cached is soon evicted.
+# There is one bucket of rows, so rounds take several calls. The pool has 96 pages of the tiny model
+# and a round takes up to 80 of them, so cached pages are soon evicted.
 SMALL: dict[str, Any] = {
     "kv_memory": 96 * (8 << 10),
     "row_budget": 64,
@@ -25,12 +25,12 @@ tiny = functools.cache(tiny_model)
 
 @functools.cache
 def small_programs():
-    """The programs of all engines of these sizes."""
+    """The programs that all engines with the sizes `SMALL` share."""
     return RoundEngine(tiny(), **SMALL).programs
 
 
 def small_engine(policy, options):
-    """An engine of these sizes that shares whatever it costs; its pool is full of NaN."""
+    """An engine with the sizes `SMALL` that shares whatever that costs. Its pool is full of NaN."""
     options = dataclasses.replace(options, least_saving=None)
     programs = small_programs()
     engine = RoundEngine(tiny(), policy=policy, options=options, programs=programs, **SMALL)
@@ -64,12 +64,12 @@ def three(**sampling):
 
 
 def words(count, seed):
-    """So many random token ids of the demo's tokenizer, without its special tokens."""
+    """Returns `count` random token ids of the demo's tokenizer, without special tokens."""
     return tuple(np.random.default_rng(seed).integers(10, 1000, count).tolist())
 
 
 def block(name, tokens=35):
-    """What an agent said in the round before: the same wherever it stands."""
+    """What an agent said in the round before. It has the same tokens wherever it stands."""
     return Segment("shared", f"out/{name}", token_ids=words(tokens, seed=ord(name)))
 
 
@@ -85,7 +85,7 @@ def member(name, *middle, private=21, task=12, **fields):
 
 
 def gathering(names="abc", **fields):
-    """A round as they usually are: all agents see what all of them said, in one order."""
+    """A typical round: all agents see what all of them said, in one order."""
     blocks = [block(name) for name in names]
     agents = tuple(
         member(name, *blocks, private=19 + 6 * place) for place, name in enumerate(names)
@@ -94,7 +94,7 @@ def gathering(names="abc", **fields):
 
 
 def mixed():
-    """A round with everything that may occur in prompts."""
+    """A round with everything that can occur in prompts."""
     a, b, c = block("a", 40), block("b", 5), block("c", 23)
     own = Segment("history", "own", token_ids=words(9, seed=1))
     quote = Segment("history", "quote", token_ids=c.token_ids)

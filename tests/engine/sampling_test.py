@@ -20,7 +20,7 @@ from tokendance_jax.engine.sampling import (
 LANES, VOCAB, DRAWS = 4, 12, 4096
 KEY = agent_key(0, 0, "a")
 SEEDS = st.integers(0, 2**32 - 1)
-# Integers, halved: many ties, both zeros, and probabilities that are the same in any order.
+# Halved integers: many ties and zeros, and probabilities that do not depend on the order.
 LOGITS = st.lists(st.integers(-12, 12).map(lambda n: n / 2), min_size=VOCAB, max_size=VOCAB)
 TOP_K = st.sampled_from([0, 1, 2, 3, 5, VOCAB - 1, VOCAB, VOCAB + 1, 2**31 - 1])
 TOP_P = st.sampled_from([1.0, 0.999999, 1e-3, 1e-30, 1e-60]) | st.floats(0.05, 0.99)
@@ -30,7 +30,7 @@ draw_many = jax.jit(jax.vmap(sample, in_axes=(None, None, 0)))
 
 
 def settings_of(lanes=LANES, *, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Lanes that sample alike, each with its own stream."""
+    """Lanes with the same settings, each with a stream of its own."""
     keys = [agent_key(seed, 0, f"agent {lane}") for lane in range(lanes)]
     limits = [100] * lanes
     return sampling_arrays(
@@ -56,9 +56,11 @@ def softmax(logits):
 
 
 def support(logits, top_k, top_p):
-    """The tokens that may be drawn, by sorting; ties at an edge are kept.
+    """Finds the tokens that may be drawn, by sorting. Ties at the cutoff are kept.
 
-    Also the least distance of `top_p` to the mass of a set: at zero, rounding decides.
+    Returns:
+      bool [VOCAB], and the least distance of `top_p` to the mass of a set of the best tokens. At a
+      distance of zero, rounding decides.
     """
     distance = 1.0
     logits = np.asarray(logits, np.float64)
@@ -90,7 +92,7 @@ def test_temperature_zero_is_argmax(seed):
 
 
 @pytest.mark.parametrize("vocab", [1, 127, 128, 129, 700, 1024])
-@pytest.mark.parametrize("values", [2, 1000])  # few values: the largest is met many times
+@pytest.mark.parametrize("values", [2, 1000])  # with few values, the largest occurs many times
 def test_greedy_takes_the_first_of_the_largest_of_any_number_of_logits(vocab, values):
     draw = np.random.default_rng(vocab)
     logits = draw.integers(-values, 0, (LANES, vocab)).astype(np.float32)
@@ -100,14 +102,14 @@ def test_greedy_takes_the_first_of_the_largest_of_any_number_of_logits(vocab, va
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 77, 129])  # of two blocks of 128; the second is filled up
+@pytest.mark.parametrize("place", [0, 77, 129])  # in two blocks of 128, the second padded
 def test_logits_that_are_not_finite_give_no_token(number, place):
     logits = random_logits(0, vocab=130)
     logits[1, place] = number
     steps = np.zeros(LANES, np.int32)
     for sampling in (
         settings_of(temperature=0.0),
-        # What is not among the best is set to -inf: that is no fault of the logits.
+        # Sampling sets excluded tokens to -inf, which must not count as bad logits.
         settings_of(top_k=1),
         settings_of(top_p=1e-9),
     ):
@@ -116,7 +118,8 @@ def test_logits_that_are_not_finite_give_no_token(number, place):
         np.testing.assert_array_equal(np.delete(chosen, 1), np.delete(logits, 1, 0).argmax(axis=1))
 
 
-@example([3, 2.5, 2, 1.5, 1, 0.5, 0, 0, 0, 0, 0, 0], 3, 0.6)  # two of three, but three of all
+# top_p keeps two of the top three tokens, but would keep three of all tokens.
+@example([3, 2.5, 2, 1.5, 1, 0.5, 0, 0, 0, 0, 0, 0], 3, 0.6)
 @given(LOGITS, TOP_K, TOP_P)
 @settings(max_examples=60)
 def test_draws_come_from_top_k_and_then_top_p(logits, top_k, top_p):
@@ -126,7 +129,7 @@ def test_draws_come_from_top_k_and_then_top_p(logits, top_k, top_p):
     seen = np.isin(np.arange(VOCAB), drawn)
     assert not (seen & ~kept).any()
     probability = softmax(np.where(kept, logits, -np.inf))
-    # A token that should come 30 times in all stays away with probability e**-30.
+    # A token expected 30 times in all draws is missing with probability e**-30.
     assert seen[probability * drawn.size > 30].all()
 
 
@@ -145,7 +148,7 @@ def test_frequencies_are_the_softmax(temperature, top_k, top_p):
     assert not count[~kept].any()
     expected = probability[kept] * drawn.size
     freedom = kept.sum() - 1
-    # Chi-square has mean `freedom` and variance 2 `freedom`: six deviations above.
+    # Chi-square has mean `freedom` and variance 2 `freedom`: allow six standard deviations.
     assert np.sum((count[kept] - expected) ** 2 / expected) < freedom + 6 * np.sqrt(2 * freedom)
 
 
@@ -195,7 +198,7 @@ def test_greedy_lanes_stay_greedy_beside_others():
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-37, 1e-40])
 def test_a_tiny_temperature_is_greedy(temperature):
-    # The quotient overflows: it must not make equals of all large logits.
+    # logits / temperature overflows, which must not make all large logits equal.
     logits = np.tile(np.array([50, 300, 290, 310, -2, 0, 0, 0, 0, 0, 0, 0], np.float32), (LANES, 1))
     for top_k, top_p in ((0, 1.0), (3, 0.9)):
         sampling = settings_of(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -213,7 +216,7 @@ def test_agents_rounds_and_seeds_have_streams_of_their_own():
     drawn = draws(np.zeros((len(names), VOCAB)), sampling)
     for a in range(len(names)):
         for b in range(a):
-            # Independent streams agree in one place of VOCAB.
+            # Independent streams agree in one of VOCAB draws.
             assert abs(np.mean(drawn[:, a] == drawn[:, b]) - 1 / VOCAB) < 0.03
 
 

@@ -1,4 +1,4 @@
-"""What the kernels' compilations for accelerators have in common."""
+"""Helpers of the tests that compile kernels for accelerators."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from tokendance_jax.kernels.lanes import LaneTables
 from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.paged.kv import pool_format
 
-# Heads of Qwen2.5: 0.5B, 1.5B, 3B, 7B, 14B and 32B, 72B.
+# Head shapes of Qwen2.5: 0.5B; 1.5B; 3B; 7B; 14B and 32B; 72B.
 HEADS = (
     cases.Heads(14, 2, 64),
     cases.Heads(12, 2, 128),
@@ -35,14 +35,18 @@ on_platforms = pytest.mark.parametrize(("implementation", "platform"), cases.PLA
 
 
 def for_tpus(test):
-    """Runs a test for two TPUs, precisions and the heads that they take as they are."""
+    """Runs a test for two TPUs, both precisions and the heads that TPUs store without padding."""
     pairs = itertools.product(HEADS[1:], ("bfloat16", "float32"))
     test = cases.swept(("heads", "dtype"), pairs)(test)
     return pytest.mark.aot(pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])(test))
 
 
 def pool_of(heads, page_size, dtype="bfloat16", pages=PAGES):
-    """A pool of its own for each size: what was compiled once is not compiled again."""
+    """The shapes of a pool, with a number of pages that depends on the heads.
+
+    The compiler does not compile the same kernel twice, and `targets.gpu_kernels` reports only
+    kernels that are compiled.
+    """
     pages += heads.heads
     pool = shape(LAYERS, pages, page_size, heads.kv_heads, heads.head_dim, dtype=dtype)
     return PagedKV(pool, pool)
@@ -58,7 +62,7 @@ def tables_of(lanes, entries):
 
 
 def attend(kernel, implementation, layers=(3,)):
-    """Layers of a kernel, as a program of its arrays."""
+    """Returns a program that runs a kernel in the given layers."""
 
     def program(q, kv, *arguments):
         for layer in layers:
@@ -77,7 +81,7 @@ def check_lowers(kernel, implementation, platform, shapes):
 
 
 def check_layers_have_one_kernel(kernel, shapes, kernels):
-    """A kernel of all layers is lowered once and compiled once."""
+    """Checks that all layers share kernels, each lowered once and compiled once."""
     h100, layers = targets.TARGETS["h100"], range(3)
     program = attend(kernel, "mosaic_gpu", layers)
     lowered = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",))
@@ -88,7 +92,7 @@ def check_layers_have_one_kernel(kernel, shapes, kernels):
 
 
 def compile_for_an_h100(kernel, shapes, page_size):
-    """Compiles a kernel and checks each program of it. Returns them, and what memory they need."""
+    """Compiles a kernel and checks each of its programs. Returns these and the memory needed."""
     h100, pool = targets.TARGETS["h100"], shapes[1].k
     planes = planes_of(pool.dtype)
     compiled, programs = targets.gpu_kernels(h100, attend(kernel, "mosaic_gpu"), *shapes)
@@ -96,9 +100,9 @@ def compile_for_an_h100(kernel, shapes, page_size):
         assert program.spill_bytes == program.stack_bytes == 0
         assert program.shared_bytes <= h100.scratch
         assert program.blocks_per_core >= (2 if planes == 1 or pool.shape[4] == 64 else 1)
-        # Both products on tensor cores, and each of the three that planes make of them.
+        # Both products run on tensor cores. With two planes, each becomes three products.
         assert program.count(r"wgmma\.mma_async\S*\.bf16\.bf16") >= 8 * (2 * planes - 1)
-        # Keys, values, queries and results move by bulk copies; threads load entries of tables.
+        # Keys, values, queries and results move by bulk copies. Threads load table entries only.
         copies = program.count(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global")
         assert copies >= 2 * 64 // page_size
         assert program.count(r"\bst\.global") == 0
@@ -107,7 +111,7 @@ def compile_for_an_h100(kernel, shapes, page_size):
 
 
 def compile_for_a_tpu(kernel, shapes, target):
-    """Compiles a kernel, of pools as programs take them. Returns what memory it needs."""
+    """Compiles a kernel for pools in the layout of all programs. Returns the memory needed."""
     target = targets.TARGETS[target]
     pool = pool_format(targets.device(target))
     program = jax.jit(

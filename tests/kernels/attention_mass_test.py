@@ -21,7 +21,7 @@ def values(pool):
 
 
 def naive(case, heads, q, k):
-    """The definition, lane by lane and slot by slot, in float64. [lanes, table entries]"""
+    """The mass by its definition, lane by lane, in float64: one array [table entries] per lane."""
     mass, row = [], 0
     for plan in case.lanes:
         position = np.arange(plan.slots.sum(), dtype=np.int32)
@@ -45,7 +45,7 @@ def naive(case, heads, q, k):
 
 
 def check(case, heads, dtype):
-    """The pool holds NaN wherever no token lies; what is computed is compared entry by entry."""
+    """Compares the mass of every table entry. The pool holds NaN in all slots without a token."""
     q = cases.queries(cases.ROWS, heads)
     kv = cases.pool(case, heads, dtype)
     out = np.asarray(

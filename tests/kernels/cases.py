@@ -1,4 +1,4 @@
-"""Attention cases: lanes of a round and pools that hold them, shared by the kernel tests."""
+"""Attention cases for the kernel tests: lanes of a round, and pools that hold them."""
 
 import dataclasses
 import functools
@@ -38,12 +38,12 @@ class Heads:
     head_dim: int
 
     def __str__(self) -> str:
-        """Names a test."""
+        """Returns the name that tests show."""
         return f"{self.heads}/{self.kv_heads}/{self.head_dim}"
 
 
 HEADS = (Heads(14, 2, 64), Heads(4, 4, 32), Heads(8, 2, 128))
-# Both precisions, each with another head shape and page size. The sweep has further ones.
+# Both precisions, each with another head shape and page size. The sweep adds further combinations.
 COMBINATIONS = [
     (HEADS[0], 8, "uint16"),
     (HEADS[1], 16, "float32"),
@@ -60,13 +60,13 @@ COMBINATIONS = [
 
 
 def swept(names: str | tuple[str, ...], values: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrizes a test by cases, of which all but the first are left to the sweep."""
+    """Parametrizes a test by cases. All but the first run in the sweep only."""
     first, *rest = values
     rest = [pytest.param(*case, marks=pytest.mark.sweep) for case in rest]
     return pytest.mark.parametrize(names, [pytest.param(*first), *rest], ids=str)
 
 
-# Kernels, and the platforms that they are for.
+# Kernels and their platforms.
 PLATFORMS = (("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu"))
 
 # (page, frame, first, slots)
@@ -74,7 +74,7 @@ Entry = tuple[int, int, int, int]
 
 
 def lane(entries: list[Entry], computed: int, *, ahead: int = 0) -> LanePlan:
-    """A lane that computes its last `computed` tokens; `ahead` slots after them are not written."""
+    """A lane that computes its last `computed` tokens, with `ahead` unwritten slots behind them."""
     page, frame, first, slots = np.array(entries, np.int32).T
     tokens = int(slots.sum()) - ahead
     return LanePlan(
@@ -90,7 +90,7 @@ def lane(entries: list[Entry], computed: int, *, ahead: int = 0) -> LanePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A round of lanes in bucket shapes. Rows stand in the lanes' order.
+    """A round of lanes in bucket shapes. Rows are in the order of the lanes.
 
     Attributes:
       lanes: the lanes in use.
@@ -112,7 +112,7 @@ class Case:
 
     @classmethod
     def of(cls, lanes: list[LanePlan], *, pages: int, page_size: int) -> "Case":
-        """Stacks lanes; all cases of one page size have the same shapes."""
+        """Stacks lanes. All cases with the same page size have the same shapes."""
         block = block_pages(page_size)
         shapes = Shapes(
             rows=Buckets(ROWS, ROWS),
@@ -137,11 +137,11 @@ class Case:
 
     @property
     def used(self) -> np.ndarray:
-        """bool [rows]: rows that are no padding."""
+        """bool [rows]: rows that are not padding."""
         return self.lane < LANES
 
     def last_positions(self) -> np.ndarray:
-        """i32 [lanes]: position of each lane's last token, -1 where there is no lane."""
+        """i32 [lanes]: position of each lane's last token; -1 for lanes not in use."""
         last = np.full(LANES, -1, np.int32)
         last[: len(self.lanes)] = [len(p.token_ids) - 1 for p in self.lanes]
         return last
@@ -156,12 +156,12 @@ class Case:
 
 
 def shape(*shape: int, dtype: str = "int32") -> Any:
-    """An array of shapes alone, to compile for."""
+    """An array without data, to compile for."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def sharing(page_size: int) -> Case:
-    """A round with every kind of lane, and two lanes of padding."""
+    """A round with one lane of every kind, and two lanes of padding."""
     half = page_size // 2
     pages = iter(range(1, 1000))
 
@@ -171,7 +171,7 @@ def sharing(page_size: int) -> Case:
         entries = [(next(pages), 0, 0, page_size) for _ in range(full)]
         return [*entries, (next(pages), 0, 0, rest)] if rest else entries
 
-    # More than a key block (256) and two row tiles (128): everything computed. Room for an answer.
+    # More tokens than a key block (256) and two row tiles (128 each).
     base = fresh(300)
     base_page = [page for page, *_ in base]
     shared = base_page[: 256 // page_size]
@@ -180,13 +180,14 @@ def sharing(page_size: int) -> Case:
         return [(page, frame, 0, page_size) for page in some]
 
     lanes = [
+        # Everything is computed, and there is room for an answer.
         lane([*base, *fresh(2 * page_size)], 300, ahead=2 * page_size),
         # One token.
         lane(fresh(1), 1),
-        # Prefix reuse: the first block of the base in frame 0, the tail computed.
+        # Prefix reuse: reads the base's first key block in frame 0 and computes the tail.
         lane([*mapped(shared, 0), *fresh(21)], 21),
-        # Private text of odd length, then base pages moved up, down and far away, one frame per
-        # block; the task computed.
+        # Private text of odd length, then base pages in positive, negative and large frames, one
+        # frame per key block. Computes the task.
         lane(
             [
                 *fresh(21),
@@ -198,8 +199,8 @@ def sharing(page_size: int) -> Case:
             ],
             9,
         ),
-        # Partial pages: their first slots, their last slots, a slot in the middle; and one page
-        # twice under two frames.
+        # Partial pages: the first slots of one, the last slots of one, one slot in the middle of
+        # one; and one page twice, in two frames.
         lane(
             [
                 (shared[0], 0, 0, half),
@@ -211,14 +212,14 @@ def sharing(page_size: int) -> Case:
             ],
             5,
         ),
-        # A tail that begins within a page; the table goes on behind it.
+        # A computed tail that begins inside a page; the table continues behind it.
         lane([*mapped(shared[:3], 0), *fresh(40)], 15, ahead=20),
     ]
     return Case.of(lanes, pages=next(pages) + 2, page_size=page_size)
 
 
 def tasks(page_size: int, *, tokens: int = 544) -> Case:
-    """A round whose lanes compute private text, then see a base, then compute a task behind it."""
+    """A round of lanes that compute private text, read a base, and compute a task behind it."""
     base, fresh = list(range(1, 1 + tokens // page_size)), iter(range(100, 199))
     lanes = []
     for agent in range(6):
@@ -226,7 +227,7 @@ def tasks(page_size: int, *, tokens: int = 544) -> Case:
         own = [(next(fresh), 0, 0, page_size)] * (agent % 3 > 0)
         shown = [(page, frame, 0, page_size) for page in base]
         shown[3 + agent] = (next(fresh), 0, 0, page_size)  # a patch, not computed
-        # Other slots of a page than the other lanes, and pages left out.
+        # The last page shows other slots in every second lane; two lanes leave out two pages.
         shown[-1] = (base[-1], frame, agent % 2, page_size - 1)
         shown = shown[2 * (agent > 3) :]
         task = [(next(fresh), 0, 0, page_size), (next(fresh), 0, 0, 5)]
@@ -239,7 +240,7 @@ def tasks(page_size: int, *, tokens: int = 544) -> Case:
 
 
 def share(case: Case, *, whatever: bool = False) -> SharedRows:
-    """The rows of a case that meet shared pages together, as planned, or whatever it costs."""
+    """The packed rows of a case: as planned, or with `whatever`, packed whatever that costs."""
 
     def split(*arguments: Any, cost: float, **keywords: Any) -> Any:
         return group_tables(*arguments, cost=0.0 if whatever else cost, **keywords)
@@ -263,7 +264,7 @@ def share(case: Case, *, whatever: bool = False) -> SharedRows:
 
 
 def turned(x: np.ndarray, frame: int | np.ndarray) -> np.ndarray:
-    """Keys rotated on by frames, in float64."""
+    """Rotates keys forward by their frames, in float64."""
     first, second = np.split(x, 2, axis=-1)
     frequency = THETA ** (-2 * np.arange(first.shape[-1]) / x.shape[-1])
     moved = (first + 1j * second) * np.exp(1j * frame * frequency)
@@ -271,7 +272,7 @@ def turned(x: np.ndarray, frame: int | np.ndarray) -> np.ndarray:
 
 
 def log_sum_exps(case: Case, q: np.ndarray, kv: PagedKV) -> np.ndarray:
-    """The log-sum-exp of each query's scores over its lane, from rotated keys."""
+    """The log-sum-exp of each query's scores over its lane, computed from rotated keys."""
     rows, heads, head_dim = q.shape
     found = np.full((rows, heads), MASKED, np.float32)
     pool = np.asarray(storage.load(jnp.asarray(kv.k[LAYER])), np.float32)
@@ -279,7 +280,7 @@ def log_sum_exps(case: Case, q: np.ndarray, kv: PagedKV) -> np.ndarray:
     for index, plan in enumerate(case.lanes):
         position = np.arange(len(plan.token_ids), dtype=np.int32)
         slot, canonical = plan.locate(position, case.page_size)
-        # On the host, as every lane is of another length: XLA would compile for each.
+        # In NumPy, because XLA would compile for every lane's length.
         keys = turned(pool[slot], (position - canonical)[:, None, None]).astype(np.float32)
         keys = np.repeat(keys, heads // kv.k.shape[3], axis=1)
         mine = np.flatnonzero(case.lane == index)
@@ -290,7 +291,7 @@ def log_sum_exps(case: Case, q: np.ndarray, kv: PagedKV) -> np.ndarray:
 
 
 def random_case(seed: int, page_size: int) -> Case:
-    """Lanes of random entries over few pages: overlaps, gaps and frames as they fall."""
+    """Lanes of random entries over few pages, with random overlaps, gaps and frames."""
     random = np.random.default_rng(seed)
     lanes = []
     for _ in range(random.integers(1, LANES)):
@@ -309,7 +310,7 @@ def random_case(seed: int, page_size: int) -> Case:
 
 
 def pool(case: Case, heads: Heads, dtype: str, seed: int = 0) -> PagedKV:
-    """A pool of random numbers in storage dtype ("float32", or "uint16" for bfloat16 bits)."""
+    """A pool of random numbers in a storage dtype: "float32", or "uint16" for bfloat16 bits."""
     shape = (LAYERS, case.pages, case.page_size, heads.kv_heads, heads.head_dim)
     drawn = np.random.default_rng(seed).standard_normal((2, *shape)).astype(np.float32)
     k, v = drawn.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "uint16" else drawn
@@ -317,7 +318,7 @@ def pool(case: Case, heads: Heads, dtype: str, seed: int = 0) -> PagedKV:
 
 
 def poisoned(case: Case, kv: PagedKV) -> PagedKV:
-    """The pool with NaN wherever no lane has a token: page 0, other pages, rests, later slots."""
+    """The pool with NaN in all slots without a token of a lane (so in page 0), and in layer 0."""
     clean = case.read_slots()
     assert not clean[0].any()
 
@@ -331,14 +332,14 @@ def poisoned(case: Case, kv: PagedKV) -> PagedKV:
 
 
 def numbers_of(kv: PagedKV) -> PagedKV:
-    """A pool as accelerators store it: bfloat16 in place of its bits."""
+    """The pool as accelerators store it: as bfloat16 numbers instead of their bits."""
     return jax.tree.map(
         lambda x: jnp.asarray(x.view(ml_dtypes.bfloat16) if x.dtype == np.uint16 else x), kv
     )
 
 
 def on_tensor_cores(dtype: str) -> str:
-    """The precision of attention on tensor cores, by storage dtype: see `tolerance`."""
+    """The key of `tolerance` for attention on tensor cores with a pool of this storage dtype."""
     return "planes" if dtype == "float32" else dtype
 
 
@@ -362,9 +363,10 @@ def reference(
     *,
     chunk: int = 64,
 ) -> np.ndarray:
-    """The reference's output for rows of the given lanes; zero in rows of no lane.
+    """The reference's output for rows of the given lanes; zero for rows without a lane.
 
-    In chunks, as the reference gathers all keys of each row; all of one shape, as it is compiled.
+    Works in chunks because the reference gathers all keys of each row. All chunks have one shape,
+    so that the reference compiles once.
     """
     out = np.zeros_like(q)
     used = np.flatnonzero(lane < LANES)
@@ -379,9 +381,10 @@ def reference(
 def tolerance(dtype: str) -> float:
     """Largest error of an output, relative to the largest output.
 
-    A bfloat16 pool meets queries and weights rounded to bfloat16, by 2**-9 (2e-3) each, which
-    partly averages out over the slots: 2e-3 measured, and 4e-7 in float32. "planes" are a float32
-    pool's on tensor cores, whose products are good to about 2**-16 (2e-5): 5e-6 measured.
+    With a bfloat16 pool, queries and weights are rounded to bfloat16, by 2**-9 (2e-3) each. The
+    errors partly average out over the slots: 2e-3 measured, and 4e-7 in float32. "planes" stands
+    for a float32 pool on tensor cores, where products are exact to about 2**-16 (2e-5): 5e-6
+    measured.
     """
     return {"uint16": 5e-3, "planes": 2e-5, "float32": 1e-5}[dtype]
 
@@ -394,7 +397,7 @@ def assert_close(out: np.ndarray, expected: np.ndarray, dtype: str) -> None:
 
 
 def rerotated(case: Case, kv: PagedKV, pages: int) -> tuple[Case, PagedKV]:
-    """The same case in frame 0: lanes read copies of their pages, keys rotated by the frame.
+    """Puts a case into frame 0: lanes read copies of their pages with keys rotated by the frame.
 
     Returns:
       The case, and its pool of `pages` pages.

@@ -35,7 +35,7 @@ def test_compiles_for_an_h100(heads, page_size, dtype):
 
 @pytest.mark.aot
 def test_layers_have_one_kernel_on_an_h100():
-    # A pool of its own: what was compiled once is not compiled again.
+    # A pool of another size than in other tests: a kernel compiled before is not compiled again.
     shapes = arguments(aot.HEADS[0], 16, pages=1024)
     aot.check_layers_have_one_kernel(decode_attention, shapes, 2)  # shared blocks, own pages
 

@@ -15,7 +15,7 @@ from tokendance_jax.plan.groups import group_tables, shared_block_cost
 from tokendance_jax.plan.shapes import Shapes
 
 SMALL = cases.HEADS[1]
-PAGES = 200  # of every pool: one program for all cases of a shape
+PAGES = 200  # of every pool, so that all cases of a shape share one program
 SEEDS = st.integers(0, 2**32 - 1)
 ENDED = st.sets(st.integers(0, cases.LANES - 1))
 
@@ -31,7 +31,7 @@ def case_of(lanes, page_size):
 
 
 def split(case, cost=shared_block_cost):
-    """The groups and the rest of a case's tables."""
+    """The group tables of a case, and the rest of the lanes' tables."""
     shapes = Shapes(
         rows=Buckets(cases.ROWS, cases.ROWS),
         lanes=Buckets(cases.LANES, cases.LANES),
@@ -50,7 +50,7 @@ def run(case, q, kv, position, cost=shared_block_cost):
 
 
 def check(case, heads, dtype, position, cost=shared_block_cost):
-    """Poisoned pools against the reference on clean ones; lanes at -1 give zeros."""
+    """Compares poisoned pools with the reference on clean pools. Lanes at -1 must return zeros."""
     q = cases.queries(cases.LANES, heads)
     kv = cases.pool(case, heads, dtype)
     out = run(case, q, cases.poisoned(case, kv), position, cost)
@@ -61,7 +61,7 @@ def check(case, heads, dtype, position, cost=shared_block_cost):
 
 
 def base_round(page_size, tokens=544):
-    """Six lanes that see most of one base, each under a frame of its own, and one that does not."""
+    """Six lanes that read most of one base in various frames, and one lane that does not."""
     base, fresh = range(1, 1 + tokens // page_size), iter(range(100, PAGES))
     lanes = []
     for agent in range(6):
@@ -69,11 +69,11 @@ def base_round(page_size, tokens=544):
         frame = [0, 5, -7, 100_000, -100_000, 5][agent]
         shared = [(page, frame, 0, page_size) for page in base]
         shared[3 + agent] = (next(fresh), 0, 0, page_size)  # a patch
-        # Other slots of a page than the other lanes, and pages left out.
+        # The last page shows other slots in every second lane; two lanes leave out two pages.
         shared[-1] = (base[-1], frame, agent % 2, page_size - 1)
         if agent > 3:
             shared = shared[2:]
-        # A lane that holds nothing of its own but the slots of its answer.
+        # Agent 0 has no private text, only the base and the slots of its answer.
         entries = [*own, *shared] if agent else shared
         lanes.append(cases.lane([*entries, (next(fresh), 0, 0, page_size)], 1, ahead=page_size - 1))
     lanes.append(cases.lane([(next(fresh), 0, 0, 5)], 1))
@@ -81,7 +81,7 @@ def base_round(page_size, tokens=544):
 
 
 def random_round(seed, page_size):
-    """Lanes that hold random parts of two bases in a random order, under random frames."""
+    """Lanes that hold random parts of two bases, in random order and random frames."""
     random = np.random.default_rng(seed)
     bases = (
         [(page, 0, page_size) for page in range(1, 25)],
@@ -126,14 +126,14 @@ def test_random_groups_equal_the_reference(seed, ended):
     case = random_round(seed, page_size=16)
     position = case.last_positions()
     position[list(ended)] = -1
-    # Whatever two lanes hold is shared: blocks of few members and partial blocks.
+    # At no cost, all that two lanes hold is shared: key blocks with few members, and partial ones.
     check(case, SMALL, "float32", position, cost=lambda _: 0.0)
 
 
 @given(SEEDS)
 @settings(max_examples=5)
 def test_a_frame_equals_keys_rotated_by_it(seed):
-    # Invariant 4: +d, -d and large d.
+    # Positive, negative and large frames.
     case = case_of(cases.random_case(seed, page_size=16).lanes, 16)
     q, position = cases.queries(cases.LANES, SMALL), case.last_positions()
     kv = cases.pool(case, SMALL, "float32")
@@ -143,7 +143,7 @@ def test_a_frame_equals_keys_rotated_by_it(seed):
 
 
 def test_lanes_outside_of_a_group_give_its_slots_no_weight():
-    # Values of the base far above all others would show in the smallest weight.
+    # The base's values are so large that even the smallest weight on them would show.
     case = base_round(16)
     q, position = cases.queries(cases.LANES, SMALL), case.last_positions()
     kv = cases.pool(case, SMALL, "float32")
@@ -161,7 +161,7 @@ def test_lanes_that_see_only_shared_slots():
     case = dataclasses.replace(case, lanes=case.lanes[1:2] * 6)
     groups, tables = split(case)
     assert groups.count
-    # As if nothing of their own was left: no row has seen a slot before the merge.
+    # Empty tables: no row has seen a slot of its own before the merge.
     tables = jax.tree.map(np.zeros_like, tables)
     q, position = cases.queries(cases.LANES, SMALL), case.last_positions()
     kv = cases.pool(case, SMALL, "float32")
@@ -182,7 +182,7 @@ def test_nothing_live_gives_zeros():
     "heads", [cases.Heads(14, 2, 64), cases.Heads(28, 4, 128), cases.Heads(40, 8, 128)], ids=str
 )
 def test_the_gpu_kernel_moves_little_more_than_it_must(heads):
-    # 25 lanes with 2,048 slots that all share and 256 of their own.
+    # 25 lanes that share 2,048 slots and have 256 slots each of their own.
     tokens = {"shared": 2048, "own": 25 * 256}
     queries = 4 * 25 * heads.heads * heads.head_dim
     pages = 4 * sum(tokens.values()) * heads.kv_heads * heads.head_dim
@@ -191,7 +191,7 @@ def test_the_gpu_kernel_moves_little_more_than_it_must(heads):
     assert mosaic_gpu.parts_of(*numbers[:3], **steps) > 1
     beside = mosaic_gpu.bytes_beside_pages(*numbers, 16, **steps)
     assert 1 < (pages + beside) / (pages + 2 * queries) < 1.1
-    # Parts take no more than what pages allow, but one there must be.
+    # The bytes of pages limit the number of parts, but shared steps need at least one.
     assert mosaic_gpu.parts_of(*numbers[:3], shared=1, own=0) == 1
     assert mosaic_gpu.parts_of(*numbers[:3], shared=0, own=steps["own"]) == 0
 
@@ -209,7 +209,7 @@ def test_the_gpu_kernel_moves_little_more_than_it_must(heads):
 def test_the_gpu_kernel_equals_the_reference_without_races(
     heads, page_size, blocks, dtype, simulator, monkeypatch
 ):
-    """A lane's own steps are whole on a device of 16 cores, and in parts on one of 128."""
+    """Own steps form one part on a device of 16 cores, and several parts on one of 128."""
     monkeypatch.setattr(mosaic_gpu, "BLOCKS", blocks)
     monkeypatch.setattr(mosaic_gpu, "PARTS_SHARE", 1)
     case = base_round(page_size, tokens=320)

@@ -1,4 +1,4 @@
-"""Whether XLA's scatter will do, or rows need a kernel to be written by: asked of its compilers."""
+"""XLA's scatter, compiled for accelerators, writes rows in place: no kernel is needed for that."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ SIZES = ((16, 2048), (32, 32))
 
 
 def compiled_write(target, heads, dtype, sizes, **options):
-    """The program, which is in place whatever the target."""
+    """Compiles a write, checks that it is in place, and returns the program."""
     page_size, rows = sizes
     pool = shape(LAYERS, SLOTS // page_size, page_size, *heads, dtype=dtype)
     value = shape(rows, *heads, dtype="float32")
@@ -44,7 +44,7 @@ def compiled_write(target, heads, dtype, sizes, **options):
     assert memory.temp_size_in_bytes < 1 << 20
     found = Program(compiled)
     assert found.made(pool.shape) == []
-    # Rows in and out, and their slots, in a few steps; no page, and no part of one.
+    # It moves rows and their slots, in a few steps, but no page and no part of a page.
     row = math.prod(heads) * (4 + jnp.dtype(dtype).itemsize)
     assert found.bytes_moved() < 2 * 4 * rows * (row + 4)
     assert " sort(" not in text
@@ -58,18 +58,18 @@ def test_an_h100_writes_rows_alone(heads, dtype, sizes, tmp_path):
     found = compiled_write(
         h100, heads, dtype, sizes, compiler_options={"xla_dump_to": str(tmp_path)}
     )
-    # One kernel for keys and one for values: the conversion is part of it.
+    # One kernel for keys and one for values. Each also converts to the pool's dtype.
     opcodes = [instruction.opcode for instruction, _ in found.executed()]
     assert set(opcodes) == {"parameter", "bitcast", "fusion", "tuple"}
     assert opcodes.count("fusion") == 2
     ptx = "".join(file.read_text() for file in tmp_path.glob("*.ptx"))
     stores = re.findall(r"\bst\S*\.global\S*", ptx)
     assert stores
-    # Nothing is compared and swapped, and nothing of the pool is read.
+    # There are no atomic operations, and the pool is not read.
     assert not re.search(r"\b(atom|red)\.", ptx)
     assert all(".nc." in load for load in re.findall(r"\bld\.global\S*", ptx))
     if heads[1] == 128 and sizes[1] == 2048:
-        # Four numbers a thread.
+        # Each thread stores four numbers.
         assert set(stores) == {"st.global.v2.b32" if dtype == "bfloat16" else "st.global.v4.b32"}
 
 

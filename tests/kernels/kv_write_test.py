@@ -22,7 +22,7 @@ write = jax.jit(kv_write, static_argnums=1)
 
 
 def bits(random, dtype):
-    """A pool of arbitrary bit patterns, NaNs included: all of them must survive."""
+    """A pool of arbitrary bit patterns, NaNs included. All of them must survive a write."""
     width = np.dtype(dtype).itemsize * 8
     return random.integers(0, 2**width, SHAPE, f"uint{width}").view(dtype)
 
@@ -30,7 +30,7 @@ def bits(random, dtype):
 @DTYPES
 @given(
     seed=st.integers(0, 2**32 - 1),
-    # Past the pool by one slot, by pages, and by as much as int32 holds.
+    # The first slots past the pool, one whole pool past it, and int32's maximum.
     sentinel=st.sampled_from([SLOTS, SLOTS + 1, 2 * SLOTS, 2**31 - 1]),
     dropped=st.sets(st.integers(0, ROWS - 1)),
 )
@@ -54,7 +54,7 @@ def test_writes_the_named_slots_and_nothing_else(dtype, seed, sentinel, dropped)
 
 
 def memory(dtype):
-    """Alias and temporaries of a jitted write to a large donated pool, as shares of it."""
+    """Aliased and temporary bytes of a write to a large donated pool, as fractions of the pool."""
     pool = cases.shape(8, 2048, 16, 2, 64, dtype=dtype)  # at least 64 MiB, never allocated
     slot, value = (
         jax.ShapeDtypeStruct((256,), jnp.int32),
@@ -77,7 +77,8 @@ def test_a_donated_pool_is_written_in_place(dtype):
 
 
 def test_a_bfloat16_pool_would_be_copied_on_cpu():
-    # Why storage.py holds bits. Once this fails, XLA has learnt the scatter, and the bits may go.
+    # This is why storage.py holds bits. If it fails, XLA scatters bfloat16 in place on CPU, and the
+    # bits are no longer needed.
     if jax.default_backend() != "cpu":
         pytest.skip("about XLA's CPU backend")
     assert memory("bfloat16").temp >= 1

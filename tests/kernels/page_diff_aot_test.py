@@ -57,21 +57,22 @@ def test_compiles_for_an_h100(heads, page_size, dtype, outside):
     compiled, (kernel,) = targets.gpu_kernels(h100, diff("mosaic_gpu"), *shapes)
     assert kernel.spill_bytes == kernel.stack_bytes == 0
     assert kernel.shared_bytes <= h100.scratch
-    # Enough blocks in flight to hide the memory's latency.
+    # Enough blocks of threads in flight to hide the memory's latency.
     assert kernel.blocks_per_core >= 3
-    # Pages come by bulk copies alone: base, two siblings ahead and the next, and the tables.
+    # Pages arrive by bulk copies only. The copies are those of the base page, of the first two
+    # siblings, of the next sibling (K and V each), and of the tables.
     assert kernel.count(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global") == 9
-    # What threads load is the plan, number by number; what they store, the scores of a part.
+    # Threads load only numbers of the plan, and store only the scores of a part.
     assert kernel.count(r"\bld\.global") == kernel.count(r"\bld\.global\S*\.b32\b") <= 9
     assert kernel.count(r"\bst\.global") == kernel.count(r"\bst\.global\.v4\.b32\b") == 1
-    # The scores of up to 16 parts of a page and those of the page, and the tables of angles.
+    # Scores of up to 16 parts of a page and of the whole page, and the tables of angles.
     check_temporaries(compiled, most=17 * LAYERS * COMPARISONS * 16 + 16 * 1024)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
 @pytest.mark.parametrize("outside", [False, True])
-# XLA would copy pools of narrower heads: on TPUs it lays them out in another way.
+# On TPUs, XLA lays out pools of narrower heads in another way and would copy them.
 @swept(
     ("heads", "page_size", "dtype"),
     [

@@ -35,7 +35,7 @@ def diff(kv, siblings, plan, threshold, implementation="xla"):
 
 
 def stored(x, dtype):
-    """Numbers as a pool of this dtype holds them; uint16: bfloat16 bits."""
+    """Numbers as a pool of this dtype stores them; uint16 stands for bfloat16 bits."""
     if dtype == "uint16":
         return x.astype(ml_dtypes.bfloat16).view(np.uint16)
     return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -48,7 +48,7 @@ def values(x):
 
 @dataclasses.dataclass
 class Pages:
-    """A pool of base pages and their siblings; all that is not compared is NaN."""
+    """A pool of base pages and their siblings. Slots that are not compared are NaN."""
 
     k: np.ndarray
     v: np.ndarray
@@ -57,16 +57,16 @@ class Pages:
 
     @classmethod
     def of(cls, comparisons, shape, dtype, *, outside=False, seed=0, scale=0.01):
-        """Siblings differ from base pages by noise of this scale.
+        """Makes siblings that differ from their base pages by noise.
 
         Args:
-          comparisons: (base page, frame, first slot, slots), in the order of base pages; siblings
-            are the last pages, last comparison first.
-          shape: of the pool.
-          dtype: of the pool; "uint16": bfloat16 bits.
-          outside: whether siblings are no pages of the pool.
-          seed: of all numbers.
-          scale: of the noise.
+          comparisons: (base page, frame, first slot, slots), in the order of base pages. Siblings
+            are the last pages, in the reverse order of comparisons.
+          shape: shape of the pool.
+          dtype: dtype of the pool; "uint16" stands for bfloat16 bits.
+          outside: whether siblings lie outside the pool.
+          seed: seed of all numbers.
+          scale: scale of the noise.
         """
         random = np.random.default_rng(seed)
         base_k, base_v = (values(stored(random.standard_normal(shape), dtype)) for _ in "kv")
@@ -84,7 +84,7 @@ class Pages:
         return cls(stored(k, dtype), stored(v, dtype), plan, outside)
 
     def arguments(self, pages, comparisons):
-        """What a page diff takes, with a plan of these sizes."""
+        """Arguments of a page diff, with a plan padded to these sizes."""
         plan, siblings = self.plan, None
         if self.outside:
             start = self.k.shape[1] - len(plan.sibling)
@@ -95,7 +95,7 @@ class Pages:
 
 
 def comparisons_of(page_size):
-    """Whole and partial pages, one with four siblings, a page of one slot, near and far frames."""
+    """Whole and partial pages, one with four siblings, one of one slot; near and far frames."""
     w = page_size
     return [
         (1, 0, 0, w),
@@ -108,7 +108,7 @@ def comparisons_of(page_size):
 
 
 def check(found, expected):
-    """Compares deviations; angles of the kernels are good to 2e-6, of numbers up to 5."""
+    """Compares deviations. The kernels' angles are exact to 2e-6, and numbers are up to 5."""
     for name in SCORES:
         one, other = (np.asarray(getattr(x, name)) for x in (found, expected))
         assert np.isfinite(other).all()
@@ -145,7 +145,7 @@ def test_xla_equals_the_reference(shape, dtype, outside):
         ((2, 12, 16, 2, 64), "float32", False),
         ((2, 12, 16, 2, 64), "bfloat16", True),
         pytest.param((1, 12, 16, 4, 128), "bfloat16", False, marks=pytest.mark.sweep),
-        # Pages that several blocks share.
+        # Pages large enough for several blocks of threads each.
         pytest.param((1, 12, 32, 8, 128), "bfloat16", True, marks=pytest.mark.sweep),
     ],
     ids=str,
@@ -196,7 +196,7 @@ COMPARISONS = st.lists(
 
 
 def gaps(pages, comparisons, kind):
-    """Differences of one kind's numbers [layers, slots, kv_heads, head_dim], in float64."""
+    """Yields differences of K or V in float64, [layers, slots, kv_heads, head_dim] each."""
     pool = values(getattr(pages, kind))
     for (base, frame, first, slots), own in zip(comparisons, pages.plan.sibling, strict=True):
         used = slice(first, first + slots)
@@ -233,7 +233,7 @@ def test_scores_are_those_of_float64(dtype, comparisons, seed):
 def test_a_page_is_far_if_any_of_its_numbers_is(
     dtype, comparisons, changes, ratio, threshold, seed
 ):
-    # Numbers far below the threshold, so that what is changed decides.
+    # The noise is far below the threshold, so the changed number decides.
     pages = Pages.of(comparisons, SMALL, dtype, seed=seed)
     random = np.random.default_rng(seed)
     for own, change, (_, _, first, slots) in zip(
@@ -245,7 +245,8 @@ def test_a_page_is_far_if_any_of_its_numbers_is(
             slot = random.integers(first, first + slots)
             at = (random.integers(layers), own, slot, *random.integers((kv_heads, head_dim)))
             pool[at] = stored(values(pool)[at] + np.float32(threshold * ratio), dtype)
-    # How far it is, by the numbers as they are stored. What rounding decides is left out.
+    # The largest differences of the stored numbers. Those so near the threshold that rounding
+    # decides are left out.
     largest = [
         max(k.max(), v.max())
         for k, v in zip(*(gaps(pages, comparisons, kind) for kind in "kv"), strict=True)
@@ -263,7 +264,7 @@ def test_the_threshold_itself_is_near(implementation, request):
         request.getfixturevalue("simulator")
     shape = (1, 4, 16, 2, 64)
     k, v = np.zeros((2, *shape), np.float32)
-    # Of values in frame 7, and of keys in frame 0, where nothing rounds.
+    # A value in frame 7 and a key in frame 0: neither is rotated, so nothing is rounded.
     plan = DiffPlan.of_comparisons(*np.array([[1, 1], [2, 3], [7, 0], [0, 0], [16, 16]]))
     v[0, 2, 5, 1, 3] = k[0, 3, 9, 0, 60] = 0.1
     threshold = np.float32(0.1)
@@ -288,7 +289,8 @@ def test_what_is_no_number_is_infinitely_far(number, implementation, request):
     shape = (2, 6, 16, 2, 64)
     k, v = np.ones((2, *shape), np.float32)
     base, sibling = [1, 1, 2], [3, 4, 5]
-    # Key 8 of sibling 3, in frame 0; of sibling 4 it is not compared. Value 2 of both page 2 and 5.
+    # The key in slot 8 of siblings 3 and 4; sibling 4 is compared from slot 9 on. The value in slot
+    # 2 of base page 2 and of its sibling, page 5.
     plan = DiffPlan.of_comparisons(*np.array([base, sibling, [0, 0, 9], [0, 9, 0], [16, 7, 16]]))
     k[1, 3:5, 8, 1, 40] = v[0, 2, 2, 0, 0] = v[0, 5, 2, 0, 0] = number
     found = diff(

@@ -68,7 +68,7 @@ def test_pairs_are_the_two_halves():
     turned = rotated(np.eye(HEAD_DIM, dtype=np.float32), position)
     angle = exact(position[0], THETA, HEAD_DIM)
     cos, sin = np.diag(np.cos(angle)), np.diag(np.sin(angle))
-    expected = np.block([[cos, sin], [-sin, cos]])  # row i: where unit vector i goes
+    expected = np.block([[cos, sin], [-sin, cos]])  # row i: unit vector i, rotated
     np.testing.assert_allclose(turned, expected, rtol=0, atol=1e-6)
 
 

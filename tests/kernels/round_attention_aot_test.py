@@ -16,7 +16,7 @@ def arguments(heads, page_size, **pool):
 
 
 def shared_rows(page_size):
-    """Shapes of rows of all lanes that meet shared pages together."""
+    """Shapes of packed rows of all lanes."""
     entries = block_pages(page_size)
     blocks = TOKENS // page_size // entries
     entry, row = shape(blocks, entries), shape(SHARED_ROWS)
@@ -52,7 +52,7 @@ def test_compiles_for_an_h100(heads, page_size, dtype):
     shapes = arguments(heads, page_size, dtype=dtype)
     kernels, memory = aot.compile_for_an_h100(round_attention, shapes, page_size)
     assert len(kernels) == 1
-    # Temporaries are queries and results, in a few arrangements, and never a pool.
+    # Temporaries hold queries and results in a few arrangements, and never a copy of a pool.
     q, kv, *_ = shapes
     tiled = TILES * TILE_ROWS * q.size // ROWS * 4
     assert memory.temp_size_in_bytes < 4 * tiled
@@ -78,7 +78,7 @@ def test_compiles_shared_rows_for_an_h100(heads, page_size, dtype):
 
 @pytest.mark.aot
 def test_layers_have_one_kernel_on_an_h100():
-    # A pool of its own: what was compiled once is not compiled again.
+    # A pool of another size than in other tests: a kernel compiled before is not compiled again.
     shapes = arguments(aot.HEADS[0], 16, pages=1024)
     aot.check_layers_have_one_kernel(round_attention, shapes, 1)
 
@@ -99,5 +99,5 @@ def test_compiles_for_a_tpu(heads, dtype, target):
 def test_compiles_shared_rows_for_a_tpu(heads, page_size, dtype, target):
     shapes = *arguments(heads, page_size, dtype=dtype, pages=1024), shared_rows(page_size)
     memory = aot.compile_for_a_tpu(with_shared_rows, shapes, target)
-    # Queries, results and log-sum-exps; what rows saw of shared pages never leaves the kernel.
+    # Queries, results and log-sum-exps. Partial results over shared pages never leave the kernel.
     assert memory.temp_size_in_bytes < 3 * shapes[0].size * 4

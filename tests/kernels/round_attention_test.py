@@ -31,7 +31,7 @@ def run(case, q, kv, shared=None):
 
 
 def check(case, heads, dtype, shared=None):
-    """The pools hold NaN wherever no token lies; the reference reads clean ones."""
+    """Compares a pool with NaN in slots without tokens to the reference on a clean pool."""
     q = cases.queries(cases.ROWS, heads)
     kv = cases.pool(case, heads, dtype)
     out = run(case, q, cases.poisoned(case, kv), shared)
@@ -65,7 +65,7 @@ def test_rows_of_many_lanes_meet_what_these_share(heads, page_size, dtype):
     shared = cases.share(case)
     assert shared.groups.count >= 2
     assert len(np.unique(shared.lane[shared.row < cases.ROWS])) == 6
-    # What several lanes share stands in none of their tables, and nothing of it is lost.
+    # Shared entries are missing from the lanes' own tables, yet rows see all of them.
     check(case, heads, dtype, shared)
 
 
@@ -91,7 +91,7 @@ def test_log_sum_exps_are_those_of_the_scores(sharing):
 @given(SEEDS)
 @settings(max_examples=4)
 def test_a_frame_equals_keys_rotated_by_it(seed):
-    # Invariant 4: +d, -d and large d.
+    # Positive, negative and large frames.
     case = cases.random_case(seed, page_size=16)
     q = cases.queries(cases.ROWS, SMALL)
     kv = cases.pool(case, SMALL, "float32")
@@ -110,7 +110,7 @@ def test_rows_may_stand_in_any_order(seed):
     order = np.random.default_rng(seed).permutation(cases.ROWS).astype(np.int32)
     row, lane = np.full_like(case.tiles.row, cases.ROWS), np.zeros_like(case.tiles.lane)
     count = 0
-    for index in range(len(case.lanes)):  # the rows of a lane, as they come
+    for index in range(len(case.lanes)):  # the rows of a lane, in their new order
         rows = np.flatnonzero(case.lane[order] == index)
         for start in range(0, len(rows), TILE_ROWS):
             part = rows[start : start + TILE_ROWS]
@@ -122,7 +122,7 @@ def test_rows_may_stand_in_any_order(seed):
 
 
 def small_tiles(case, lanes, rows):
-    """Tiles of few rows of some lanes."""
+    """Tiles of up to `rows` rows of the given lanes, and one unused tile."""
     row, lane = [], []
     for index in lanes:
         own = np.flatnonzero(case.lane == index)
@@ -130,7 +130,6 @@ def small_tiles(case, lanes, rows):
             part = own[start : start + rows]
             row.append(np.pad(part, (0, rows - len(part)), constant_values=cases.ROWS))
             lane.append(index)
-    # A tile that is not in use.
     row.append(np.zeros(rows))
     return RowTiles(
         np.stack(row).astype(np.int32),
@@ -139,7 +138,7 @@ def small_tiles(case, lanes, rows):
     )
 
 
-# The simulator takes its time: the sweep and packed rows have the other precision.
+# The simulator is slow. The sweep and the test of packed rows cover the other precision.
 @pytest.mark.slow
 @cases.swept(
     ("heads", "page_size", "dtype"),
@@ -176,7 +175,7 @@ def test_the_gpu_kernel_packs_rows_of_many_lanes(heads, page_size, dtype, simula
     case = cases.Case.of(case.lanes[2:5], pages=case.pages, page_size=page_size)
     shared = cases.share(case, whatever=True)
     assert shared.groups.count
-    # Only tiles in use are simulated in good time.
+    # Keep only the tiles in use, and their first 64 rows: the simulator is slow.
     tiles = jax.tree.map(lambda x: x[: int(shared.tiles.count)] if x.ndim else x, shared.tiles)
     row = np.where(tiles.row < cases.ROWS, tiles.row, cases.ROWS)[:, :64]
     shared = dataclasses.replace(shared, tiles=dataclasses.replace(tiles, row=row))
@@ -222,7 +221,7 @@ def test_the_tpu_kernel_gives_log_sum_exps():
 
 
 def run_on_tpu(case, heads, dtype, shared, interpret=True):
-    """The TPU kernel gives outputs and log-sum-exps, of packed rows too unless `shared` is None."""
+    """Checks the TPU kernel's outputs and log-sum-exps; packs rows unless `shared` is None."""
     q = cases.queries(cases.ROWS, heads)
     kv = cases.pool(case, heads, dtype)
     poisoned = cases.numbers_of(cases.poisoned(case, kv))

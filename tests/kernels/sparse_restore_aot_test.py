@@ -67,9 +67,9 @@ def test_compiles_for_an_h100(heads, page_size, dtype, kind):
     compiled, (kernel,) = targets.gpu_kernels(h100, restore("mosaic_gpu"), *shapes, donate=(0,))
     assert kernel.spill_bytes == kernel.stack_bytes == 0
     assert kernel.shared_bytes <= h100.scratch
-    # Enough blocks in flight to hide the memory's latency.
+    # Enough blocks of threads in flight to hide the memory's latency.
     assert kernel.blocks_per_core >= 3
-    # Pages move by bulk copies alone; what threads load are the plan, scales and biases.
+    # Pages move by bulk copies only. Threads load the plan, scales and biases.
     assert kernel.count(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global") >= 2
     assert kernel.count(r"cp\.async\.bulk\S*\.global\.shared") >= 4
     assert kernel.count(r"\bst\.global") == 0
@@ -81,7 +81,7 @@ def test_compiles_for_an_h100(heads, page_size, dtype, kind):
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e"])
 @pytest.mark.parametrize("kind", KINDS)
-# XLA would copy pools of narrower heads: on TPUs it lays them out in another way.
+# On TPUs, XLA lays out pools of narrower heads in another way and would copy them.
 @swept(("heads", "dtype"), itertools.product(((2, 128), (4, 128), (8, 128)), DTYPES))
 def test_compiles_for_a_tpu(heads, dtype, kind, target):
     shapes = arguments(heads, 16, dtype, kind)

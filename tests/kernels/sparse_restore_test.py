@@ -29,7 +29,7 @@ def restore(kv, source, plan, implementation="xla"):
 
 
 def stored(x, dtype):
-    """Numbers as a pool of this dtype holds them; uint16: bfloat16 bits."""
+    """Numbers as a pool of this dtype stores them; uint16 stands for bfloat16 bits."""
     if dtype == "uint16":
         return x.astype(ml_dtypes.bfloat16).view(np.uint16)
     return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -46,7 +46,7 @@ def pool_of(random, shape, dtype):
 
 
 def source_of(kind, random, shape, dtype, pages=4):
-    """A source of some pages; NaN in the last slot of each, which nothing reads."""
+    """A source of `pages` pages. Unless int8, the last slot of each is NaN: nothing reads it."""
     layers, _, *slot_shape = shape
     shape = (layers, pages, *slot_shape)
     if kind == "pool":
@@ -63,7 +63,7 @@ def source_of(kind, random, shape, dtype, pages=4):
 
 
 def pieces_of(page_size):
-    """Whole and partial pieces, one page shown four times, targets across pages."""
+    """Pieces of several lengths, one page restored four times, and targets that cross pages."""
     w = page_size
     return [  # source page, first slot, slots, target slot, turn
         (2, 0, w - 1, 6 * w, 5),
@@ -95,7 +95,7 @@ def reference(kv, source, plan):
 
 
 def check(found, expected, dtype):
-    # One rounding of a number of up to 256 apart.
+    # Results may differ by one rounding of a number of up to 256.
     rtol = 1e-5 if dtype == "float32" else 2**-7
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(values(one), values(other), rtol=rtol, atol=2e-5)
@@ -121,7 +121,7 @@ def test_xla_equals_the_reference(shape, dtype, kind):
     [
         ((1, 12, 16, 4, 128), "bfloat16"),
         ((2, 12, 16, 2, 64), "float32"),
-        ((1, 12, 32, 8, 128), "bfloat16"),  # pages that several blocks share
+        ((1, 12, 32, 8, 128), "bfloat16"),  # pages large enough for several blocks of threads each
     ],
 )
 def test_the_gpu_kernel_equals_the_reference_without_races(shape, dtype, kind, simulator):
@@ -193,7 +193,7 @@ def test_any_slots_go_anywhere_and_all_others_keep_their_bits(dtype, seed, turns
     frequency = cases.THETA ** (-2 * np.arange(head_dim // 2) / head_dim)
     moved = (first + 1j * second) * np.exp(1j * turn[None, :, None, None] * frequency)
     expected = np.concatenate([moved.real, moved.imag], axis=-1)
-    # A float32 angle at its worst, and half a step of bfloat16 for numbers below 8.
+    # The worst error of a float32 angle, and half a bfloat16 step of numbers below 8.
     atol = 2e-2 if dtype == "uint16" else 1e-5
     np.testing.assert_allclose(values(flat(found.k)[:, target]), expected, atol=atol)
 
@@ -224,7 +224,7 @@ def test_padding_alone_changes_nothing(kind, simulator):
 
 
 def test_keys_are_turned_once_and_rounded_once():
-    # The bits are those of one rotation in float32, rounded to the pool's precision.
+    # The result equals, to the bit, one rotation in float32 rounded to the pool's precision.
     layers, pages, page_size, kv_heads, head_dim = SMALL
     k = pool_of(np.random.default_rng(0), SMALL, "uint16").k
     source, target = np.arange(4, 8, dtype=np.int32), np.arange(20, 24, dtype=np.int32)
@@ -241,7 +241,7 @@ def test_keys_are_turned_once_and_rounded_once():
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=10)
 def test_what_is_not_turned_keeps_every_bit(seed):
-    # All patterns of bits: zeros with signs, infinities, NaN with their payload.
+    # Any bit pattern: signed zeros, infinities, NaNs with their payload.
     random = np.random.default_rng(seed)
     kv = PagedKV(*(jnp.asarray(random.integers(0, 2**16, SMALL, np.uint16)) for _ in "kv"))
     pages_k, pages_v = (random.integers(0, 2**16, SMALL, np.uint16) for _ in "kv")
@@ -254,7 +254,7 @@ def test_what_is_not_turned_keeps_every_bit(seed):
 
 
 def test_a_plan_reads_a_page_once_and_writes_pieces_of_one_page():
-    # Page 1 is read by two mirrors, once across a border of target pages; page 0 by one.
+    # Two mirrors read page 1, one of them across a boundary of target pages. One reads page 0.
     source = np.array([4, 5, 6, 7, 4, 5, 0, 1], np.int32)
     target = np.array([10, 11, 12, 13, 30, 31, 20, 22], np.int32)
     turn = np.array([6, 6, 6, 6, 26, 26, 20, 20], np.int32)
@@ -304,8 +304,12 @@ def test_a_donated_pool_is_written_in_place(dtype):
         ({"k": np.zeros((3, 4, 4, 2, 8), np.float32)}, "all but the number of pages"),
         ({"v": np.zeros((3, 5, 4, 2, 16), np.float32)}, "all but the number of pages"),
         ({"k": np.zeros((3, 4, 4, 2, 16), np.float16)}, "int8 or in the pool's dtype"),
+        ({"v": np.zeros((3, 4, 4, 2, 16), np.int8)}, "int8 or in the pool's dtype"),
         ({"k_scale": np.zeros((3, 4, 4, 2), np.float32)}, "come with k_scale and v_scale"),
-        ({"k": np.zeros((3, 4, 4, 2, 16), np.int8)}, "come with k_scale and v_scale"),
+        (
+            {name: np.zeros((3, 4, 4, 2, 16), np.int8) for name in ("k", "v")},
+            "come with k_scale and v_scale",
+        ),
     ],
 )
 def test_a_source_that_does_not_fit_is_refused(change, problem):
@@ -324,5 +328,9 @@ def test_an_unfit_kernel_says_why():
     plan = plan_of([(0, 0, 2, 20, 0)], 4)
     with pytest.raises(NotImplementedError, match="heads of 16"):
         sparse_restore(kv, None, plan, theta=cases.THETA, implementation="mosaic_gpu")
+    bits = jax.tree.map(lambda x: x.astype("uint16"), kv)
+    for implementation in ("mosaic_gpu", "mosaic_tpu"):
+        with pytest.raises(NotImplementedError, match="bfloat16 and float32 pools, not uint16"):
+            sparse_restore(bits, None, plan, theta=cases.THETA, implementation=implementation)
     with pytest.raises(ValueError, match="implementation: 'cuda' is none of"):
         sparse_restore(kv, None, plan, theta=cases.THETA, implementation="cuda")

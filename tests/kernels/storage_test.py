@@ -26,7 +26,7 @@ def test_only_bfloat16_on_cpu_is_held_as_bits(dtype, platform, stored):
 
 
 def same_bits(bits, expected):
-    """Equality of bfloat16 patterns; any NaN stands for any other."""
+    """Asserts that bfloat16 bit patterns are equal. All NaNs count as equal."""
     bits, expected = np.asarray(bits), np.asarray(expected)
     nan = np.isnan(expected.view(ml_dtypes.bfloat16).astype(np.float32))
     np.testing.assert_array_equal(np.isnan(bits.view(ml_dtypes.bfloat16).astype(np.float32)), nan)
@@ -34,7 +34,7 @@ def same_bits(bits, expected):
 
 
 def test_every_bfloat16_number_comes_back():
-    # All 65,536 patterns: zeros of both signs, denormals, infinities and NaNs among them.
+    # All 65,536 patterns, including signed zeros, denormals, infinities and NaNs.
     bits = BITS.astype(np.uint16)
     loaded = jax.jit(storage.load)(bits)
     assert loaded.dtype == BF16
@@ -45,11 +45,11 @@ def test_every_bfloat16_number_comes_back():
 
 
 def test_storing_rounds_as_astype_does():
-    # Every bfloat16 number with ties, near ties and plain rests below its last bit.
+    # Every bfloat16 number, with lower bits that are a tie, near a tie, or far from one.
     rests = np.array([0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     x = ((BITS << 16)[:, None] | rests).view(np.float32)
     stored = jax.jit(lambda x: storage.store(x, U16))(x)
-    with np.errstate(invalid="ignore"):  # about NaN
+    with np.errstate(invalid="ignore"):  # NaN makes the cast warn
         same_bits(stored, x.astype(ml_dtypes.bfloat16).view(np.uint16))
     same_bits(stored, np.asarray(jnp.asarray(x).astype(jnp.bfloat16)).view(np.uint16))
 

@@ -23,14 +23,14 @@ from tests.mirror.rounds import (
 from tokendance_jax.mirror import MirrorError, decode_dense
 from tokendance_jax.paged.kv import PagedKV
 
-PAGES = 6  # of the base, page 0 included
-# Apart from changes, numbers differ by rounding alone: below 1e-5 in float32 and 0.05 in bfloat16.
+PAGES = 6  # of the base, including page 0
+# Unchanged numbers differ by rounding only: below 1e-5 in float32 and 0.05 in bfloat16.
 THRESHOLD = {"float32": 1e-4, "uint16": 0.15}
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseRound:
-    """A base, agents that show its pages at other offsets, and the entries that they changed."""
+    """A base, agents that show its pages at other offsets, and which entries they changed."""
 
     base: PagedKV
     lanes: list
@@ -39,14 +39,14 @@ class DenseRound:
 
 
 def dense_round(recipes, storage, offset, seed=0):
-    """Builds a round of agents, each a list of (base page or 0, span, what is changed)."""
+    """Builds a round. Each agent's recipe lists (base page or 0, span, "k" or "v" to change it)."""
     spec = SPECS[storage]
     generator = np.random.default_rng(seed)
 
     def numbers(*tokens):
         return generator.uniform(-2, 2, (spec.layers, *tokens, spec.kv_heads, spec.head_dim))
 
-    # Canonical positions run through the pages, from `offset` on.
+    # Canonical positions count through the pages, starting at `offset`.
     raw, base_v = numbers(PAGES * PAGE_SIZE), numbers(PAGES * PAGE_SIZE)
     base_k = rotated(raw, offset + np.arange(PAGES * PAGE_SIZE))
     lanes, caches, changes = [], [], []
@@ -59,7 +59,7 @@ def dense_round(recipes, storage, offset, seed=0):
             own_k, own_v = (raw[:, at], base_v[:, at]) if page else (numbers(slots), numbers(slots))
             own_k, own_v = own_k.copy(), own_v.copy()
             if page and change:
-                # One number of one token of one layer.
+                # Change one number of one token at layer 1.
                 (own_k if change == "k" else own_v)[1, slots // 2, 0, 1] += 1.0
             changed.append(bool(page and change))
             entries.append((0, start - int(offset + at[0]) if page else 0, first, slots, page))
@@ -110,7 +110,7 @@ def test_only_changed_pages_are_patches(recipes, storage, offset):
         assert mirror.private.k.shape[1] == (lane.base == 0).sum()
         shown |= {page for page, patch in zip(lane.base, changed, strict=True) if not patch} - {0}
 
-        # Patched and private tokens have the agent's bits, the others are within the threshold.
+        # Patched and private tokens have the agent's bits; others are within the threshold.
         own = np.repeat(np.array(changed) | (lane.base == 0), lane.slots)
         for rotate in (True, False):
             decoded = decode_dense(mirrors, index, rotate=rotate)
@@ -136,7 +136,7 @@ def test_without_alignment_every_shown_page_is_a_patch(storage):
 
 
 def test_what_is_the_same_to_the_bit_passes_a_threshold_of_0():
-    # Pages at their canonical positions: no rotation, so no rounding.
+    # Pages at their canonical positions are not rotated, so nothing is rounded.
     round = dense_round([[(page, (0, PAGE_SIZE), "") for page in (1, 2)]], "float32", -PAGE_SIZE)
     assert round.lanes[0].frame.tolist() == [0, 0]
     mirrors = compare(round, 0.0)
@@ -185,15 +185,15 @@ def test_bad_arguments_are_refused():
     refused("threshold: value: is nan", threshold=np.nan)
     refused("caches: number: 0 for 1 lanes", caches=[])
     refused(
-        "caches[0]: k: is [1, 5, 2, 4] float32, of this base [2, 5, 2,", caches=[(k[:1], v[:1])]
+        "caches[0]: k: is [1, 5, 2, 4] float32, for a base of [2, 5, 2,", caches=[(k[:1], v[:1])]
     )
     half = tuple(x.astype(np.float16) for x in (k, v))
-    refused("caches[0]: k: is [2, 5, 2, 4] float16, of this base", caches=[half])
+    refused("caches[0]: k: is [2, 5, 2, 4] float16, for a base of", caches=[half])
     longer = tuple(np.concatenate([x, x], axis=1) for x in (k, v))
     refused("lengths: tokens: 10 tokens in a lane of 5 slots", caches=[longer])
     for page in (PAGES, -1):
         wrong = dataclasses.replace(lane, base=np.array([0, page], np.int32))
-        refused("lanes: base: an entry of lane 0 shows none of 6 pages", lanes=[wrong])
+        refused("lanes: base: an entry of lane 0 shows a page outside the 6 base", lanes=[wrong])
     wrong = dataclasses.replace(lane, first=np.array([0, 2], np.int32))
     refused("lanes: slots: an entry of lane 0 is not inside a page of 4 slots", lanes=[wrong])
 

@@ -52,11 +52,11 @@ def saved(tmp_path):
 @pytest.mark.parametrize("on_device", [False, True])
 def test_round_trip_is_exact(tmp_path, storage, on_device):
     mirrors = example("float32" if storage == "float32" else "uint16")
-    if storage == "bfloat16":  # as an accelerator holds it
+    if storage == "bfloat16":  # as an accelerator stores it
         mirrors = jax.tree.map(
             lambda x: x.view(jnp.bfloat16) if x.dtype == np.uint16 else x, mirrors
         )
-    # -0.0 equals what files are filled with, but has other bits.
+    # -0.0 equals the files' fill value, but has other bits.
     mirrors.base.k[...] = -0.0 if storage != "uint16" else 0x8000
     target = tmp_path / "new" / "saved"
     save_mirrors(target, jax.tree.map(jnp.asarray, mirrors) if on_device else mirrors)
@@ -76,7 +76,7 @@ def test_int8_mirrors_come_back_with_all_that_restores_them(tmp_path, on_device)
     assert restored.identity == IDENTITY
     assert restored.form is not None
     assert restored.form.theta == THETA
-    # Another theta would turn keys to other positions.
+    # Another theta would rotate keys to other positions.
     path = target / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["content"]["quantised"]["theta"] = 1e6
@@ -120,7 +120,7 @@ def test_a_killed_process_leaves_no_folder(tmp_path):
     assert done.returncode == 9
     assert not (tmp_path / "saved").exists()
     assert "saved/manifest.json: manifest: cannot be read" in restore_error(tmp_path / "saved")
-    save_mirrors(tmp_path / "saved", example())  # what is left is in nobody's way
+    save_mirrors(tmp_path / "saved", example())  # the leftover files do not get in the way
     assert_same_bits(restore_mirrors(tmp_path / "saved"), example())
 
 
@@ -157,7 +157,8 @@ for file in sorted(path for path in saved.rglob("*") if path.is_file()):
 
 
 def test_one_wrong_bit_in_any_file_is_refused_or_does_not_matter(saved, tmp_path):
-    # In a process of its own: Orbax leaves its other reads to fail in threads, at any later time.
+    # Run in a separate process: when one read fails, Orbax's other reads go on in threads and may
+    # fail at any later time.
     done = subprocess.run(
         [sys.executable, "-c", _DAMAGED, saved, tmp_path / "damaged"],
         cwd=ROOT,
@@ -201,7 +202,7 @@ def test_a_changed_manifest_is_refused(saved, changed):
     assert restore_error(saved).startswith(f"{path}: sha256: is not that of the content; ")
 
 
-@pytest.mark.parametrize("version", [2, 4])  # 2 did not say which model the mirrors are of
+@pytest.mark.parametrize("version", [2, 4])  # format 2 did not record the model of the mirrors
 def test_another_format_is_refused(saved, version):
     path = saved / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))

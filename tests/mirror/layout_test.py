@@ -40,7 +40,7 @@ def test_pages_are_stored_once_and_where_they_belong(sample):
         assert layout.private_pages[index].tolist() == [page for page in own if own[page] == 0]
         assert layout.patch_pages[index].tolist() == [page for page in own if own[page] != 0]
         for entry, (page, _, _, _, base) in enumerate(mine):
-            # Base numbers name the same pages; -1 is private; the others are not stored.
+            # Numbers from 0 on are stored base pages, -1 is private, others are not stored.
             number = table.base[entry]
             if number >= 0:
                 assert layout.base_pages[number] == base
@@ -74,7 +74,7 @@ def test_numbers_do_not_depend_on_page_ids(sample, random):
 
 
 def test_an_agent_that_shows_and_patches_a_base():
-    # Two private pages, then a base of three pages of which the agent replaces the first.
+    # Two private pages, then a base of three pages. The agent replaces the first base page.
     agents = [
         [
             (PRIVATE + 10 * agent, 0, 0, 16, 0),
@@ -86,7 +86,7 @@ def test_an_agent_that_shows_and_patches_a_base():
         for agent in range(3)
     ]
     layout = layout_of(*agents)
-    assert layout.base_pages.tolist() == [BASE + 1, BASE + 2]  # nobody reads the first
+    assert layout.base_pages.tolist() == [BASE + 1, BASE + 2]  # no lane reads the first
     table = layout.tables[1]
     assert table.source.tolist() == [2, 3, -1, 0, 1]
     assert table.base.tolist() == [-1, -1, -2, 0, 1]
@@ -119,7 +119,7 @@ def test_another_agents_private_page_can_be_the_base():
 
 
 def test_a_page_that_one_lane_reads_in_several_entries_is_stored_once_as_its_own():
-    # The task goes on in the page where the private text ended, with the base in between.
+    # The task continues in the page where the private text ended; the base stands in between.
     private = [(PRIVATE, 0, 0, 16, 0), (PRIVATE + 1, 0, 0, 5, 0)]
     task = [(PRIVATE + 1, 0, 5, 11, 0), (PRIVATE + 2, 0, 0, 3, 0)]
     patches = [(PATCH, 9, 0, 7, BASE), (PATCH, 4, 7, 9, BASE + 1)]
@@ -134,7 +134,7 @@ def test_a_page_that_one_lane_reads_in_several_entries_is_stored_once_as_its_own
     assert table.patch_index.tolist() == [-1, -1, 0, 0, -1, -1, -1]
     assert layout.private_pages[0].tolist() == [PRIVATE, PRIVATE + 1, PRIVATE + 2]
     assert layout.patch_pages[0].tolist() == [PATCH]
-    # A page that is a patch in one entry is one in all.
+    # A page that is a patch in one entry is a patch in all entries.
     assert layout.patch_pages[1].tolist() == [PATCH + 1]
     assert layout.tables[1].base.tolist() == [0, -4, -1]
     assert layout.tables[1].patch_index.tolist() == [-1, 0, 0]

@@ -91,11 +91,11 @@ def test_pages_come_back_and_encode_to_the_same_bits(sample, storage, on_device)
     kv = pool(sample, spec)
     mirrors = encode(sample.lanes, sample.lengths, kv)
     pages = PagePool(spec.pages)
-    pages.allocate(3)  # other ids than before
+    pages.allocate(3)  # so that pages get other ids than before
     source = jax.tree.map(jnp.asarray, mirrors) if on_device else mirrors
     restored, lanes = decode_pages(source, poisoned(spec), pages)
 
-    # Tables are the encoded ones up to page ids: one id for one page, wherever it occurs.
+    # Tables equal the encoded ones except for page ids. A page has one new id wherever it occurs.
     entries = list(sample.entries())
     names = {0: 0}
     for index, lane in enumerate(lanes):
@@ -112,7 +112,7 @@ def test_pages_come_back_and_encode_to_the_same_bits(sample, storage, on_device)
     held = Counter(page for _, page, *_ in entries)
     assert all((names[base] > 0) == (base in held) for *_, base in entries if base)
 
-    # One reference for each entry, and no page more than the old round held.
+    # Each entry holds one reference, and no more pages are live than in the old round.
     for page, count in held.items():
         assert pages.refcount(int(names[page])) == count
     assert pages.live == len(held) + 3
@@ -177,7 +177,7 @@ def test_some_mirrors_are_restored_without_the_others():
     some = dataclasses.replace(mirrors, mirrors=mirrors.mirrors[1:])
     pages = PagePool(spec.pages)
     restored, lanes = decode_pages(some, poisoned(spec), pages)
-    assert pages.live == 1 + 2 + 2  # two of three base pages stay out
+    assert pages.live == 1 + 2 + 2  # two of three base pages are not restored
     assert pages.refcount(int(lanes[0].page[1])) == 2
     expected = encode(sample.lanes[1:], sample.lengths[1:], kv)
     assert_same_bits(encode(lanes, sample.lengths[1:], restored), expected)

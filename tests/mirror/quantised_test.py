@@ -37,12 +37,12 @@ from tokendance_jax.paged import PagePool
 from tokendance_jax.paged.kv import KVSpec, PagedKV
 
 STORAGE = st.sampled_from(["float32", "uint16"])
-# Far larger than what keys are without it.
+# The bias is far larger than keys without it.
 FORM = Quantised(
     200 * np.random.default_rng(9).standard_normal((2, 2, 4)).astype(np.float32), THETA
 )
-# Own text goes on in the page where it ended, behind a base at its canonical and at other
-# positions, with one page of it patched.
+# The base pages 6 and 7 are shown away from their canonical positions, 20 to 27. Lane 0 continues
+# its own text behind a base page, in the page where that text ended. Lane 1 patches page 6.
 EXAMPLE = Sample(
     lanes=[
         lane_plan([(9, 0, 0, 3, 0), (6, -17, 0, 4, 6), (9, 0, 3, 1, 0), (8, 0, 0, 4, 0)], 12),
@@ -54,7 +54,7 @@ EXAMPLE = Sample(
 
 
 def biased_pool(sample, spec, *, poison=np.nan):
-    """A pool whose keys have the bias, rotated where they stand; and the sample's numbers."""
+    """A pool of the sample whose keys have the bias and are rotated to canonical positions."""
     kv = pool(sample, spec, poison=poison)
     layers, pages, size, *head = kv.k.shape
     k = values(kv.k).reshape(layers, pages * size, *head).copy()
@@ -99,7 +99,7 @@ def test_every_number_is_within_half_a_step(sample, storage):
         assert k.dtype == v.dtype == np.float32
         back = -canonical_of(sample, index)
         bias = FORM.key_bias[:, None]
-        # A float32 angle, and numbers of up to 1000 that were rounded to float32.
+        # Rounding of a float32 angle, and of numbers of up to 1000 to float32.
         for found, true, rounding in (
             (rotated(k, back) - bias, rotated(held_k, back) - bias, 1e-3),
             (v, held_v, 1e-6),
@@ -113,7 +113,7 @@ def test_every_number_is_within_half_a_step(sample, storage):
 def test_restored_pages_hold_what_dense_caches_hold_and_nothing_else(sample, storage, on_device):
     mirrors = encoded(sample, SPECS["float32"])
     source = jax.tree.map(jnp.asarray, mirrors) if on_device else mirrors
-    # A pool may have another precision than the one that was encoded.
+    # The pool may have another precision than the encoded pool.
     spec = SPECS[storage]
     pages = PagePool(spec.pages)
     pages.allocate(3)
@@ -199,7 +199,7 @@ def test_keys_stand_where_they_are_asked_for(rotate):
         held, _ = gathered(EXAMPLE, index, kv)
         frame = np.repeat(lane.frame, lane.slots)[: len(held[0])]
         expected = rotated(held, frame) if rotate else held
-        step = 4 / 127  # numbers of a normal distribution
+        step = 4 / 127  # for normally distributed numbers
         np.testing.assert_allclose(k, expected, atol=step)
 
 
@@ -215,7 +215,7 @@ def test_a_page_is_read_once_whoever_shows_it(monkeypatch):
     base, private, *_ = plans
     assert (base.page.tolist(), base.begin.tolist()) == ([0, 1], [0, 1, 2])
     assert (base.slots.tolist(), base.turn.tolist()) == ([4, 4], [20, 24])
-    # Own text goes on where it ended: in one page, at other positions.
+    # Own text continues in the page where it ended, at later positions.
     assert (private.page.tolist(), private.begin.tolist()) == ([0, 1], [0, 2, 3])
     assert (private.slots.tolist(), private.turn.tolist()) == ([3, 1, 3], [0, 4, 8])
 
@@ -284,7 +284,7 @@ def test_bad_arguments_are_refused():
         message = rf"^form: key_bias: is {kind}; pass the bias of .*, \[2, 2, 4\] float32$"
         with pytest.raises(MirrorError, match=message):
             encode(EXAMPLE.lanes, EXAMPLE.lengths, kv, form=Quantised(wrong, THETA))
-    # The same page at two places, of which one frame is wrong.
+    # One page is shown in two lanes, in one of them in a wrong frame.
     moved = dataclasses.replace(EXAMPLE.lanes[2], frame=np.array([-20, -19], np.int32))
     lanes = [*EXAMPLE.lanes[:2], moved]
     with pytest.raises(MirrorError, match="lanes: frame: a slot of lane 1 is shown at two canon"):

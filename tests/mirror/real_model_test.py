@@ -1,4 +1,4 @@
-"""A round of the real model at rest, and back in pages."""
+"""A round of the real model, encoded into mirrors and restored into pages."""
 
 import dataclasses
 from functools import partial
@@ -43,7 +43,7 @@ TOKENS = 32  # of each recorded answer
 
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """A round in the pool."""
+    """A round whose pages are in the pool."""
 
     model: Model
     engine: RoundEngine
@@ -127,7 +127,7 @@ def test_a_round_at_rest_holds_shared_text_once_and_every_bit(live):
     assert dense / mirrors.nbytes >= 0.95 * ceiling
 
     pages = PagePool(spec.pages)
-    pages.allocate(7)  # other ids than before
+    pages.allocate(7)  # so that pages get other ids than before
     restored, back = decode_pages(mirrors, poisoned(spec), pages, identity=live.model.identity)
     for index, (lane, again, tokens) in enumerate(zip(lanes, back, lengths, strict=True)):
         held = of_lane(lane, live.kv, tokens, size)
@@ -141,7 +141,7 @@ def test_a_round_at_rest_holds_shared_text_once_and_every_bit(live):
 
 
 def score(live, mirrors):
-    """Logits at the recorded answers behind restored mirrors, or behind the live pages."""
+    """Logits of the recorded answers behind restored mirrors, or if None, behind the live pages."""
     spec, size = live.spec, live.page_size
     pages = PagePool(spec.pages)
     if mirrors is None:
@@ -169,7 +169,7 @@ def score(live, mirrors):
 
 
 def rounded_as_they_lie(pages):
-    """Keys and values of the pool, rotated and with their bias, rounded as int8 would."""
+    """Rounds keys and values to int8 steps as the pool stores them: keys rotated and with bias."""
 
     def rounded(x):
         numbers = x.view(storage.value_dtype(x.dtype))
@@ -222,8 +222,8 @@ def test_a_continuation_behind_int8_pages_is_that_behind_the_live_pages(live, tm
         found[name] = agreement(reference, score(live, mirrors))
         print(f"{name}: {found[name]}")
     assert found["exact"].kl_mean == 0
-    # Measured: 2.9e-4 nats with a bfloat16 pool, 1.7e-4 with a float32 pool; with the bias 4 and 5
-    # times as much, with rotated keys 12 and 18 times.
+    # Measured: 2.9e-4 nats with a bfloat16 pool and 1.7e-4 with a float32 pool. If keys keep their
+    # bias, 4 and 5 times as much; if they are also rotated, 12 and 18 times.
     int8 = found["int8"]
     assert int8.kl_mean < 1e-3
     assert int8.top1 > 0.97

@@ -1,4 +1,4 @@
-"""Random rounds of lanes over a poisoned pool, and what they hold slot by slot."""
+"""Random rounds of lanes over a poisoned pool, and their content slot by slot."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from tokendance_jax.paged.kv import KVSpec, PagedKV
 from tokendance_jax.plan.lane import LanePlan
 
 PAGE_SIZE = 4
-# One shape for all rounds: programs are compiled once.
+# All rounds have one shape, so that programs are compiled once.
 SPECS = {
     name: KVSpec(
         layers=2, pages=64, page_size=PAGE_SIZE, kv_heads=2, head_dim=4, storage=np.dtype(name)
@@ -34,7 +34,7 @@ IDENTITY = ModelIdentity(
     theta=THETA,
     norm_eps=1e-6,
 )
-# Of one model, unless a test names another.
+# All of one model, unless a test passes another identity.
 encode = functools.partial(mirror.encode, identity=IDENTITY)
 encode_dense = functools.partial(mirror.encode_dense, identity=IDENTITY)
 decode_pages = functools.partial(mirror.decode_pages, identity=IDENTITY)
@@ -49,7 +49,7 @@ class Sample:
     lengths: list[int]
 
     def written(self):
-        """(lane, logical position, slot, canonical position) of every written token."""
+        """Yields (lane, logical position, slot, canonical position) of every written token."""
         for index, (lane, length) in enumerate(zip(self.lanes, self.lengths, strict=True)):
             position = np.arange(length, dtype=np.int32)
             slot, canonical = lane.locate(position, PAGE_SIZE)
@@ -59,7 +59,7 @@ class Sample:
             )
 
     def entries(self):
-        """(lane, page, frame, first, slots, base) of every entry with written tokens."""
+        """Yields (lane, page, frame, first, slots, base) of every entry with written tokens."""
         for index, (lane, length) in enumerate(zip(self.lanes, self.lengths, strict=True)):
             columns = (lane.page, lane.frame, lane.first, lane.slots, lane.base)
             for page, frame, first, slots, base in zip(*(c.tolist() for c in columns), strict=True):
@@ -69,7 +69,7 @@ class Sample:
 
 
 def lane_plan(entries, tokens=0):
-    """A lane of (page, frame, first, slots, base), with `tokens` prompt tokens."""
+    """A lane with entries (page, frame, first, slots, base) and `tokens` prompt tokens."""
     page, frame, first, slots, base = np.array(entries, np.int32).reshape(-1, 5).T
     return LanePlan(
         token_ids=np.arange(tokens, dtype=np.int32),
@@ -85,8 +85,8 @@ def lane_plan(entries, tokens=0):
 SPANS = st.integers(0, PAGE_SIZE - 1).flatmap(
     lambda first: st.tuples(st.just(first), st.integers(1, PAGE_SIZE - first))
 )
-# Which few pages are shared, and how: base pages, patches that several lanes hold, exact prefixes.
-# Pages of a lane's own are read in one entry, or "again" in others.
+# Lanes share a few pages: base pages, patches that several lanes hold, and exact prefixes. A page
+# of a lane's own is read in one entry, or in several if its kind ends in "again".
 OWN = ["private", "private again", "patch", "patch", "patch again"]
 KINDS = st.sampled_from([*OWN, "base", "base", "shared patch", "prefix"])
 ENTRIES = st.tuples(KINDS, st.integers(0, 3), FRAMES, SPANS)
@@ -94,7 +94,7 @@ ENTRIES = st.tuples(KINDS, st.integers(0, 3), FRAMES, SPANS)
 
 @st.composite
 def samples(draw):
-    """Up to four lanes over shared pages, some slots of which nobody uses."""
+    """Draws lanes over shared pages, with slots that no lane uses."""
     ids = iter(draw(st.permutations(range(1, 64))))
     shared = {kind: [next(ids) for _ in range(4)] for kind in ("base", "shared patch", "prefix")}
     lanes = []
@@ -116,11 +116,11 @@ def samples(draw):
 
 
 def aligned(sample):
-    """The same round, with frames such that every slot has one canonical position."""
+    """The same round, with frames that give every slot one canonical position."""
     lanes = []
     for lane in sample.lanes:
         start = np.cumsum(lane.slots) - lane.slots
-        # Far and near, in an order that has nothing to do with the tables.
+        # Pages begin near and far, in an order that does not depend on the tables.
         begins = lane.page * 7919 % 5 * np.where(lane.page % 3, 20, 25_000)
         frame = (start - lane.first - begins).astype(np.int32)
         lanes.append(dataclasses.replace(lane, frame=frame))
@@ -143,20 +143,20 @@ def pool(sample, spec, *, poison=np.nan, seed=0):
 
 
 def stored(numbers, spec):
-    """Numbers in the storage dtype, on the host."""
+    """Converts numbers to the storage dtype, on the host."""
     if spec.storage == np.uint16:
         return numbers.astype(ml_dtypes.bfloat16).view(np.uint16)
     return numbers.astype(spec.storage)
 
 
 def values(x):
-    """Numbers of an array of the storage dtype, as float32."""
+    """Converts an array of the storage dtype to float32 numbers."""
     x = np.asarray(x)
     return x.view(ml_dtypes.bfloat16).astype(np.float32) if x.dtype == np.uint16 else x
 
 
 def rotated(k, position):
-    """Keys rotated forward in float64. `position` is [tokens], k is [layers, tokens, heads, H]."""
+    """Rotates keys forward in float64. `position` is [tokens], k is [layers, tokens, heads, H]."""
     first, second = np.split(np.asarray(k, np.float64), 2, axis=-1)
     frequency = THETA ** (-2 * np.arange(first.shape[-1]) / k.shape[-1])
     turn = np.exp(1j * np.asarray(position)[None, :, None, None] * frequency)
@@ -172,7 +172,7 @@ def gathered(sample, index, kv):
 
 
 def assert_same_bits(actual, expected):
-    """Two trees of arrays are equal: dtypes, shapes, and every bit."""
+    """Asserts that two trees of arrays are equal in structure, dtypes, shapes and every bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         one, other = np.asarray(one), np.asarray(other)

@@ -1,4 +1,4 @@
-"""The programs that take pages out of a pool and back, compiled for accelerators."""
+"""The programs that read pages from a pool and restore them, compiled for accelerators."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.parametrize("target", ["h100", "tpu-v5e", "tpu-v6e"]),
     pytest.mark.parametrize("form", ["exact", "int8"]),
 ]
-# Qwen2.5-7B; a pool of 3.8 GB. And heads of 64, which XLA would lay out in another way on TPUs.
+# Qwen2.5-7B with a pool of 3.8 GB; and heads of 64, which XLA would lay out differently on TPUs.
 SPEC = KVSpec(28, 4096, 16, 4, 128, jnp.dtype(jnp.bfloat16))
 NARROW = dataclasses.replace(SPEC, layers=24, kv_heads=2, head_dim=64)
 
@@ -39,7 +39,7 @@ def test_pages_are_read_without_a_copy_of_the_pool(form, target):
     pages, used = shape(GROUP), shape(GROUP, SPEC.page_size, dtype="bool")
     arguments = SPEC.abstract(), form_of(form, SPEC), pages, used, shape(GROUP, SPEC.page_size)
     needs = needs_of(targets.compile_for(targets.TARGETS[target], _read, *arguments))
-    # A few times the group's pages in float32.
+    # Temporaries hold a few float32 copies of the group's pages.
     assert needs.temp_size_in_bytes < 0.03 * SPEC.pages * SPEC.page_bytes
 
 
@@ -58,7 +58,7 @@ def test_pages_are_restored_in_place(form, target, spec):
     needs = needs_of(compiled)
     assert needs.alias_size_in_bytes == spec.pages * spec.page_room(target.platform)
     assert needs.temp_size_in_bytes <= 1 << 20
-    # The pool lies as the next program takes it.
+    # The result has the layout in which the next program takes the pool.
     expected = pool_format(device).layout
     assert isinstance(expected, Layout)
     for pool in jax.tree.leaves(compiled.output_formats):

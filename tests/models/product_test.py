@@ -1,4 +1,4 @@
-"""Products of rows with matrices: the same numbers whichever side the matrix stands on."""
+"""Products of rows with a matrix are the same whether the matrix is the left or right operand."""
 
 import jax
 import jax.numpy as jnp

@@ -22,7 +22,7 @@ def test_a_new_pool_lies_as_programs_take_it():
     for array, shape in ((pool.k, shapes.k), (pool.v, shapes.v)):
         assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
         assert not array.any()
-        # Whoever takes such pools takes this one.
+        # A program that expects pools in this layout accepts the new pool.
         program = jax.jit(lambda pool: pool, in_shardings=pool_format(), donate_argnums=0)
         assert program.lower(shape).compile()(array).shape == shape.shape
         assert array.is_deleted()

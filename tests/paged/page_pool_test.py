@@ -16,18 +16,18 @@ def ids(*pages):
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Random operations, legal or not, against a dict of counts and a list of evictable pages."""
+    """Checks random legal and illegal operations against a dict of counts and a list of pages."""
 
     def __init__(self):
         super().__init__()
         self.pool = PagePool(PAGES)
         self.counts = dict.fromkeys(range(1, PAGES), 0)
         self.cached = set()
-        self.evictable = []  # the next to be evicted first
-        self.evicted = []  # as told by the hook
+        self.evictable = []  # the next page to evict first
+        self.evicted = []  # as reported by the hook
 
     def attempt(self, operation, legal):
-        """Runs an operation; an illegal one must raise (the invariant sees if it did more)."""
+        """Runs an operation. An illegal one must raise; the invariant then checks the state."""
         if legal:
             operation()
         else:
@@ -134,7 +134,7 @@ def test_a_retained_page_is_safe_from_eviction_and_rejoins_at_the_end():
     pages = pool.allocate(3)
     evicted = []
     pool.mark_cached(pages, evicted.append)
-    pool.release(pages)  # next to go: 3, 2, 1
+    pool.release(pages)  # eviction order: 3, 2, 1
     pool.retain(ids(3))
     assert pool.allocate(1).tolist() == [2]
     pool.release(ids(3))

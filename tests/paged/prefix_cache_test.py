@@ -10,7 +10,7 @@ from tokendance_jax.paged import OutOfPages, PagePool, PrefixCache
 
 SIZE = 2
 PAGES = 11
-# Few distinct tokens and short sequences: prefixes often meet, and the pool often runs short.
+# Few distinct tokens and short sequences: prefixes often coincide, and the pool often runs short.
 SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=11).map(tuple)
 
 
@@ -19,7 +19,7 @@ def ids(*values):
 
 
 def prefixes(tokens):
-    """What each full page of a sequence holds: a function of all tokens up to its end."""
+    """Returns what each full page of a sequence depends on: all tokens up to the page's end."""
     return [tokens[:end] for end in range(SIZE, len(tokens) + 1, SIZE)]
 
 
@@ -28,7 +28,7 @@ def blake2b(message):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Agents that come, share, insert and go, against a dict from prefix to page."""
+    """Checks agents that join, share, insert and leave against a dict from prefix to page."""
 
     digest = staticmethod(blake2b)
     collides = False
@@ -42,7 +42,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cached = {}  # prefix -> page, as it should be without collisions
 
     def allocate(self, tokens, shared):
-        """Pages for the rest of a sequence, written at once; None if there are too few."""
+        """Adds new, written pages for the rest of a sequence; returns None if there are too few."""
         count = -(-len(tokens) // SIZE) - len(shared)
         before = self.pool.free, self.pool.evictable, self.pool.live
         try:
@@ -217,7 +217,7 @@ def test_children_of_an_evicted_parent_return_with_it():
     parent, other, spare = pool.allocate(1), pool.allocate(1), pool.allocate(1)
     tokens = ids(1, 2, 3, 4, 5)
     cache.insert(tokens[:2], parent)
-    cache.insert(tokens[:4], np.concatenate([other, spare]))  # the child hangs on `parent`
+    cache.insert(tokens[:4], np.concatenate([other, spare]))  # `spare` is a child of `parent`
     pool.release(parent)
     pool.release(pool.allocate(2))  # evicts `parent`; its child is live
     assert cache.match(tokens).tolist() == []
@@ -226,7 +226,7 @@ def test_children_of_an_evicted_parent_return_with_it():
 
 
 def depth(message):
-    """A digest by which every first block has key 1, every second block key 2."""
+    """A digest that gives every first block the key 1 and every second block the key 2."""
     return bytes([message[0] + 1]) if len(message) == 9 else bytes([0])
 
 
@@ -235,7 +235,7 @@ def test_a_child_never_follows_a_parent_of_other_tokens():
     first, second = pool.allocate(2), pool.allocate(2)
     cache.insert(ids(1, 1, 5, 5), first)
     cache.forget(first[:1])
-    cache.insert(ids(2, 2), second[:1])  # takes the forgotten parent's key
+    cache.insert(ids(2, 2), second[:1])  # gets the forgotten parent's key
     assert cache.match(ids(2, 2, 5, 5, 0)).tolist() == [second[0]]
     cache.insert(ids(2, 2, 5, 5), second)  # collides with the orphan, which stays
     assert cache.match(ids(2, 2, 5, 5, 0)).tolist() == [second[0]]
@@ -272,7 +272,7 @@ def test_tenants_and_namespaces_share_a_pool_but_no_pages():
     for cache in caches:
         assert cache.match(ids(1, 2, 3)).tolist() == []
         cache.insert(ids(1, 2), pool.allocate(1))
-    assert len(set(seen)) == 6  # a root and one block each, matched and inserted alike
+    assert len(set(seen)) == 6  # a root and a block for each cache, in match as in insert
     for page, cache in enumerate(caches, start=1):
         assert cache.match(ids(1, 2, 3)).tolist() == [page]
         pool.release(ids(page, page))

@@ -28,7 +28,7 @@ def shapes_of(*, lanes=8, least=4 * WIDTH):
 
 
 def lane_of(entries, ahead=0):
-    """A lane of entries (page, frame, first, slots), with room for `ahead` tokens at its end."""
+    """Returns a lane of entries (page, frame, first, slots) with room for `ahead` answer tokens."""
     page, frame, first, slots = np.array(entries, np.int32).reshape(-1, 4).T
     tokens = np.zeros(int(slots.sum()) - ahead, np.int32)
     last = np.array([len(tokens) - 1], np.int32)
@@ -36,10 +36,10 @@ def lane_of(entries, ahead=0):
 
 
 def random_lanes(seed):
-    """Lanes that hold most of one run of pages, each under frames and with gaps of its own."""
+    """Returns lanes that hold most pages of one run, each lane with its own frames and gaps."""
     random = np.random.default_rng(seed)
     run = [(page, 0, PAGE_SIZE) for page in range(1, random.integers(2, 30))]
-    # Some pages are cut in two, or have slots that nobody sees.
+    # Some pages are cut into several entries, or have slots that no lane holds.
     for page in random.integers(1, len(run) + 1, 3).tolist():
         cut = int(random.integers(1, PAGE_SIZE - 1))
         parts = [(page, 0, cut), (page, cut, PAGE_SIZE - cut), (page, 1, cut)]
@@ -56,7 +56,7 @@ def random_lanes(seed):
                 frame -= slots
             else:
                 entries.append((page, frame, first, slots))
-        if random.random() < 0.2:  # the run's beginning again
+        if random.random() < 0.2:  # repeats the beginning of the run
             entries += [(page, 9_000, first, slots) for page, first, slots in run[:5]]
         own = [(next(fresh), 0, 0, PAGE_SIZE) for _ in range(random.integers(1, 4))]
         before = int(random.integers(0, len(own)))
@@ -66,7 +66,7 @@ def random_lanes(seed):
 
 
 def slots_of(entries):
-    """(slot, frame) of every slot of entries (page, frame, first, slots)."""
+    """Returns (slot, frame) of every slot of entries (page, frame, first, slots)."""
     return [
         (page * PAGE_SIZE + offset, frame)
         for page, frame, first, slots in entries
@@ -75,7 +75,7 @@ def slots_of(entries):
 
 
 def shared_entries(groups, lane):
-    """The entries (page, frame, first, slots) that a lane holds in the groups."""
+    """Returns the entries (page, frame, first, slots) that a lane holds in the groups."""
     block, place = np.nonzero(groups.member[:, lane])
     frame = groups.frame[block, lane]
     at = groups.page[block, place], frame, groups.first[block, place], groups.slots[block, place]
@@ -83,7 +83,7 @@ def shared_entries(groups, lane):
 
 
 def own_entries(tables, lane):
-    """The entries (page, frame, first, slots, start) that a lane's own table holds, in order."""
+    """Returns the entries (page, frame, first, slots, start) of a lane's own table, in order."""
     rows = np.stack([tables.page, tables.frame, tables.first, tables.slots, tables.start])[:, lane]
     return rows[:, rows[3] > 0].T.tolist()
 
@@ -94,7 +94,7 @@ def whole_entries(lane):
 
 
 def check(lanes, shapes, cost=shared_block_cost):
-    """Splits lanes, and asserts what must hold of every split."""
+    """Splits lanes into groups and own tables, and asserts what must hold for every split."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tokendance_jax.plan.groups.shared_block_cost", cost)
         groups, tables = group_tables(lanes, shapes)
@@ -103,19 +103,19 @@ def check(lanes, shapes, cost=shared_block_cost):
         whole = whole_entries(lane)
         held = slots_of(shared) + slots_of(entry[:4] for entry in own)
         assert Counter(held) == Counter(slots_of(entry[:4] for entry in whole))
-        # What is left stands in the table's order and says where it is.
+        # The remaining entries keep the table's order and their logical positions.
         left = iter(whole)
         assert all(entry in left for entry in own)
         prompt = {slot for slot, _ in slots_of(entry[:4] for entry in whole)[: len(lane.token_ids)]}
         assert all(slot in prompt for slot, _ in slots_of(shared))
-    # The shapes of the whole tables.
+    # The shapes are those of the whole tables.
     whole = lane_tables(lanes, shapes).page.shape
     assert {array.shape for array in (tables.page, tables.start, tables.slots)} == {whole}
     blocks = whole[1] // WIDTH
     assert groups.page.shape == groups.first.shape == groups.slots.shape == (blocks, WIDTH)
     assert groups.frame.shape == (blocks, whole[0])
     assert groups.member.shape == (blocks, whole[0], WIDTH)
-    # Every block pays, and unused ones are empty.
+    # Every shared block saves at least what it costs, and unused blocks are empty.
     count = int(groups.count)
     assert (groups.slots > 0).tolist() == groups.member.any(axis=1).tolist()
     assert groups.member[:count].any(axis=(1, 2)).all()
@@ -123,7 +123,7 @@ def check(lanes, shapes, cost=shared_block_cost):
     assert not groups.page[groups.slots == 0].any()
     holders = groups.member[:count].any(axis=2).sum(axis=1)
     assert (holders >= cost(whole[0])).all()
-    # Tables keep one frame to a key block, and no block is empty before one that is not.
+    # Each key block of a table has one frame, and empty blocks come last.
     by_block = tables.frame.reshape(whole[0], blocks, WIDTH)
     assert (by_block == by_block[:, :, :1]).all()
     used = tables.slots.reshape(whole[0], blocks, WIDTH)
@@ -150,7 +150,7 @@ def test_whatever_several_lanes_hold_may_be_shared(seed):
                 prompts[0][page, first, slots, index] += 1
         for page, _, first, slots in shared_entries(groups, index):
             prompts[1][page, first, slots, index] += 1
-    # A lane shares what another lane holds as often.
+    # A lane shares an entry as many times as some other lane holds it too.
     for page, first, slots, index in prompts[0]:
         others = [prompts[0][page, first, slots, j] for j in range(len(lanes)) if j != index]
         often = min(prompts[0][page, first, slots, index], max(others, default=0))
@@ -168,7 +168,7 @@ def test_the_same_lanes_give_the_same_tables(seed):
 
 
 def usual_lanes(agents, pages):
-    """Agents that see the same pages, each behind private pages of its own number."""
+    """Returns lanes of agents that see the same pages behind three or four private pages."""
     lanes, fresh = [], iter(range(1000, 10_000))
     for agent in range(agents):
         own = [(next(fresh), 0, 0, PAGE_SIZE) for _ in range(3 + agent % 2)]
@@ -184,7 +184,7 @@ def test_agents_with_the_same_pages_share_full_blocks():
     assert groups.member[:12, :25].all()
     assert not groups.member[:, 25:].any()
     assert (groups.frame[:13] == groups.frame[:1]).all()  # queries are rotated once
-    # The private pages before and behind the run have become neighbours in one key block.
+    # The private pages before and behind the run now lie in one key block.
     used = (tables.slots.reshape(32, -1, WIDTH) > 0).any(axis=2)
     assert used.sum(axis=1).tolist() == [1] * 25 + [0] * 7
 
@@ -192,7 +192,7 @@ def test_agents_with_the_same_pages_share_full_blocks():
 def test_patched_pages_do_not_cut_blocks():
     lanes = usual_lanes(8, 16)
     for agent, lane in enumerate(lanes):
-        lane.page[2 + agent % 2 + agent] = 500 + agent  # its own, in the place of page agent + 1
+        lane.page[2 + agent % 2 + agent] = 500 + agent  # a patch in place of page agent + 1
         lane.frame[2 + agent % 2 + agent] = 0
     groups, _ = check(lanes, shapes_of())
     assert groups.count == 4
@@ -200,7 +200,7 @@ def test_patched_pages_do_not_cut_blocks():
 
 
 def test_a_frame_that_changes_in_another_block_cuts_none():
-    # The last lane leaves out page 5: its frame changes before the second block has seen it.
+    # The last lane leaves out page 5: its frame changes where the second block begins.
     run = [(page, 7, 0, PAGE_SIZE) for page in range(1, 9)]
     gap = [*run[:4], *((page, 7 - PAGE_SIZE, 0, PAGE_SIZE) for page in range(6, 9))]
     groups, _ = check([*(lane_of(run) for _ in range(7)), lane_of(gap)], shapes_of())
@@ -220,18 +220,18 @@ def test_what_few_lanes_hold_stays_with_them():
 
 
 def test_no_more_blocks_than_the_bucket_holds():
-    # Three sets of lanes with 12 pages each: more blocks than a table of 16 entries has.
+    # Three sets of lanes with 12 pages each need more blocks than a table of 16 entries has.
     lanes = []
     for agents, pages in ((6, range(1, 13)), (8, range(21, 33)), (7, range(41, 53))):
         lanes += [lane_of([(page, 7, 0, PAGE_SIZE) for page in pages], 0) for _ in range(agents)]
     groups, _ = check(lanes, shapes_of(lanes=32), cost=lambda _: 1.0)
     assert groups.count == 4  # 16 entries
-    # Those that save most: the larger sets'.
+    # The blocks that save most are those of the larger sets.
     assert set(groups.page[groups.slots > 0].tolist()) == {*range(21, 33), *range(41, 45)}
 
 
 def test_only_written_slots_are_shared():
-    # The prompt ends within the second page, the third is room for the answer.
+    # The prompt ends within the second page; the third page is room for the answer.
     entries = [(page, 0, 0, PAGE_SIZE) for page in (1, 2, 3)]
     groups, _ = check([lane_of(entries, ahead=PAGE_SIZE + 1) for _ in range(8)], shapes_of())
     assert groups.page[groups.slots > 0].tolist() == []

@@ -30,7 +30,7 @@ def plan(entries):
 
 
 def naive(entries):
-    """Logical position -> (slot, canonical position)."""
+    """Returns (slot, canonical position) by logical position."""
     where, position = {}, 0
     for page, frame, first, slots in entries:
         for offset in range(first, first + slots):
@@ -66,7 +66,7 @@ def test_table_holds_the_same_slots_with_one_frame_to_a_block(entries, block):
     assert used[4].tolist() == (np.cumsum(used[3]) - used[3]).tolist()
     blocks = table.reshape(5, -1, block)
     assert (blocks[1] == blocks[1][:, :1]).all()
-    assert blocks[3][:, 0].all()  # no block is empty: attention stops at the first that is
+    assert blocks[3][:, 0].all()  # attention stops at the first empty block
     assert not table[0][table[3] == 0].any()  # empty entries point at page 0
     # No more blocks than the runs of one frame need.
     frames = [frame for _, frame, _, _ in entries]

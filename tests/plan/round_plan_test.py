@@ -16,14 +16,14 @@ from tokendance_jax.policy.exact import Prefix
 
 PAGE_SIZE = 16
 BLOCK = KEY_BLOCK // PAGE_SIZE
-# Odd budgets beside powers of two.
+# Budgets that are powers of two, and one that is not.
 ROW_BUCKETS = st.sampled_from([Buckets(8, 64), Buckets(8, 100), Buckets(64, 1024)])
 
 
 @st.composite
 def rounds(draw):
-    """Lanes that read some foreign pages under frames and compute some rows of pages of their own,
-    the last token always among them."""
+    """Draws lanes that read pages of others in several frames and compute some rows of their own
+    pages, always including the last token."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     lanes, page = [], 20  # pages 1 .. 19 are read by everybody
     for _ in range(draw(st.integers(1, 6))):
@@ -58,7 +58,7 @@ def rounds(draw):
 
 
 def computed_rows(lanes):
-    """(lane, token, position, slot, canonical) of every row, entry by entry."""
+    """Yields (lane, token, position, slot, canonical) of every computed row, from the entries."""
     for index, lane in enumerate(lanes):
         where = [
             (page * PAGE_SIZE + offset, frame)
@@ -83,7 +83,7 @@ def test_every_row_is_computed_once_in_lane_order(case):
         columns = (plan.lane, rows.token, rows.position, rows.slot, rows.canonical)
         found += zip(*(column[used].tolist() for column in columns), strict=True)
         count = int(used.sum())
-        assert used[:count].all()  # padding stands at the end
+        assert used[:count].all()  # padding comes last
         assert (rows.slot[~used] == shapes.no_slot).all()
     assert found == list(computed_rows(lanes))
     slots = [slot for *_, slot, _ in found]
@@ -171,7 +171,8 @@ def test_chunks_in_order_give_the_logits_of_one_call():
         runner, hidden = tiny.prefill(programs, lanes)
         logits.append(np.asarray(runner.run(device.logits, hidden))[: len(lanes)])
         calls.append(len(pack(lanes, programs.shapes)))
-    # The second and third lane read pages that the first one writes two calls before, or in one.
+    # The second and third lanes read pages that the first lane writes: in the same call, or two
+    # calls earlier.
     assert calls == [1, 4]
     assert np.abs(logits[0]).max() > 1
     np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-4)

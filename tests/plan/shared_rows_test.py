@@ -32,7 +32,7 @@ def shapes_of(platform="gpu"):
 
 
 def lane_of(own, base, task, *, patch=()):
-    """A lane of `own` tokens that it computes, base pages, and `task` tokens that it computes."""
+    """Returns a lane of `own` computed tokens, the base pages, and `task` computed tokens."""
     pages, page = [], 1000 * (1 + own)
     for tokens, computed in ((own, True), (0, False), (task, True)):
         if not computed:
@@ -52,14 +52,14 @@ def lane_of(own, base, task, *, patch=()):
 
 
 def plans_of(lanes, platform="gpu"):
-    """Plans, each with its shared rows."""
+    """Yields each plan with its shared rows."""
     for plan in pack(lanes, shapes_of(platform)):
         assert plan.shared is not None
         yield plan, plan.shared
 
 
 def packed(shared):
-    """The lanes of which rows are packed, and how many of each."""
+    """Returns the number of packed rows by lane, for lanes that have some."""
     used = shared.row < ROWS
     return Counter(shared.lane[used].tolist())
 
@@ -70,7 +70,7 @@ def test_short_ends_of_lanes_meet_their_base_together(platform):
     lanes = [lane_of(3 + index, base, 9, patch=[index + 1]) for index in range(5)]
     ((_, shared),) = plans_of(lanes, platform)
     assert packed(shared) == dict.fromkeys(range(5), 9)
-    # All of the base is shared but for what stands in the block of a patch.
+    # Each lane shares all base pages except the one that it patches.
     held = shared.groups.member.sum(axis=(0, 2))
     assert (held[:5] == 31).all()
     assert not held[5:].any()
@@ -81,15 +81,15 @@ def test_short_ends_of_lanes_meet_their_base_together(platform):
     [
         # One lane.
         [lane_of(3, range(1, 33), 9)],
-        # Other bases.
+        # Each lane has another base.
         [lane_of(3 + index, range(40 * index + 1, 40 * index + 33), 9) for index in range(5)],
-        # Rows that fill tiles by themselves: nothing is won by packing them.
+        # The rows of each lane fill whole tiles: packing saves nothing.
         [lane_of(3 + index, range(1, 33), 16) for index in range(3)],
         # Too little is shared to pay for reading queries twice.
         [lane_of(3, [1, 2], 9), lane_of(4, [1, 2], 9)],
-        # Long ends.
+        # The ends of lanes are too long.
         [lane_of(3 + index, range(1, 33), PACKING["gpu"].most + 1) for index in range(3)],
-        # Nothing lies in front of the rows.
+        # No base lies in front of the rows.
         [lane_of(9 + index, [], 9) for index in range(5)],
     ],
     ids=["alone", "others", "full", "little", "long", "nothing"],
@@ -107,7 +107,7 @@ def test_what_does_not_pay_is_not_shared(lanes):
 
 @st.composite
 def rounds(draw):
-    """Lanes that show most of one base behind private text, with tasks of any length."""
+    """Draws lanes that show most of one base behind private text, with tasks of several lengths."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     lanes = []
     for index in range(random.integers(1, LANES + 1)):
@@ -128,11 +128,11 @@ def test_xla_code_packs_long_ends_but_not_in_small_calls():
     shapes = dataclasses.replace(shapes_of("cpu"), rows=Buckets(64, ROWS))
     large, small = pack(lanes, shapes)
     assert large.shared is not None
-    # The call ends within the fourth lane: 3 to 6 rows of each lane stand in front of the base.
+    # The call ends within the fourth lane: each lane also has 3 to 6 rows in front of the base.
     assert packed(large.shared) == {0: 60, 1: 60, 2: 60, 3: 58}
     assert len(small.lane) < ROWS
     assert small.shared is None
-    # Four lanes would fill two tiles, which take as long as a tile of each lane.
+    # Four lanes would fill two packed tiles, which take as long as one tile for each lane.
     large, _ = pack([lane_of(3 + index, range(1, 33), 80) for index in range(4)], shapes)
     assert large.shared is not None
     assert not packed(large.shared)
@@ -149,7 +149,7 @@ def test_rows_see_what_their_lane_holds(platform, lanes):
         in_lanes = packed(shared)
         member = shared.groups.member
         assert set(np.flatnonzero(member.any(axis=(0, 2)))) == set(in_lanes)
-        # Nothing is read that might not be written yet.
+        # An entry of the groups is used if and only if some lane holds it.
         np.testing.assert_array_equal(member.any(axis=1), shared.groups.slots > 0)
         for index, lane in enumerate(lanes):
             whole = whole_entries(lane)
@@ -160,12 +160,12 @@ def test_rows_see_what_their_lane_holds(platform, lanes):
             rest = own_entries(tables, index + LANES)
             held = slots_of(together) + slots_of(entry[:4] for entry in rest)
             assert Counter(held) == Counter(slots_of(entry[:4] for entry in whole))
-            # What is shared lies in front of all rows that are packed.
+            # Shared entries end before the first packed row, so no later call writes them.
             stop = {tuple(entry[:4]): entry[4] + entry[3] for entry in whole}
             mine = shared.row[(shared.row < rows) & (shared.lane == index)]
             first = plan.rows.position[mine].min()
             assert all(stop[page, frame, at, n] <= first for page, frame, at, n in together)
-        # Every row stands in one tile, those that are packed in the tiles of the second half.
+        # Every row is in one tile. Packed rows are in tiles of lanes in the second half.
         found = [row[row < rows] for row in tiles.row[:count]]
         used = np.flatnonzero(plan.lane < LANES)
         np.testing.assert_array_equal(np.sort(np.concatenate(found)), used)

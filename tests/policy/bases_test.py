@@ -18,7 +18,7 @@ def store(pool, kind="joint", salt=b"", namespace="model"):
 
 
 def make(bases, context, *segments, failed=False):
-    """Opens and closes a base; gives the lane and the segments' places."""
+    """Opens and closes a base; returns its lane and the placements of the segments."""
     lane, placed = bases.open(ids(context), [ids(segment) for segment in segments])
     bases.close(lane, failed=failed)
     return lane, placed
@@ -72,7 +72,7 @@ def test_places_hold_what_was_written_there(openings, size):
                 assert place.slots.sum() == len(segment)
                 at += len(segment)
             stores[which].close(lane, failed=False)
-        if end == "evicted":  # all but a few pages
+        if end == "evicted":  # evicts all but a few pages
             device.pool.release(device.pool.allocate(max(0, size - 4)))
         assert device.pool.live == 0
         device.pool.check()
@@ -82,7 +82,7 @@ def test_places_hold_what_was_written_there(openings, size):
 
 
 def check_found(device, bases, segment):
-    """What is found holds the segment's tokens, all of them written."""
+    """Checks that a placement that is found holds the segment's tokens, all of them written."""
     place = bases.find(ids(segment))
     if place is not None:
         assert set(place.page.tolist()) <= set(bases.pages().tolist())
@@ -117,7 +117,7 @@ def test_layouts_take_nothing_and_say_what_is_computed():
     assert bases.to_compute(layouts) == [1 + len(B), len(B)]
     taken = [bases.take(layout) for layout in layouts]
     assert [len(lane.computed) for lane, _ in taken] == [1 + len(B), len(B)]
-    # The numbers of all layouts stand for the pages of their lanes.
+    # Numbers below 0 in the layouts stand for the pages of all lanes, one lane after the other.
     pages = np.concatenate([lane.page for lane, _ in taken])
     for layout, (_, placed) in zip(layouts, taken, strict=True):
         for number, place in zip(layout.placed, placed, strict=True):
@@ -127,7 +127,8 @@ def test_layouts_take_nothing_and_say_what_is_computed():
 
 def test_the_first_segment_begins_a_page():
     lane, (a, b) = make(store(PagePool(20)), CONTEXT, A, B)
-    # Five tokens of context take two pages; nine and six tokens take four, one of them both.
+    # Five tokens of context fill two pages. Nine and six tokens fill four, one of which holds
+    # tokens of both.
     assert lane.slots.tolist() == [4, 1, 4, 4, 4, 3]
     assert lane.page[2:5].tolist() == a.page.tolist()
     assert lane.page[4:].tolist() == b.page.tolist()
@@ -140,11 +141,11 @@ def test_a_bundle_that_goes_on_reuses_its_beginning():
     bases = store(PagePool(20))
     first, _ = make(bases, CONTEXT, A, B)
     more, _ = make(bases, CONTEXT, A, B, C)
-    # All but the last page, which was not full.
+    # It reuses all pages except the last one, which was not full.
     assert more.page[:5].tolist() == first.page[:5].tolist()
     assert more.page[5] != first.page[5]
     assert more.computed.tolist() == list(range(5 + 12, 5 + 20))
-    # The page of the shorter one is still there.
+    # The last page of the shorter bundle is still cached.
     assert make(bases, CONTEXT, A, B)[0].computed.tolist() == []
 
 
@@ -181,14 +182,14 @@ def test_another_context_is_another_base():
     bases = store(PagePool(40))
     make(bases, CONTEXT, A)
     longer, _ = make(bases, [*CONTEXT, 1], A)
-    # The first page of the context, and no more.
+    # Only the first page of the context is found.
     assert longer.computed.tolist() == list(range(4, len(longer.token_ids)))
     moved, _ = make(bases, [], A)
     assert len(moved.computed) == len(A)
 
 
 def test_a_context_that_ends_with_the_segment_is_not_taken_for_it():
-    # The tokens are the same, the cut is not: the segment begins a page of its own.
+    # The tokens are the same, but the cut differs: the segment begins a page of its own.
     bases = store(PagePool(40))
     make(bases, [1, 1, 1], [1] * 9)
     other, (place,) = make(bases, [1, 1, 1, 1], [1] * 8)
@@ -230,7 +231,7 @@ def test_what_is_evicted_in_part_is_not_found():
     bases = store(pool)
     lane, _ = make(bases, [], A, B)
     assert len(lane.page) == 4
-    pool.release(pool.allocate(4))  # three free ones, and the end of the base
+    pool.release(pool.allocate(4))  # three free pages, and the end of the base
     assert bases.find(ids(A)) is not None
     assert bases.find(ids(B)) is None
     again, _ = make(bases, [], A, B)

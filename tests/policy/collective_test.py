@@ -18,7 +18,7 @@ from tokendance_jax.policy.policy import NOBODY
 from tokendance_jax.policy.selection import SELECTIONS, make_selection
 
 PREAMBLE = ids([9, 8, 7, 6, 5])
-# joint-agent has a look of its own.
+# joint-agent has a look of its own, so it excludes selections that look.
 PAIRS = [
     (base, selection)
     for base, selection in itertools.product(BASES, SELECTIONS)
@@ -29,7 +29,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def collective(pool, pair=("joint", "head"), pages=2):
     base, selection = pair
-    # Shares whatever it costs: these rounds are tiny.
+    # Shares at any cost, because these rounds are tiny.
     return Collective(
         pool,
         PAGE_SIZE,
@@ -61,7 +61,7 @@ def test_rounds_of_all_kinds_keep_every_promise(recipes, pair, pages, size, seed
 def compute(
     prompts, base="joint", selection="head", *, pages=2, device=None, policy=None, score=None
 ):
-    """Computes one round; gives it with the sources of each agent, by name."""
+    """Computes one round; returns it and the sources of each agent's prompt, by name."""
     device = device or Device(1000)
     policy = policy or collective(device.pool, (base, selection), pages)
     opened = policy.open(prompts, [0] * len(prompts))
@@ -72,7 +72,7 @@ def compute(
 
 
 def scores_by_content(prompts):
-    """Scores that depend on the agent's prompt and not on its seat."""
+    """Returns a function of scores that depend on an agent's prompt and not on its seat."""
 
     def score(seat, shape):
         seed = zlib.crc32(prompts[seat].token_ids.tobytes())
@@ -99,7 +99,7 @@ def test_a_round_again_reads_the_same(pair):
     before = device.computed.total()
     second, again = compute(prompts, device=device, policy=policy, score=score)
     assert again == found
-    if pair[0] != "joint-agent":  # its Master's base is computed anew
+    if pair[0] != "joint-agent":  # the Master's base is computed again
         assert device.computed[NOBODY] == 0
         assert device.computed.total() < before
         for one, other in zip(first.bases, second.bases, strict=True):
@@ -134,7 +134,7 @@ def test_what_one_agent_does_to_its_own_prompt_is_its_own_matter(pair):
             first.agent, *((s.kind, s.id, first.token_ids[s.start : s.stop]) for s in spans)
         )
         opened, again = compute([permuted, *others], *pair)
-        if pair[0] != "joint-agent":  # there the Master may be another
+        if pair[0] != "joint-agent":  # there the Master may change
             assert {a: again[a] for a in "123"} == {a: found[a] for a in "123"}
             neutral = opened.bases[0].token_ids.tolist()
             assert neutral == compute(prompts, *pair)[0].bases[0].token_ids.tolist()
@@ -166,7 +166,7 @@ def test_without_a_selection_every_distinct_token_is_computed_once(base):
     preamble = 0 if base == "isolated" else len(PREAMBLE)
     assert opened.preamble_tokens == preamble
     shared = sum(span.stop - span.start for span in prompts[0].spans if span.kind == "shared")
-    # The bundle behind the Master's private text comes on top.
+    # The bundle is computed once more, behind the Master's private text.
     again = shared if base == "joint-agent" else 0
     assert device.computed[NOBODY] == preamble + shared + again
     assert device.computed.total() == preamble + distinct_tokens(prompts) + again
@@ -204,7 +204,7 @@ def test_the_preamble_is_the_system_text_that_all_agents_begin_with():
 
 
 def sibling(history, tail):
-    """Private text, a short shared block, more text of the agent's own, a long shared block."""
+    """Returns a prompt: private text, a short shared block, `history`, a long one, and `tail`."""
     return prompt(
         "a",
         ("system", "sys", [1] * 6),
@@ -219,7 +219,8 @@ def test_a_head_behind_more_own_text_is_not_found_again():
     device = Device(1000)
     policy = collective(device.pool, ("joint", "head"), 3)
     random = np.random.default_rng(0)
-    # As long: the frames are the same. Found are the private text and the head of the first run.
+    # Both histories have the same length, so the frames are the same. Only the private text and
+    # the head of the first run are found again.
     for history, hits in (([5] * 7, 0), ([6] * 7, 6 + 4)):
         prompts = [sibling(history, [7] * 9)]
         opened = serve(device, policy, prompts, random, check=check_lanes(device))
@@ -237,14 +238,14 @@ def test_heads_are_found_again_across_agents_and_rounds():
     for rounds_before in range(2):
         opened = serve(device, policy, prompts, random, check=check_lanes(device))
         assert opened.exact_hits == [10 if rounds_before else 0, 10, 10]
-        # The page in which the private text ends belongs to the one that wrote it: the text behind
-        # the shared block goes on in another page.
+        # All agents share the page in which the private text ends: the text behind the shared block
+        # continues in another page.
         ends = [lane.page[1] for lane in opened.lanes]
         assert len(set(ends)) == 1
 
 
 def test_a_master_moves_the_frames_of_patches_that_are_not_found_again():
-    # Rounds with Masters of private texts of different lengths, and the same first agent.
+    # In each round the Master has private text of another length; the first agent is the same.
     agents = [
         prompt(
             name,
@@ -308,7 +309,7 @@ def test_an_exact_agent_reads_private_text_of_others_and_nothing_approximate():
     exact = [dataclasses.replace(p, fidelity="exact") for p in prompts]
     opened = serve(device, policy, exact, random, check=check_lanes(device))
     assert opened.bases == []
-    # The full pages of the private texts.
+    # Only the full pages of the private texts are found.
     assert opened.exact_hits == [p.spans[0].stop // PAGE_SIZE * PAGE_SIZE for p in prompts]
 
 
@@ -320,7 +321,7 @@ def test_a_task_that_all_agents_have_is_computed_once():
     ]
     device = Device(1000)
     compute(prompts, "joint", "none", device=device)
-    # Each computes the end of it, of which its first answer token comes.
+    # Each agent computes the end of the task itself, as its first answer token comes from there.
     assert device.computed.total() == len(PREAMBLE) + 20 + 40 + 3 * (9 + TAIL_TOKENS)
 
 
@@ -357,7 +358,7 @@ def test_a_round_that_the_pool_cannot_hold_leaves_everything_as_it_was(pair):
             check_lanes(device)(opened, large, [3] * 3)
             policy.close(opened, None)
             fits.append(True)
-        # What is found of the first round is what the first round wrote.
+        # Pages that are found of the first round hold what the first round wrote.
         with contextlib.suppress(OutOfPages):
             serve(device, policy, small, np.random.default_rng(0), check=check_lanes(device))
     assert fits == sorted(fits)
@@ -365,7 +366,7 @@ def test_a_round_that_the_pool_cannot_hold_leaves_everything_as_it_was(pair):
 
 
 def test_a_patch_is_never_the_page_that_it_replaces():
-    # Quoted bases lie in pages that may be evicted while the agent takes its own.
+    # Quoted bases lie in pages that may be evicted while the agent allocates its own pages.
     block = [5, 6] * 10
     task = ("task", "t", [7] * 9)
     first = prompt("a", ("shared", "out/a", block), task)

@@ -1,7 +1,7 @@
-"""A device that computes nothing: it remembers from what each slot's K and V would come.
+"""A device that computes no numbers. It records what the K and V of each slot would depend on.
 
-Whatever a policy asks for is checked on the way: a row reads only what was written, in whole, for
-the same token at the same canonical position, and writes only where nobody has written.
+It checks every step of a policy: a row reads only slots that were written in all layers, for the
+same token at the same canonical position, and writes only to slots that nobody has written.
 """
 
 import dataclasses
@@ -16,13 +16,14 @@ from tokendance_jax.policy.policy import NOBODY, Compute, Link, Look, Rest
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """What a slot holds.
+    """The content of a slot.
 
     Attributes:
       token: its token.
       canonical: the position that its key is rotated at.
-      source: a digest of everything that its K and V depend on; None: the upper layers are missing.
-      writer: number of the round, and seat of the agent that computed it; None: a copy.
+      source: a digest of everything that its K and V depend on, or None if only the lower layers
+        are written.
+      writer: number of the round, and seat of the agent that computed it (None for a copy).
     """
 
     token: int
@@ -32,17 +33,17 @@ class Held:
 
 
 def row(before, token):
-    """The source of a token that was computed behind what `before` stands for."""
+    """Returns the source of a token that is computed behind the prefix with digest `before`."""
     return hash((before, "row", token))
 
 
 def behind(before, source):
-    """What stands before the next token."""
+    """Returns the digest of a prefix that is extended by a token with the given source."""
     return hash((before, source))
 
 
 def exact_sources(tokens):
-    """The sources of a text that is computed as a whole."""
+    """Returns the sources of a text that is computed as a whole."""
     before, sources = 0, []
     for token in tokens:
         sources.append(row(before, token))
@@ -51,12 +52,12 @@ def exact_sources(tokens):
 
 
 def drawn(random):
-    """Scores that are drawn."""
+    """Returns a function that draws random scores."""
     return lambda seat, shape: random.random(shape).astype(np.float32)
 
 
 class WatchedPool(PagePool):
-    """A pool whose pages lose their content when they are given away."""
+    """A pool that clears the slots of a page when it allocates the page."""
 
     def __init__(self, pages):
         super().__init__(pages)
@@ -80,9 +81,9 @@ class Device:
         self._slots = self.pool.slots
 
     def run(self, opened, score, *, steps=None):
-        """Carries out an open round's steps, or the first of them.
+        """Carries out all steps of an open round, or the first `steps` of them.
 
-        A look gives `score(seat, shape)` for each of its lanes.
+        A look returns `score(seat, shape)` for each of its lanes.
         """
         self.rounds += 1
         self.computed = Counter()
@@ -105,13 +106,13 @@ class Device:
             self.check_counts(opened)
 
     def break_round(self):
-        """Makes whatever the last round wrote unreadable."""
+        """Makes everything that the last round wrote unreadable."""
         for slot, held in list(self._slots.items()):
             if held.writer[0] == self.rounds:
                 self._slots[slot] = dataclasses.replace(held, source=None)
 
     def answer(self, lane, seat, tokens):
-        """Decodes tokens; their slots are fresh."""
+        """Decodes answer tokens into slots that nobody has written."""
         before = 0
         for source in self.sources(lane):
             before = behind(before, source)
@@ -123,13 +124,13 @@ class Device:
             self._slots[slot] = Held(token, canonical, source, (self.rounds, seat))
 
     def sources(self, lane):
-        """The sources of a lane's prompt; all of it must be there."""
+        """Returns the sources of a lane's prompt, which must be written completely."""
         position = np.arange(len(lane.token_ids), dtype=np.int32)
         where = zip(lane.token_ids.tolist(), *self._located(lane, position), strict=True)
         return [self._read(*what) for what in where]
 
     def check_counts(self, opened):
-        """References are the entries of all tables, and the pages kept for choices to come."""
+        """Checks that references are those of all tables and of pages kept for later choices."""
         held = Counter()
         for lane in opened.lanes:
             held.update(lane.page.tolist())
@@ -187,7 +188,7 @@ class Device:
             self._slots[target] = Held(held.token, to, source, (self.rounds, None))
 
     def _look(self, step, lane, seat):
-        """Checks what a look reads; gives the shape of its scores."""
+        """Checks what a look reads; returns the shape of its scores."""
         assert seat != NOBODY
         rows = lane.computed.tolist()
         position = np.arange(max(rows) + 1, dtype=np.int32)
@@ -198,27 +199,27 @@ class Device:
             writes = at in rows and own[at]
             if writes and slot not in self._slots:
                 self._write(slot, Held(token, canonical, None, (self.rounds, seat)))
-            # A look of several agents at layer 1 reads layer 0 of what they write together.
+            # In a look of several agents at layer 1, agents also read layer 0 of each other's rows.
             self._read(token, slot, canonical, whole=not (writes or step.resume))
         return (len(lane.page),) if step.what == "attention" else (2, len(rows))
 
 
 def serve(device, policy, prompts, random, *, check=None, fails=False):
-    """A whole round: opened, computed, answered and closed.
+    """Opens a round, computes it, answers it and closes it.
 
     Args:
       device: the device.
       policy: a policy over its pool.
       prompts: the prompts.
-      random: draws room for answers, answers and scores.
-      check: called with the open round, its prompts and its rooms when all is computed.
-      fails: whether the round breaks off somewhere.
+      random: the generator that draws answers, the room for them, and scores.
+      check: called with the open round, its prompts and its rooms once everything is computed.
+      fails: whether the round stops after a few of its steps.
 
     Returns:
-      What was open.
+      The open round, after it was closed.
 
     Raises:
-      OutOfPages: the pool is too small; nothing is held.
+      OutOfPages: the pool is too small; no page is held.
     """
     rooms = random.integers(0, 6, len(prompts)).tolist()
     try:
@@ -234,7 +235,7 @@ def serve(device, policy, prompts, random, *, check=None, fails=False):
         policy.close(opened, None)
     else:
         device.run(opened, drawn(random))
-        for lane in opened.bases:  # a base is a function of its key: of its own tokens
+        for lane in opened.bases:  # a base depends on its key alone: its own tokens
             assert device.sources(lane) == exact_sources(lane.token_ids.tolist())
         if check is not None:
             check(opened, prompts, rooms)
@@ -250,7 +251,7 @@ def serve(device, policy, prompts, random, *, check=None, fails=False):
 
 
 def entries_of(lane, chosen):
-    """The positions of some entries' slots."""
+    """Returns the logical positions of the chosen entries' slots."""
     return set(np.flatnonzero(np.repeat(chosen, lane.slots)).tolist())
 
 
@@ -262,7 +263,8 @@ def checked_lanes(device, opened, prompts, rooms):
     """Checks what holds for the lanes of any policy.
 
     Yields:
-      Lane, prompt, leading tokens that are exact, and the sources of its slots, found and exact.
+      For each agent its lane, its prompt, the number of leading tokens that are exact, the sources
+      of its slots, and the sources of an exact computation.
     """
     for seat, (lane, whole, room) in enumerate(zip(opened.lanes, prompts, rooms, strict=True)):
         tokens, hits = whole.token_ids.tolist(), opened.exact_hits[seat]
@@ -274,7 +276,7 @@ def checked_lanes(device, opened, prompts, rooms):
 
 
 def check_lanes(device):
-    """What holds for the lanes of any round once it is computed."""
+    """Returns a check of what holds for the lanes of any computed round."""
 
     def check(opened, prompts, rooms):
         for lane, whole, hits, found, exact in checked_lanes(device, opened, prompts, rooms):
@@ -282,8 +284,8 @@ def check_lanes(device):
             if whole.fidelity == "exact":
                 assert found == exact
                 assert not lane.base.any()
-            # Own text and patches are computed here or read from pages of exactly this prefix, and
-            # nothing else is computed.
+            # Own text and patches are computed in this round or read from pages of exactly this
+            # prefix. Nothing else is computed.
             own = entries_of(lane, (lane.base == 0) | patches_of(lane))
             computed = set(range(len(tokens))) & own - set(range(hits))
             assert lane.computed.tolist() == sorted(computed)

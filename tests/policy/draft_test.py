@@ -56,14 +56,14 @@ def options_of(pair, pages, least_saving):
 
 @pytest.fixture(scope="module", autouse=True)
 def unchecked():
-    # Checking annotations would take most of the time; other tests do it for the same code.
+    # Checking annotations would take most of the time. Other tests check them for the same code.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         yield
 
 
 def steps_of(opened):
-    """The steps of an open round; looks are answered by scores that are drawn."""
+    """Yields the steps of an open round, and sends random scores to its looks."""
     random, scores = np.random.default_rng(0), None
     while True:
         try:
@@ -79,7 +79,7 @@ def steps_of(opened):
 
 
 def rows_of(opened):
-    """Rows that each agent computes, and the bases: `NOBODY`."""
+    """Counts the computed rows by seat. Rows of bases count for `NOBODY`."""
     rows = Counter()
     for step in steps_of(opened):
         if isinstance(step, Compute):
@@ -89,7 +89,7 @@ def rows_of(opened):
 
 
 def served(policy, prompts, answers=()):
-    """Serves a round, whose answers follow its prompts; gives it, and its rows."""
+    """Serves a round with the given answers; returns it and its rows by seat."""
     opened = policy.open(prompts, [len(some) for some in answers] or [0] * len(prompts))
     rows = rows_of(opened)
     tokens = [whole.token_ids for whole in prompts]
@@ -99,7 +99,7 @@ def served(policy, prompts, answers=()):
 
 
 def exact_rows(policy, prompts):
-    """How many rows a round computes if it is served exactly with the same caches."""
+    """Counts the rows of a round that is served exactly, with the same caches."""
     exact = [dataclasses.replace(whole, fidelity="exact") for whole in prompts]
     opened = policy.open(exact, [0] * len(exact))
     assert opened.bases == []
@@ -144,8 +144,8 @@ def test_a_round_computes_no_more_than_an_exact_one(recipes, pair, pages, least_
 @given(st.integers(1, 5), st.integers(1, 5), st.sampled_from(PAIRS), SEEDS)
 @settings(max_examples=15)
 def test_new_blocks_behind_private_text_never_cost_more_than_prefix(agents, count, pair, seed):
-    # Rounds as they usually are: every agent's private text grows, and the blocks are new. What
-    # `prefix` finds of older rounds then ends within private text, which is exact here too.
+    # In a usual round, every agent's private text has grown and the blocks are new. What `prefix`
+    # finds of older rounds then ends within private text, which is exact under `tokendance` too.
     random = np.random.default_rng(seed)
     policy = policy_of(PagePool(4000), **options_of(pair, 1, random.choice([0.0, 0.2])))
     rival = policy_of(PagePool(4000), "prefix")
@@ -244,20 +244,22 @@ def test_a_run_that_leaves_little_behind_its_head_is_computed_whole(tokens, read
     for lane, whole in zip(opened.lanes, prompts, strict=True):
         own = np.repeat(lane.base == 0, lane.slots)
         assert own[9 : 9 + tokens].all() == (not reads)
-        # What is computed whole behind the private text is exact.
+        # A run that is computed whole, behind private text, is exact.
         if not reads:
             exact = exact_sources(whole.token_ids.tolist())
             assert device.sources(lane)[: 12 + tokens] == exact[: 12 + tokens]
 
 
-# Rounds of prompts up to the context in `Shapes` of the product: two key blocks and the spare ones.
+# The following rounds have prompts up to the context, in the `Shapes` that engines use: two key
+# blocks and the spare ones.
 
 
 @st.composite
 def crowded(draw):
-    """Seed and sizes of a round: blocks, most tokens of a block, agents, whether answers are long.
+    """Draws a seed and sizes: blocks, most tokens of a block, agents, and whether answers are long.
 
-    Prompts are drawn from the seed: the type checker of the tests draws random numbers too.
+    `crowd` draws the prompts from the seed, because the tests' type checker draws random numbers
+    too, which a strategy must not do.
     """
     return (
         draw(SEEDS),
@@ -269,7 +271,7 @@ def crowded(draw):
 
 
 def crowd(case):
-    """The prompts of a round, and how many more tokens each lane needs room for."""
+    """Returns the prompts of a round, and for each lane the room that its answer needs."""
     seed, count, length, agents, long = case
     random = np.random.default_rng(seed)
     blocks = [random.integers(10, 50, random.integers(1, length + 1)) for _ in range(count)]
@@ -354,7 +356,7 @@ def test_answers_up_to_the_end_of_the_context_cost_no_sharing():
 
 
 def test_blocks_that_no_base_holds_together_lie_in_several():
-    # 400 tokens of blocks fit a context, 800 do not; nor do the huge block and the preamble.
+    # 400 tokens of blocks fit the context. 800 do not, nor does the huge block with the preamble.
     preamble = np.full(40, 9, np.int32)
     blocks = [("shared", f"out/{n}", [100 * n + at for at in range(200)]) for n in range(1, 5)]
     huge = ("shared", "huge", list(range(1000, 1000 + CONTEXT - 20)))
@@ -382,11 +384,11 @@ def test_blocks_that_no_base_holds_together_lie_in_several():
 
 
 def test_patches_are_reserved_for_every_time_that_a_page_is_shown():
-    # Blocks that begin alike lie in one page, though each has a base of its own.
+    # Blocks that begin with the same tokens share pages, although each has a base of its own.
     stem = list(range(10, 10 + 2 * PAGE_SIZE))
     blocks = [("shared", f"out/{n}", [*stem, *[30 + n] * 5]) for n in range(3)]
     whole = prompt("a", ("system", "s", [1] * 9), *blocks, ("task", "t", [7] * 9))
-    for later in (blocks, blocks[:2]):  # then the last one is a quote
+    for later in (blocks, blocks[:2]):  # the second time the last block is a quote
         quote = [("history", "said", some[2]) for some in blocks if some not in later]
         again = prompt("a", ("system", "s", [1] * 9), *later, *quote, ("task", "t", [7] * 9))
         device = Device(1000)
@@ -403,7 +405,7 @@ def test_patches_are_reserved_for_every_time_that_a_page_is_shown():
         opened = policy.open([again], [0])
         base = opened.lanes[0].base
         first = int(np.argmax(base > 0))
-        # Attention to the first page alone: it is chosen, all three times that it is shown.
+        # All attention goes to the first page, so it is chosen all three times that it is shown.
         device.run(
             opened, lambda _, shape, at=first: (np.arange(shape[0]) == at).astype(np.float32)
         )

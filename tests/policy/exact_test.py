@@ -23,7 +23,7 @@ def references(pool):
     return [pool.refcount(page) for page in range(1, pool.total)]
 
 
-# Few distinct tokens: prefixes often meet. Few pages: the pool often runs short.
+# Few distinct tokens: prefixes often coincide. Few pages: the pool often runs short.
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 AGENTS = st.lists(st.tuples(TOKENS, st.integers(0, 4), TOKENS), min_size=1, max_size=4)
 
@@ -31,7 +31,7 @@ AGENTS = st.lists(st.tuples(TOKENS, st.integers(0, 4), TOKENS), min_size=1, max_
 @given(st.lists(st.tuples(AGENTS, st.booleans()), min_size=1, max_size=8))
 @settings(max_examples=40)
 def test_hits_hold_what_was_written(rounds):
-    """Whole rounds against a dict from page to the tokens that its K and V were computed from."""
+    """Checks whole rounds against a dict from page to the tokens that its K and V come from."""
     pool, cache, policy = prefix()
     content = {}
     for agents, fails in rounds:
@@ -48,7 +48,7 @@ def test_hits_hold_what_was_written(rounds):
             assert start % SIZE == 0
             assert lane.computed.tolist() == list(range(start, len(tokens)))
             assert lane.slots.sum() >= len(tokens) + room
-            # Pages that are hit were written by an earlier round, or will be in this one.
+            # Pages that are hit were written by an earlier round, or will be written in this one.
             for end in range(SIZE, start + 1, SIZE):
                 assert content[int(lane.page[end // SIZE - 1])] == tokens[:end]
             for index, page in enumerate(lane.page.tolist()[start // SIZE :], start // SIZE):
@@ -119,7 +119,7 @@ def test_the_same_prompt_computes_at_least_its_last_token():
 def test_prefix_reuses_prompts_and_answers_across_rounds():
     pool, cache, policy = prefix()
     lane = policy.open_lane(ids(1, 2, 3), 4)
-    policy.close_lane(lane, ids(1, 2, 3, 7, 8))  # a full page of which half is an answer
+    policy.close_lane(lane, ids(1, 2, 3, 7, 8))  # half of the second page is an answer
     assert (len(cache), pool.live, pool.evictable) == (2, 0, 2)
     again = policy.open_lane(ids(1, 2, 3, 7, 8, 9), 0)
     assert again.page[:2].tolist() == lane.page[:2].tolist()
@@ -144,7 +144,7 @@ def test_a_refused_prompt_gives_its_hits_back():
     pool, cache, policy = prefix(pages=5)
     lane = policy.open_lane(ids(1, 2, 3, 4, 5), 0)
     with pytest.raises(OutOfPages):
-        # Two hits, but three more pages of which one is free.
+        # Two pages are hits. Three more are needed, but only one is free.
         policy.open_lane(ids(1, 2, 3, 4, 5), 4)
     assert [pool.refcount(page) for page in lane.page.tolist()] == [1, 1, 1]
     assert (len(cache), pool.free) == (2, 1)

@@ -38,7 +38,7 @@ def test_a_subset_in_order_changes_nothing(sequence, some):
 
 
 def breaks(order, sequence):
-    """How often an agent's next block is not the next one that it sees of the canonical order."""
+    """Counts how often an agent's next block is not the next that it sees in canonical order."""
     seen = [key for key in order if key in sequence]
     following = dict(pairwise(seen))
     return sum(following.get(left) != right for left, right in pairwise(sequence))
@@ -50,7 +50,7 @@ def test_own_block_first(agents):
     sequences = [keys([own, *(other for other in everybody if other != own)]) for own in everybody]
     order = canonical_order(sequences)
     assert order == keys(everybody)
-    # Behind the own block, and where the own block would have been, nothing is out of order.
+    # The order breaks at most behind the own block and at the own block's canonical place.
     assert all(breaks(order, sequence) <= 2 for sequence in sequences)
     assert all(breaks(order, sequence[1:]) == 0 for sequence in sequences)
 
@@ -68,6 +68,7 @@ def test_own_block_left_out_and_the_others_rotated(agents):
 
 def test_neighbours_of_most_agents_stand_together():
     sequences = [keys([1, 2, 3]), keys([3, 1, 2]), keys([2, 3, 1])]
-    # Each pair is seen by two agents: a chain of two of them, the one that stands first on average.
+    # Two agents see each of the three pairs, but a chain holds only two pairs. All keys have the
+    # same mean place, so the order of the keys decides.
     assert canonical_order(sequences) == keys([1, 2, 3])
     assert canonical_order([*sequences, keys([3, 1])]) == keys([3, 1, 2])

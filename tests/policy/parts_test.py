@@ -10,7 +10,7 @@ from tokendance_jax.policy.parts import TAIL_TOKENS, asked_until, parts_of, run_
 
 
 def lay_out(segments, canonical, pages):
-    """Places segments end to end in pages from `pages`; `where` is the same token by token."""
+    """Places segments end to end in pages from `pages`; also returns the placements by token."""
     placed, where, page = {}, {}, {}
     offset = 0
     for segment in segments:
@@ -36,7 +36,7 @@ PLACINGS = st.tuples(rounds(most=1), st.randoms(use_true_random=False))
 
 
 def placing(case):
-    """A prompt; where its shared text lies, in one bundle or in two, as `Placed` and by token."""
+    """Returns a prompt, and placements of its shared text in up to two bundles, also by token."""
     (recipes,), random = case
     whole = made(recipes)[0]
     segments = {
@@ -83,7 +83,7 @@ def test_parts_cover_the_prompt(case):
         if part.placed is not None:
             some = whole.token_ids[part.start : part.stop]
             assert some.tolist() == part.placed.token_ids[: len(some)].tolist()
-            # Parts are cut by the tail alone.
+            # Only the tail cuts a part.
             uncut = part.stop - part.start == len(part.placed.token_ids)
             assert uncut or part.stop == asked_until(whole) - TAIL_TOKENS
 
@@ -130,7 +130,7 @@ def test_a_run_shows_every_placed_token_once_in_order(case):
         assert run.offset[entry] == offset[start]
         tokens = range(start, start + int(run.slots[entry]))
         assert run.mine[entry] == any(mine[at] for at in tokens)
-        # Neighbours that could be one entry are one.
+        # Neighbouring slots that fit into one entry are in one entry.
         if entry and run.offset[entry]:
             assert (run.page[entry], run.frame[entry]) != (
                 run.page[entry - 1],
@@ -210,7 +210,7 @@ def test_text_in_between_begins_another_run():
 
 
 def test_text_as_long_as_a_hole_in_the_base_is_no_part_of_an_entry():
-    # Between the two there are as many own tokens as there are tokens of another block in the base.
+    # The own text between the two blocks is as long as the block between them in the base.
     a, b, c = [1] * 2, [2] * 1, [3] * 1
     whole = prompt("x", ("shared", "a", a), ("history", "h", [0]), ("shared", "c", c), TASK)
     run = run_of(cut(whole, placed_bundle(a, b, c)))
@@ -221,7 +221,7 @@ def test_the_last_tokens_are_the_agents_own():
     a = [1] * 6
     whole = prompt("x", ("shared", "a", a), ("task", "t", [9] * 3), ("markup", "m", [8] * 5))
     parts = cut(whole, placed_bundle(a))
-    # Eight tokens before the end of the task; the markup behind it does not count.
+    # The tail is the eight tokens up to the end of the task; the markup behind it does not count.
     assert [(part.start, part.stop, part.placed is None) for part in parts] == [
         (0, 1, False),
         (1, 14, True),

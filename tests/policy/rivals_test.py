@@ -24,7 +24,7 @@ def shared_positions(whole):
 
 
 def check_lanes(device):
-    """What holds for the lanes of any round once it is computed."""
+    """Returns a check of what holds for the lanes of any computed round."""
 
     def check(opened, prompts, rooms):
         held = [page for lane in opened.lanes for page in lane.page.tolist()]
@@ -34,7 +34,7 @@ def check_lanes(device):
             if whole.fidelity == "exact" or not shared:
                 assert found == exact
                 continue
-            # Dense: what is not found as an exact prefix, nobody else holds.
+            # Lanes are dense: no other lane holds the pages from the first shared token on.
             assert not lane.frame.any()
             assert not lane.base.any()
             private = min(shared) // PAGE_SIZE
@@ -65,7 +65,7 @@ def test_rounds_of_all_kinds_keep_every_promise(recipes, name, ratio, tokens, si
 
 
 def compute(prompts, name, *, device=None, policy=None, **options):
-    """Computes one round; gives it with the steps that it took."""
+    """Computes one round; returns it and its steps."""
     device = device or Device(1000)
     policy = policy or rival(device.pool, name, **options)
     opened = policy.open(prompts, [0] * len(prompts))
@@ -109,7 +109,7 @@ def test_blend_recomputes_what_deviates_most():
 
     def score(seat, shape):
         squares = np.ones(shape, np.float32)
-        # What own rows are compared with is in no slot yet: any number, and none.
+        # Own rows are compared with slots that are not written yet: their scores may even be NaN.
         squares[:, sorted(set(range(shape[1])) - set(shared))] = np.nan
         squares[:, most] = 2.0
         return squares
@@ -152,7 +152,7 @@ def test_every_segment_is_computed_alone_and_once(name):
     for lane, span in zip(opened.bases, blocks, strict=True):
         assert lane.token_ids.tolist() == prompts[0].token_ids[span.start : span.stop].tolist()
     assert device.computed[NOBODY] == sum(span.stop - span.start for span in blocks)
-    # In the next round they are found, wherever they stand there.
+    # The next round finds the segments, although their order differs.
     turned = [
         prompt(
             whole.agent,
@@ -187,7 +187,7 @@ def test_a_copy_is_rotated_by_the_distance_it_moves(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_agents_and_others_read_each_others_private_text(name):
-    # All have the same private text; the exact ones stand between the others.
+    # All agents have the same private text. Exact agents sit before, between and behind the others.
     block = ("shared", "s", [8, 9] * 10)
     prompts = [
         prompt(name, ("system", "sys", [1] * 11), block, ("task", "t", [7] * 8 + [number]))

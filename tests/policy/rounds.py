@@ -13,7 +13,7 @@ def ids(tokens):
 
 
 def prompt(agent, *segments, **fields):
-    """A prompt of segments (kind, id, token ids); empty ones are left out."""
+    """Returns a prompt of segments (kind, id, token ids), without the empty ones."""
     spans, tokens = [], []
     for kind, id, new in segments:
         if len(new):
@@ -23,7 +23,7 @@ def prompt(agent, *segments, **fields):
 
 
 def common_round(agents=4, blocks=4, *, shared=40, private=30, task=20):
-    """A round as they usually are: every agent sees all blocks in one order; no token repeats."""
+    """Returns a usual round: every agent sees all blocks in the same order; no token repeats."""
     fresh = iter(range(10_000))
 
     def some(count):
@@ -42,11 +42,11 @@ def common_round(agents=4, blocks=4, *, shared=40, private=30, task=20):
 
 
 def made(recipes):
-    """The prompts of a round of `rounds`."""
+    """Makes the prompts of a round that `rounds` drew."""
     return [prompt(name, *segments, fidelity=fidelity) for name, segments, fidelity in recipes]
 
 
-# Few texts, of few lengths: prefixes, blocks, places and whole rounds often meet again.
+# Few texts, of few lengths: prefixes, blocks, placements and whole rounds often recur.
 TEXTS = st.builds(
     lambda start, length: [(start + 2 * step) % 5 for step in range(length)],
     st.integers(0, 2),
@@ -57,15 +57,15 @@ NAMES = "abcde"
 
 @st.composite
 def rounds(draw, most=4):
-    """Rounds of agents that come and go, over one small stock of texts.
+    """Draws rounds of agents that join and leave, over a small set of texts.
 
-    Agents see some shared blocks, in orders of their own, also twice; they quote blocks of this and
-    of other rounds in their histories, and some texts of their own stand between blocks. Many
-    prompts differ in one segment from one before.
+    Each agent sees some shared blocks in an order of its own, some of them twice. Histories quote
+    blocks of this round and of other rounds, and some private texts stand between blocks. Many
+    prompts differ in one segment from an earlier prompt.
 
     Returns:
-      For each round, what `made` makes prompts of: the type checker of the tests draws random
-      numbers, which a strategy must not do.
+      For each round, the recipes from which `made` makes prompts. The strategy does not make them
+      itself, because the tests' type checker draws random numbers, which a strategy must not do.
     """
     blocks = draw(st.lists(TEXTS, min_size=1, max_size=5))
     town = draw(st.sampled_from([[], [1] * 18]))
@@ -92,7 +92,7 @@ def rounds(draw, most=4):
         yield "markup", "end", draw(some([[], [2, 2]]))
 
     def nearly(before):
-        """The same segments but one, or one less."""
+        """Returns the segments with one of them replaced or removed."""
         at = draw(st.integers(0, len(before) - 2))
         instead = {"system": system, "task": lambda: ("task", "task", draw(TEXTS))}
         new = instead.get(before[at][0], middle)

@@ -11,7 +11,7 @@ from tokendance_jax.policy.selection import SELECTIONS, Scored, deviations, make
 
 
 def run(page, *, slots=None, frame=0, offset=None, mine=()):
-    """Entries of a run, by default whole pages one after the other from position 0."""
+    """Returns a run of entries, by default whole pages one after the other from position 0."""
     slots = ids([PAGE_SIZE] * len(page) if slots is None else slots)
     start = np.cumsum(slots, dtype=np.int32) - slots
     return Run(
@@ -46,7 +46,7 @@ def test_every_run_has_a_head():
 
 
 def test_a_head_is_counted_in_slots():
-    # Parts of pages: the entry that begins within the head's slots is the last of it.
+    # Entries are parts of pages. The last entry of a head is the last that begins within its slots.
     assert picked("head", 1, run([5, 6, 7], slots=[1, 2, 4])) == [0, 1, 2]
     assert picked("head", 1, run([5, 6, 7], slots=[2, 2, 4])) == [0, 1]
 
@@ -58,7 +58,7 @@ def scored(pages):
 
 
 def pick_pages(pages, *agents):
-    """The chosen pages of agents given as {page: score}."""
+    """Returns the chosen pages of each agent. Agents are given as {page: score}."""
     runs = [run(list(agent)) for agent in agents]
     scores = [np.array(list(agent.values()), np.float32) for agent in agents]
     chosen = scored(pages).pick_scored(runs, scores)
@@ -67,7 +67,7 @@ def pick_pages(pages, *agents):
 
 def test_the_pages_of_the_highest_mean_are_chosen_for_all():
     one, other = {5: 1.0, 6: 9.0, 7: 2.0}, {5: 5.0, 6: 0.0, 8: 4.0}
-    # Means 3, 4.5, 2, 4; an agent that does not see a page does not count.
+    # The means are 3, 4.5, 2 and 4: they leave out agents that do not see the page.
     assert pick_pages(2, one, other) == [[6], [6, 8]]
     assert pick_pages(0, one, other) == [[], []]
     assert pick_pages(9, one, other) == [[5, 6, 7], [5, 6, 8]]

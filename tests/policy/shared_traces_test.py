@@ -1,7 +1,7 @@
-"""Recorded traces, counted by the planner alone: what policies compute, and what they hold.
+"""What policies compute and hold on recorded traces, counted by the planner alone.
 
-Ceilings are those of the traces' statistics; they count tokens and know no pages. Run with `-s` to
-see what is reached of each.
+The ceilings come from the traces' statistics, which count tokens and ignore pages. Run with `-s` to
+see how much of each ceiling is reached.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ PREFIX_TRACES = (
     "ga-25-a",
     "as-50-d",
 )
-# Of the largest recordings one each is counted whole; the others are a sweep.
+# Of the largest recordings only variant `a` is counted outside of the sweep.
 COUNTED = [
     pytest.param(name, marks=pytest.mark.sweep) if name in LARGE else name for name in TRACES
 ]
@@ -52,7 +52,7 @@ PAGE_SIZE, PAGE_BYTES = 16, 196_608  # of the 0.5B model in bfloat16
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch):
-    # Checking annotations would take most of the time; other tests do it for the same code.
+    # Checking annotations would take most of the time. Other tests check them for the same code.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
@@ -93,13 +93,13 @@ def test_the_prefix_policy_reuses_what_there_is(name):
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """What a collective round computes and holds, of its prompts alone.
+    """What a collective round computes and holds for its prompts, without answers.
 
     Attributes:
       prompt_tokens: tokens of all prompts.
       computed: tokens that its agents and bases compute.
       hits: tokens of private text that are read from exact pages of earlier rounds or other agents.
-      unique: what the round cannot do without: private text without these hits, every shared text
+      unique: tokens that the round must compute: private text without these hits, every shared text
         once, and the preamble.
       shares: whether its prompts have shared text.
       rest: bytes at rest.
@@ -117,7 +117,7 @@ class Counted:
 
 @functools.cache
 def collective(name):
-    """Serves the rounds of a trace with nothing recomputed, without a device."""
+    """Serves the rounds of a trace without a device, with a selection that recomputes nothing."""
     pool = PagePool(1 << 18)
     policy = make_policy(
         "tokendance",
@@ -132,7 +132,7 @@ def collective(name):
         written = [prompt.token_ids for prompt in prompts]
         lengths = [len(ids) for ids in written]
         opened = policy.open(prompts, [0] * len(prompts))
-        for _ in opened.steps:  # afterwards the preamble is given back
+        for _ in opened.steps:  # the steps release the preamble
             pass
         lanes = [*opened.lanes, *opened.bases]
         held = np.concatenate([opened.base_pages, *(lane.page for lane in opened.lanes)])
@@ -172,7 +172,7 @@ def test_no_round_computes_more_than_prefix(name):
 
 
 def compare(name, what, reached, ceiling):
-    """Prints what is reached beside its ceiling, and returns the one over the other."""
+    """Prints a value beside its ceiling, and returns the value over the ceiling."""
     print(f"{name:15} {what:26} {reached:6.2f} of {ceiling:6.2f}: {reached / ceiling:.3f}")
     return reached / ceiling
 
@@ -195,7 +195,7 @@ def test_shared_text_is_computed_once_in_a_round(name):
     prompt_tokens, computed, hits = (
         sum(getattr(x, field) for x in rounds) for field in ("prompt_tokens", "computed", "hits")
     )
-    # The ceiling is that of a round by itself: exact hits in earlier rounds go beyond it.
+    # The ceiling is that of a single round, so exact hits in earlier rounds exceed it.
     assert compare(name, "prompt / computed tokens", prompt_tokens / computed, ceiling) >= 0.97
     alone = prompt_tokens / (computed + hits)
     assert compare(name, "without exact hits", alone, ceiling) >= 0.97

@@ -1,4 +1,4 @@
-"""Whose answer a shared block is: told, or refused; never served as live when it is not."""
+"""Authors of shared blocks: found or refused, so that no recorded answer is served as live."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def block(id, text, author=None):
 
 
 def round_(index, said, *blocks, prompts=None):
-    """A round of agents who answer `said`; all see the blocks, or each what `prompts` names."""
+    """Returns a round of agents who answer `said`. Agents see `blocks`, or their own `prompts`."""
     views = prompts or [blocks] * len(said)
     agents = (
         AgentPrompt(agent, (*view, TASK), recorded_output=answer)
@@ -36,7 +36,7 @@ def round_(index, said, *blocks, prompts=None):
 
 
 def authors(*rounds):
-    """Author of each block of the last round, by id."""
+    """Returns the author of each block of the last round, by id."""
     named = name_authors(Trace("x", rounds)).rounds[-1]
     shared = (s for prompt in named.agents for s in prompt.segments if s.kind == "shared")
     return {s.id: s.author and (s.author.round, s.author.agent) for s in shared}
@@ -97,8 +97,8 @@ def test_equal_answers_stand_in_the_order_of_the_agents():
 @pytest.mark.parametrize(
     "prompts",
     [
-        [NUMBERED[1:]] * 3,  # one of the two is not there
-        [NUMBERED, NUMBERED, NUMBERED[1::-1]],  # not one order
+        [NUMBERED[1:]] * 3,  # one of the two is missing
+        [NUMBERED, NUMBERED, NUMBERED[1::-1]],  # the orders differ
         [[NUMBERED[1]], [NUMBERED[0]], []],  # no order: each agent's own is left out
         [[NUMBERED[2], *NUMBERED[:2]]] * 3,  # not the agents' order
         [[*NUMBERED, block("r0/3", "I agree.\n")]] * 3,  # one too many

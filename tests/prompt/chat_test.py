@@ -1,4 +1,4 @@
-"""Segments set into chat markup, or not; spans; templates that do harm."""
+"""Prompts with and without chat markup, their spans, and harmful templates."""
 
 import numpy as np
 import pytest
@@ -152,7 +152,7 @@ def test_special_tokens_never_hide_the_messages():
     [
         ("{% generation %}a{{ '<' }}\n{% endgeneration %}", "a<\n"),
         ("{%- generation -%} a {%- endgeneration -%} ", "a"),
-        # A scope of its own, which sees what is around it.
+        # A scope of its own, which sees the variables around it.
         ("{% set n = 1 %}{% generation %}{{ n }}{% set n = 2 %}{% endgeneration %}{{ n }}", "11"),
         (
             "{% for m in [1, 2] %}{% generation %}{{ loop.index }}{% continue %}"

@@ -1,4 +1,4 @@
-"""What makes a round, and what is refused."""
+"""Which rounds, prompts and segments are valid, and which are refused."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""One string as a prompt: pieces, escapes, ids."""
+"""Prompts given as one string: pieces, escapes and ids."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Prompts as ids: what is carried over, and answers behind them."""
+"""Tokenized prompts: fields that they keep, and answers behind them."""
 
 import numpy as np
 import pytest

@@ -14,7 +14,7 @@ TOKENIZER = Tokenizer(demo_tokenizer_json(), stop_ids=(1023,))
 
 
 def _with_added(id: int, content: str) -> str:
-    """The demo's tokenizer with an added token that is not special."""
+    """Returns the demo's tokenizer with an added token that is not special."""
     fields = json.loads(demo_tokenizer_json())
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     fields["added_tokens"].append({"id": id, "content": content, **plain})

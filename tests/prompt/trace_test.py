@@ -1,4 +1,4 @@
-"""Traces: lossless in both directions, damage named by file and line; live runs of recordings."""
+"""Lossless writing and reading of traces, errors with file and line, live runs of recordings."""
 
 import dataclasses
 import gzip
@@ -40,7 +40,7 @@ def _line(**changes) -> str:
 
 
 def _by(author, kind="shared", **changes) -> str:
-    """A line with a block by somebody."""
+    """Returns a line with a block that has an author."""
     block = {"kind": kind, "id": "s", "text": "x", "author": author}
     task = {"kind": "task", "id": "t", "text": "go\n"}
     return _line(**{"agent": "c", "segments": [block, task], **changes})
@@ -100,7 +100,7 @@ def test_the_limit_of_the_round_is_written_where_an_agent_has_none(tmp_path):
 
 
 def test_everything_but_the_sampling_is_kept(tmp_path):
-    """A field that is added to prompts or segments must be added here, and to the format."""
+    """A new field of prompts, segments or rounds must be added here and to the format."""
     assert [field.name for field in dataclasses.fields(AgentPrompt)] == [
         *("agent", "segments", "max_new_tokens", "recorded_output", "fidelity")
     ]

@@ -36,5 +36,5 @@ def test_the_script_says_what_is_wrong(tmp_path):
     recording.write_text("{", encoding="utf-8")
     done = run(f"--recording={recording}", f"--trace={trace}")
     assert done.returncode == 1
-    assert "is no JSON" in done.stderr
+    assert "is not JSON" in done.stderr
     assert not trace.exists()

@@ -1,4 +1,4 @@
-"""The scripts that measure, each in a process of its own, as their flags have the same names."""
+"""Runs each measuring script in a process of its own, because their flags share names."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(script, target, *arguments):
-    """What the process gave, and what it wrote; nothing where it wrote no file."""
+    """Returns the completed process and the JSON that it wrote, or {} if it wrote no file."""
     done = subprocess.run(
         [sys.executable, "-m", f"scripts.{script}", f"--json={target}", *arguments],
         cwd=ROOT,
@@ -61,7 +61,7 @@ def test_quality_beside_work(tmp_path):
     assert "shuffled bases" in done.stdout
 
 
-# The training script asks probes too.
+# A sweep, because the test of the training script asks probes too.
 @pytest.mark.sweep
 def test_answers_to_probes_beside_work(tmp_path):
     done, written = run(

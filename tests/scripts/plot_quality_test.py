@@ -1,4 +1,4 @@
-"""Quality against work, drawn from results of a measurement."""
+"""Plots of quality against work, drawn from the results of a measurement."""
 
 import json
 import subprocess

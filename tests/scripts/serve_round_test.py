@@ -25,7 +25,7 @@ from tokendance_jax.engine.result import (
 from tokendance_jax.prompt import AgentPrompt, Round, Segment, Trace, write_trace
 
 ROOT = Path(__file__).resolve().parents[2]
-# One size of pool and one of calls: what several tests compile is compiled once.
+# All tests use one size of pool and of calls, so that a program is compiled once for all of them.
 SETTINGS = "--compilation_cache=off", "--kv_memory=16MiB", "--row_budget=64"
 FIELDS = {
     "policy": str,
@@ -53,7 +53,7 @@ FIELDS = {
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
-    """Runs the script in this process; returns its status and what it wrote."""
+    """Runs the script in this process; returns its status and the JSON that it wrote."""
     monkeypatch.setattr(serve_round.host, "tune_allocator", lambda: None)
     target = tmp_path / "result.json"
 
@@ -160,7 +160,7 @@ def test_serves_a_file_and_live_rounds(serve, tmp_path):
 
 @pytest.fixture
 def served_rounds(monkeypatch):
-    """The rounds that engines are asked to serve; agents answer with their name and the round."""
+    """Collects the rounds that engines serve. Agents answer with their name and the round."""
     found = []
 
     def answer(engine, round_, **_):
@@ -178,7 +178,7 @@ def served_rounds(monkeypatch):
 
 
 def test_live_rounds_hold_nothing_that_was_recorded(serve, served_rounds):
-    """The demo's answers end without a newline, its blocks with one; six agents are left out."""
+    """The demo's answers end without a newline, its blocks with one. Six agents are left out."""
     status, _ = serve("--noreplay", "--agents=2", "--policy=dense")
     assert status == 0
     assert [round_.index for round_ in served_rounds] == [0, 1, 2]
@@ -206,8 +206,8 @@ def test_live_rounds_hold_nothing_that_was_recorded(serve, served_rounds):
         (("--blend_ratio=nan", "--policy=blend"), "blend_ratio"),
         (("--base=joint-agent", "--selection=deviation"), "selection"),
         (("--preamble=/nowhere",), "preamble"),
-        (("--json=/",), "json: '/' is no file"),
-        (("--json=/dev/null",), "json: '/dev/null' is no file"),
+        (("--json=/",), "json: '/' is not a file"),
+        (("--json=/dev/null",), "json: '/dev/null' is not a file"),
         (("--json=/proc/self/x.json",), "json: '/proc/self/x.json' can't be written"),
         (("--trace=nowhere.jsonl",), "nowhere.jsonl"),
         (("--kv_memory=much",), "kv_memory"),

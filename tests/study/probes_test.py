@@ -15,7 +15,7 @@ from tokendance_jax.study.probes import SETTINGS, Graded, Setting, ask
 
 
 def graded(draws: int, share: float) -> Graded:
-    """Ten probes a draw, each answered rightly with a probability."""
+    """Grades ten probes per draw, each answered correctly with probability `share`."""
     rng = random.Random(0)
     found = Graded()
     for seed in range(draws):
@@ -43,7 +43,7 @@ def test_intervals_hold_the_accuracy_and_narrow_with_more_draws():
         assert low < found.accuracy("retrieve") < high
         assert low <= 0.7 <= high
         widths.append(high - low)
-    # Of independent draws the width falls with the root of their number.
+    # The width is inversely proportional to the square root of the number of independent draws.
     assert np.isclose(widths[0] / widths[1], 10**0.5, rtol=0.4)
 
 
@@ -69,7 +69,7 @@ def test_settings_are_what_they_say(name):
 
 @pytest.fixture(scope="module")
 def engine_of():
-    """An engine of the demo's model under a policy; all of them share their programs."""
+    """Makes engines of the demo's model by policy. All engines share their programs."""
     model, programs = demo_model("float32"), None
 
     def make(policy, **options):
@@ -91,7 +91,7 @@ def engine_of():
 
 @pytest.fixture(scope="module")
 def answers(engine_of):
-    """Asks what others said, in draws of a setting."""
+    """Grades probes about what others said, in draws of a setting."""
 
     def grade(setting, *, draws, policy="tokendance", shuffle=False, **options):
         engine = engine_of(policy, **options)
@@ -117,7 +117,8 @@ def test_reuse_costs_no_retrieval_and_wrong_pages_cost_it_all(answers):
 
 @pytest.mark.slow
 def test_probes_see_where_a_block_was_computed(answers):
-    # Sentences go on from one chunk to the next: what a chunk says of a person may stand before it.
+    # Sentences continue from one chunk to the next: what a chunk says may be about a person whom
+    # only the chunk before names.
     setting = SETTINGS["chunks"]
     dense = answers(setting, draws=2, policy="dense").accuracy("retrieve")
     assert dense >= 0.95

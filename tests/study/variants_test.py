@@ -1,4 +1,4 @@
-"""What is compared, and what of it an audit repeats."""
+"""Variants that are compared, and which of them an audit repeats."""
 
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.study.variants import Variant, audited

@@ -1,6 +1,6 @@
 """The demo that ships in the package: a small town, and a small model that speaks its language.
 
-`checkpoint/` is a Hugging Face folder, as `scripts.train_demo_model` exports it.
+`checkpoint/` is a Hugging Face folder exported by `scripts.demo.train_demo_model`.
 """
 
 import importlib.resources
@@ -11,9 +11,9 @@ from tokendance_jax.prompt import Trace, read_trace
 
 
 def demo_trace() -> Trace:
-    """Makes the demo's trace: 8 agents, 3 rounds, names and places that training never saw.
+    """Makes the demo's trace: 8 agents and 3 rounds, with names and places held out of training.
 
-    The recorded outputs are the right answers. The demo's model reads prompts in chat markup.
+    The recorded outputs are the right answers. The demo's model expects prompts in chat markup.
     """
     return story(0, 8, split="held_out")
 
@@ -30,12 +30,12 @@ def demo_tokenizer_json() -> str:
 
 
 def demo_chat_template() -> str:
-    """Reads the demo's chat template: ChatML, as Qwen2.5 has it."""
+    """Reads the demo's chat template: ChatML, as in Qwen2.5."""
     return _read("chat_template.jinja")
 
 
 def demo_checkpoint() -> Traversable:
-    """The folder of the demo's model."""
+    """Returns the folder of the demo's model."""
     return importlib.resources.files(__name__) / "checkpoint"
 
 

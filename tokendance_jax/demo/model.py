@@ -1,4 +1,4 @@
-"""The demo's model: a small Qwen2.5 that was trained to speak in the town."""
+"""The demo's model: a small Qwen2.5 trained on the language of the town."""
 
 import dataclasses
 import importlib.resources

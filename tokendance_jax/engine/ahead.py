@@ -1,7 +1,7 @@
-"""Whole programs of rounds, compiled for an accelerator that need not be present.
+"""Compiles whole programs of rounds for an accelerator that need not be present.
 
-Shapes are all that a compiler needs: no weight is made. What comes back says whether model, pool
-and temporaries fit the device, and what a program computes and moves.
+The compiler needs only shapes, so no weights are created. The result shows whether model, pool
+and temporaries fit the device, and how much a program computes and moves.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ from tokendance_jax.prompt.tokenizer import Tokenizer
 
 Name = Literal["prefill", "decode"]
 NAMES: tuple[Name, ...] = ("prefill", "decode")
-# Share of a device's memory that is neither weights nor pool. Of a GPU's, JAX takes three quarters
-# unless told otherwise.
+# Share of a device's memory that is used neither for weights nor for the pool. By default JAX
+# allocates three quarters of a GPU's memory.
 RESERVE = {"cuda": 0.25, "tpu": 0.06}
 MAX_AGENTS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RoundSize:
-    """The tokens of a round.
+    """The size of a round in tokens.
 
     Attributes:
-      agents: agents.
+      agents: number of agents.
       shared: tokens that all agents share.
-      own: tokens of each agent's prompt beside.
-      answer: most tokens of an answer.
+      own: other tokens of each agent's prompt.
+      answer: maximum number of tokens in an answer.
     """
 
     agents: int = 25
@@ -52,37 +52,39 @@ class RoundSize:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an agent, its answer included."""
+        """Tokens per agent, including its answer."""
         return self.shared + self.own + self.answer
 
     def pages(self, page_size: int) -> int:
-        """Pages that the round takes from a pool, page 0 included."""
+        """Returns the number of pages that the round needs in a pool, page 0 included."""
         own = -(-self.own // page_size) + -(-self.answer // page_size)
         return 1 + -(-self.shared // page_size) + self.agents * own
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compiled:
-    """A program as its compiler left it. Of a decode program, operations and bytes are of one step.
+    """A compiled program: its memory and its work.
 
-    What is read from the program's text is None where jaxlib does not know all instructions in it:
-    libtpu is newer, and uses some on a v6e that jaxlib 0.10.2 refuses.
+    For a decode program, `operations` and `moved` count one step. The fields that are read from
+    the program's text (`operations`, `moved`, `copies`, `kernels`) are None if jaxlib cannot
+    parse it: libtpu is newer, and for a v6e it uses instructions that jaxlib 0.10.2 rejects.
 
     Attributes:
       name: "prefill" or "decode".
       rows: rows of a call, padding included.
-      weights: bytes of the model's arrays, used by this program or not.
+      weights: bytes of all arrays of the model, whether or not this program uses them.
       pool: bytes of the pool, as the device lays it out.
-      round_pool: bytes of it that the round takes.
-      temporaries: bytes beside arguments and results.
-      code: bytes of the program, where the compiler tells.
-      memory: bytes in use while it runs: weights, pool, other arguments, results that are not
-        written into arguments, temporaries and code.
-      aliased: bytes of arguments that results are written into; the pool is among them.
-      operations: of matrix products; of attention, what the round needs.
-      moved: bytes read and written; by attention, the least that a kernel could.
-      copies: instructions that make an array as large as the pool's keys.
-      kernels: Mosaic kernels in it.
+      round_pool: bytes of the pool's pages that the round needs.
+      temporaries: bytes of temporary buffers, which are neither arguments nor results.
+      code: bytes of the program's code, if the compiler reports them.
+      memory: bytes in use while the program runs: weights, pool, other arguments, results that do
+        not reuse an argument's buffer, temporaries and code.
+      aliased: bytes of the argument buffers that results reuse, the pool's included.
+      operations: operations of the matrix products in the program, plus the attention operations
+        that the round needs.
+      moved: bytes read and written. For attention, the least that a kernel could move.
+      copies: names of instructions that create an array as large as the pool's keys.
+      kernels: number of Mosaic kernels in the program.
     """
 
     name: str
@@ -101,7 +103,10 @@ class Compiled:
 
 
 def abstract_model(config: Qwen2Config, target: targets.Target) -> Model:
-    """A bfloat16 model of shapes alone, on a device of the target; its tokenizer is the demo's."""
+    """Returns a bfloat16 model of shapes alone on a device of the target.
+
+    Its tokenizer is the demo's.
+    """
     graph, state = abstract_parameters(config, "bfloat16")
     state = targets.placed(target, state)
     tokenizer = Tokenizer(demo_tokenizer_json())
@@ -122,18 +127,18 @@ def compile_round(
     """Compiles one program of a round.
 
     Args:
-      name: which one.
+      name: the program.
       config: the model's sizes.
-      target: what for.
-      size: the round.
-      kv_memory: bytes of the pool; None: what weights and `RESERVE` leave of the device.
+      target: the device to compile for.
+      size: the size of the round.
+      kv_memory: bytes of the pool; None: what weights and `RESERVE` leave of the device's memory.
       page_size: token slots in a page.
-      row_budget: rows of a prefill call.
+      row_budget: maximum number of rows in a prefill call.
       steps: tokens that a decode call generates.
 
     Raises:
       TargetUnavailable: the target's compiler is not installed.
-      ValueError: the pool does not hold the round.
+      ValueError: the pool is too small for the round.
       jax.errors.JaxRuntimeError: the program does not fit the device.
     """
     implementation = "mosaic_gpu" if target.platform == "cuda" else "mosaic_tpu"
@@ -194,16 +199,16 @@ def compile_round(
 def _arguments(
     name: Name, config: Qwen2Config, size: RoundSize, shapes: Shapes, steps: int
 ) -> tuple[Any, ...]:
-    """What the program takes behind the pool, in the buckets of the round."""
+    """Returns the program's arguments after the pool, in the bucket shapes of the round."""
     block = block_pages(shapes.page_size)
-    # A base has a frame of its own: another key block begins there.
+    # A base has its own frame, so a new key block begins where its entries begin.
     entries = shapes.entries.fit(-(-size.tokens // shapes.page_size) + block)
     lanes = shapes.lanes.fit(size.agents)
     if name == "decode":
         return blank_decode(lanes=lanes, entries=entries, steps=steps, shapes=shapes)
     plan = blank_plan(
         rows=shapes.rows.budget,
-        lanes=shapes.lanes.fit(size.agents + 1),  # and that of the base
+        lanes=shapes.lanes.fit(size.agents + 1),  # one more for the base
         seats=lanes,
         entries=entries,
         shapes=shapes,
@@ -214,9 +219,10 @@ def _arguments(
 def _attention(
     name: Name, config: Qwen2Config, size: RoundSize, row_budget: int
 ) -> tuple[int, int]:
-    """Operations and bytes of attention in all layers: each page once for all who show it.
+    """Returns operations and bytes of attention in all layers.
 
-    In decoding, of the last step; in prefill, of a full call of the agents' own rows.
+    A page counts once, however many lanes read it. For decode these are the numbers of the last
+    step, for prefill those of a full call of the agents' own rows.
     """
     width = config.num_attention_heads * config.head_dim
     slot = 2 * config.num_key_value_heads * config.head_dim * 2  # keys and values, bfloat16

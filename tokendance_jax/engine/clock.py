@@ -1,4 +1,4 @@
-"""Laps of wall time, with or without what compilation took."""
+"""Lap times in wall time, with or without compilation."""
 
 import time
 
@@ -6,7 +6,7 @@ from tokendance_jax.engine.compiling import Programs
 
 
 class Clock:
-    """Laps of wall time, without compilation unless `cold`."""
+    """Measures laps of wall time, without compilation unless `cold`."""
 
     def __init__(self, programs: Programs, *, cold: bool):
         self._programs = programs
@@ -20,12 +20,12 @@ class Clock:
         return self._programs.compile_s - self._compiled_before
 
     def lap(self) -> float:
-        """Seconds since the last lap."""
+        """Returns the seconds since the last lap, and starts the next lap."""
         before, self._mark = self._mark, self._now()
         return self._mark - before
 
     def total(self) -> float:
-        """Seconds since the start."""
+        """Returns the seconds since the start."""
         return self._now() - self._start
 
     def _now(self) -> float:

@@ -1,4 +1,4 @@
-"""Compiling programs for the shapes of their arguments, and calling them."""
+"""Compiles programs for the shapes of their arguments, and calls them."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Build:
-    """What programs are compiled for, apart from the shapes of their arguments.
+    """The settings that programs are compiled for, apart from the shapes of their arguments.
 
     Attributes:
       config: the model's sizes.
@@ -45,10 +45,10 @@ class Program(Generic[P, R]):
     """A function that runs on the device, declared by `program` or `pool_program`.
 
     Attributes:
-      function: takes a `Build`, the model, the pool if it has one, and its arguments. With a pool
-        it returns the pool and a result.
-      pool: whether it takes the pool, donated.
-      donated: names of other arguments that it takes donated.
+      function: function of a `Build`, the model, the pool if `pool` is true, and further
+        arguments. With a pool, it returns the pool and a result.
+      pool: whether the function takes the pool, which is then donated.
+      donated: names of other arguments that are donated.
     """
 
     function: Callable[..., Any]
@@ -62,7 +62,7 @@ class Program(Generic[P, R]):
 
     @functools.cached_property
     def places(self) -> tuple[int, ...]:
-        """The places of the donated arguments behind model and pool."""
+        """Indices of the donated arguments, counted after model and pool."""
         names = list(inspect.signature(self.function).parameters)[2 + self.pool :]
         return tuple(map(names.index, self.donated))
 
@@ -75,19 +75,20 @@ def program(function: Callable[Concatenate[Build, Qwen2, P], R]) -> Program[P, R
 def pool_program(
     *donated: str,
 ) -> Callable[[Callable[Concatenate[Build, Qwen2, PagedKV, P], tuple[PagedKV, R]]], Program[P, R]]:
-    """Declares a program that takes the pool donated, and these arguments too."""
+    """Declares a program on the pool. The pool and the named arguments are donated."""
     return lambda function: Program(function, pool=True, donated=donated)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
-    """How arguments travel to a program: all host arrays as one, device arrays as they are.
+    """How arguments are passed to a program: host arrays packed as one, device arrays as they are.
 
-    A transfer costs time whatever its size, and a plan has 30 arrays.
+    Each transfer has a cost that does not depend on its size, and a plan has 30 arrays.
 
     Attributes:
       tree: structure of the arguments.
-      leaves: of each leaf the shape and the dtype, and how it travels.
+      leaves: shape, dtype and kind of each leaf: "packed" is a host array, "taken" a donated
+        device array, "kept" any other device array.
     """
 
     tree: Any
@@ -95,29 +96,29 @@ class Form:
 
     @classmethod
     def of(cls, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> tuple["Form", list[Any]]:
-        """The form of arguments, and their leaves.
+        """Returns the form of arguments, and their leaves.
 
         Args:
           arguments: pytrees of arrays, or of shapes on a device.
-          donated: places of those that are donated.
+          donated: indices of the donated arguments.
 
         Raises:
-          TypeError: a host array's numbers have not four bytes, and are not bool.
+          TypeError: a host array is not bool, and its dtype does not have four bytes.
         """
         leaves, tree = jax.tree.flatten(arguments)
-        taken = {id(arguments[place]) for place in donated}
+        taken = {id(leaf) for place in donated for leaf in jax.tree.leaves(arguments[place])}
         kinds = [
             "packed" if isinstance(x, np.ndarray) else "taken" if id(x) in taken else "kept"
             for x in leaves
         ]
         for x, kind in zip(leaves, kinds, strict=True):
             if kind == "packed" and x.dtype.itemsize != 4 and x.dtype != np.bool_:
-                raise TypeError(f"an array of {x.dtype}: give numbers of four bytes, or bool")
+                raise TypeError(f"an array of {x.dtype}: pass bool or a dtype of four bytes")
         forms = [(tuple(x.shape), np.dtype(x.dtype), k) for x, k in zip(leaves, kinds, strict=True)]
         return cls(tree, tuple(forms)), leaves
 
     def pack(self, leaves: list[Any]) -> tuple[list[Any], list[Any], np.ndarray]:
-        """The donated device arrays, the others, and all host arrays as i32 [words]."""
+        """Returns the donated device arrays, the others, and all host arrays as i32 [words]."""
         sorted_: dict[str, list[Any]] = {"taken": [], "kept": [], "packed": []}
         for x, (_, dtype, kind) in zip(leaves, self.leaves, strict=True):
             if kind == "packed":
@@ -129,7 +130,7 @@ class Form:
         return sorted_["taken"], sorted_["kept"], words
 
     def unpack(self, taken: list[Any], kept: list[Any], words: jax.Array) -> Any:
-        """The arguments, on the device."""
+        """Rebuilds the arguments from what `pack` returned, inside the compiled program."""
         device, start = {"taken": iter(taken), "kept": iter(kept)}, 0
         leaves = []
         for shape, dtype, kind in self.leaves:
@@ -148,10 +149,11 @@ class Form:
 
 
 class Programs:
-    """A model's compiled programs, once for each shape of their arguments.
+    """A model's programs, each compiled once per shape of its arguments.
 
-    Engines of one model and the same sizes may share them. Calls trace nothing once a program is
-    compiled; `compile_s` adds up what that took, so that callers can keep it out of their timings.
+    Engines with the same model and sizes may share an instance. Calls of a compiled program trace
+    nothing. `compile_s` is the total time spent compiling, so that callers can keep it out of
+    their timings.
     """
 
     def __init__(
@@ -168,15 +170,15 @@ class Programs:
           model: the model.
           shapes: the static shapes.
           implementation: which kernels run (see `kernels.dispatch`).
-          device: where the programs run; None: the default device.
+          device: the device that runs the programs; None: the default device.
         """
         self.model = model
         self.shapes = shapes
-        self.implementation = implementation
         self.compile_s = 0.0
         self._device = device
         platform = (jax.devices()[0] if device is None else device).platform
-        # XLA counts a donated pool twice, and then computes products twice to save memory.
+        # XLA counts a donated pool twice, and rematerialization then computes products twice to
+        # save memory.
         self._compiler_options: dict[str, str | bool] | None = (
             {"xla_disable_hlo_passes": "rematerialization"} if platform in ("cuda", "gpu") else None
         )
@@ -185,21 +187,21 @@ class Programs:
             shapes.page_size,
             shapes.no_slot,
             implementation,
-            # Attention is XLA code there, which takes long to compile for every layer.
+            # On CPU attention is XLA code, which takes long to compile for every layer.
             rolled=platform == "cpu",
         )
-        self._compiled: dict[tuple[str, Form], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[str, Form, Any], Callable[..., Any]] = {}
 
     def call(self, program: Program[..., Any], kv: PagedKV | None, *arguments: Any) -> Any:
-        """Calls a program, compiled first if need be.
+        """Calls a program, and compiles it first if needed.
 
         Args:
           program: the program.
-          kv: the pool, donated; None for a program that takes none.
-          arguments: its arguments. Those that it takes donated are device arrays.
+          kv: the pool, which is donated; None for a program without a pool.
+          arguments: the program's arguments. The donated ones must be device arrays.
 
         Returns:
-          What its function returned: with a pool, that and the result.
+          The result of the program's function: with a pool, the pool and a result.
         """
         form, leaves = Form.of(arguments, program.places)
         pool = () if kv is None else (kv,)
@@ -213,29 +215,30 @@ class Programs:
         *arguments: Any,
         form: Form | None = None,
     ) -> Callable[..., Any]:
-        """Compiles a program for arguments of these shapes, unless that was done before."""
+        """Returns the program compiled for arguments of these shapes; compiles it if needed."""
         form = form or Form.of(arguments, program.places)[0]
-        found = self._compiled.get((program.name, form))
+        key = program.name, form, None if kv is None else kv.k.dtype
+        found = self._compiled.get(key)
         if found is None:
-            # Calls return before their work is done: let it end, or it would hide behind the
-            # compilation and be missing from the caller's timings.
+            # Dispatch is asynchronous. Wait for earlier work to finish: otherwise it would overlap
+            # with the compilation and be missing from the caller's timings.
             jax.block_until_ready([x for x in arguments if not isinstance(x, np.ndarray)])
             started = time.perf_counter()
-            found = self._compiled[program.name, form] = self.compile(program, kv, *arguments)
+            found = self._compiled[key] = self.compile(program, kv, *arguments)
             self.compile_s += time.perf_counter() - started
         return found
 
     def compile(
         self, program: Program[..., Any], kv: PagedKV | None, *arguments: Any
     ) -> jax.stages.Compiled:
-        """Compiles a program for arguments of these shapes, whether that was done before or not."""
+        """Compiles a program for arguments of these shapes, even if that was done before."""
         lowered = self.lower(program, kv, *arguments)
         return lowered.compile(compiler_options=self._compiler_options)
 
     def lower(
         self, program: Program[..., Any], kv: PagedKV | None, *arguments: Any
     ) -> jax.stages.Lowered:
-        """Traces a program for arguments of these shapes."""
+        """Traces and lowers a program for arguments of these shapes."""
         form, leaves = Form.of(arguments, program.places)
         given: Any = (*(() if kv is None else (kv,)), *form.pack(leaves))
         if self._device is not None:
@@ -246,7 +249,7 @@ class Programs:
         return self._jitted(program, form).lower(self.model.state, *given)
 
     def _jitted(self, program: Program[..., Any], form: Form) -> Any:
-        """The jitted function of the model's state, a pool, and the arguments as they travel."""
+        """Returns the jitted function of the model's state, a pool if any, and packed arguments."""
 
         def traced(state: nnx.State, *given: Any) -> Any:
             *pool, taken, kept, words = given

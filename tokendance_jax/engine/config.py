@@ -13,23 +13,23 @@ DEFAULT_KV_MEMORY = 1 << 30
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """The settings of a `RoundEngine`, checked when they are made.
+    """The settings of a `RoundEngine`, checked on construction.
 
     Attributes:
-      policy: which KV is reused, and how: one of `POLICIES`.
-      options: choices within the policies.
-      preamble: neutral text in front of shared text that is computed for all agents, where their
-        prompts begin with nothing in common.
-      salt: secret of a tenant; pages are found again only under the same salt.
+      policy: the policy, which decides what KV is reused and how: one of `POLICIES`.
+      options: options of the policies.
+      preamble: neutral text in front of shared text that is computed once for all agents; used if
+        the agents' prompts have no common beginning.
+      salt: secret of a tenant; cached pages are found only under the same salt.
       page_size: token slots in a page: a power of two, at most 256.
       kv_memory: bytes of the page pool.
-      kv_dtype: precision of the pool; the model's if None.
-      row_budget: most rows computed in one prefill call; longer rounds take several.
-      max_agents: most agents in a round.
-      decode_steps: tokens that a decode call generates before the host looks at them.
-      cold: whether timings count compilation.
-      implementation: which kernels run: "xla", "mosaic_gpu", "mosaic_tpu", or "interpret", the GPU
-        kernels in a simulator; None: those of the platform.
+      kv_dtype: precision of the pool; None: the model's.
+      row_budget: maximum number of rows in one prefill call; longer rounds take several calls.
+      max_agents: maximum number of agents in a round.
+      decode_steps: tokens per agent that a decode call generates before the host reads them.
+      cold: whether timings include compilation.
+      implementation: which kernels run: "xla", "mosaic_gpu", "mosaic_tpu", or "interpret" (the
+        GPU kernels in a simulator); None: those of the platform.
     """
 
     policy: str = "tokendance"

@@ -1,4 +1,4 @@
-"""The host's side of decoding: text pieces, stop strings, callbacks, and who is still live."""
+"""The host side of decoding: text pieces, stop strings, callbacks, and which answers are live."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,12 +13,13 @@ from tokendance_jax.plan.groups import group_tables
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.prompt.tokenizer import Tokenizer
 
-# (agent, token id, the text that the token completes); also for a stop token that completes text
+# Called with agent, token id and the text that the token completes. A stop token is reported only
+# if it completes text.
 OnToken = Callable[[str, int, str], None]
 
 
 class Answer:
-    """One agent's answer as it grows."""
+    """One agent's answer while it is generated."""
 
     def __init__(
         self,
@@ -39,30 +40,31 @@ class Answer:
         self._stop_ids = stop_ids
         self._on_token = on_token
         self._text = ""
-        self._shown = 0  # characters that were given to `on_token`
-        self._pieces = [(0, 0)]  # tokens and characters at the end of each piece of text
+        self._shown = 0  # characters passed to `on_token`
+        self._pieces = [(0, 0)]  # counts of tokens and characters after each piece of text
         self._kept = 0  # tokens before the stop token or string
 
     @property
     def live(self) -> bool:
-        """Whether the answer goes on."""
+        """Whether the answer is still being generated."""
         return self.finish_reason is None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The answer's tokens, without stop token and without those that a stop string lies in."""
+        """The answer's tokens, without the stop token and those that overlap a stop string."""
         return tuple(self.chosen[: self._kept])
 
     @property
     def text(self) -> str:
-        """The answer, cut before a stop string. While it is live, its whole characters."""
+        """The answer, cut before a stop string. While it is live, complete characters only."""
         return self._text
 
     def add(self, token: int) -> None:
-        """Takes the next token, unless the answer has ended.
+        """Adds the next token; does nothing if the answer has ended.
 
-        `on_token` is given text as soon as it is sure to be part of the answer: not while bytes of
-        a character are missing, nor while a stop string may begin there.
+        `on_token` receives text as soon as it is certain to be part of the answer: not while
+        bytes of a character are missing, and not while the text may be the beginning of a stop
+        string.
         """
         if not self.live:
             return
@@ -89,17 +91,17 @@ class Answer:
 
 
 def _begun(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of a stop string."""
+    """Returns how many characters at the end of a text may be the beginning of a stop string."""
     lengths = (n for string in stop for n in range(1, len(string)) if text.endswith(string[:n]))
     return max(lengths, default=0)
 
 
 def take(answers: Sequence[Answer], tokens: np.ndarray, *, round_index: int) -> None:
-    """Adds the tokens of a call to answers, step by step.
+    """Adds the tokens of one call to the answers, step by step.
 
     Args:
       answers: the answers.
-      tokens: i32 [answers, steps]; negative where an answer had ended.
+      tokens: i32 [answers, steps]; negative where an answer has ended.
       round_index: number of the round.
 
     Raises:
@@ -125,21 +127,22 @@ def generate(
     steps: int,
     round_index: int,
 ) -> None:
-    """Makes decode calls until every answer has ended.
+    """Runs decode calls until every answer has ended.
 
-    Lanes whose answers have ended are dropped as soon as the rest fits a smaller bucket, so that
-    the last agents do not pay for those that are done.
+    Lanes whose answers have ended are dropped as soon as the live lanes fit a smaller bucket, so
+    the last agents do not pay for finished ones.
 
     Args:
-      runner: what runs the decode calls.
-      lanes: the lanes, their prompts written.
+      runner: runs the decode calls.
+      lanes: the lanes; the KV of their prompts is written.
       answers: the answers, one per lane, each with its first token.
-      sampling_of: how the lanes of the given indices sample, in bucket shapes.
-      steps: tokens per call; the host looks at the tokens only between two calls.
+      sampling_of: returns the sampling settings of the lanes with the given indices, in bucket
+        shapes.
+      steps: tokens per lane and call; the host reads the tokens only between calls.
       round_index: number of the round.
 
     Raises:
-      NotFiniteError: the model's logits were not finite.
+      NotFiniteError: the model's logits are not finite.
     """
     shapes, seats = runner.shapes, list[int]()
     while live := [lane for lane, answer in enumerate(answers) if answer.live]:

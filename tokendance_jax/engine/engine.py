@@ -42,16 +42,16 @@ from tokendance_jax.prompt.trace import Trace
 
 
 class RoundEngine:
-    """Serves rounds: plans them on the host, prefills them as one batch, decodes all agents.
+    """Serves rounds: plans each on the host, prefills it as one batch, and decodes all agents.
 
-    A round takes the pages of its prompts and its longest answers before any device work, so a
-    round that is admitted always finishes, and gives them back however it ends. Nothing is traced
-    once the programs of a bucket shape are compiled.
+    Before any device work, a round allocates the pages of its prompts and of its longest answers,
+    so a round that is admitted always finishes. It releases the pages however it ends. Once the
+    programs of a bucket shape are compiled, nothing is traced.
 
     Attributes:
       config: the settings.
-      runner: what runs programs on the device.
-      pool: the pages of the runner's pool, counted.
+      runner: runs programs on the device.
+      pool: reference counts of the pages in the runner's pool.
     """
 
     def __init__(
@@ -62,17 +62,18 @@ class RoundEngine:
         programs: Programs | None = None,
         **settings: Any,
     ):
-        """Makes an engine with an empty pool.
+        """Creates an engine with an empty pool.
 
         Args:
           model: the model to serve.
           config: the settings; None: the defaults.
-          programs: programs of another engine with the same model and sizes, to share what is
-            compiled.
-          settings: fields of `EngineConfig`, in place of those of `config`.
+          programs: programs of another engine with the same model and sizes, which saves
+            compiling them again.
+          settings: fields of `EngineConfig` that override those of `config`.
 
         Raises:
-          ValueError: if a setting is out of its range, or the device has no room for the pool.
+          ValueError: if a setting is out of its range, the device has no room for the pool, or
+            `programs` belongs to another model, other sizes or other kernels.
         """
         config = dataclasses.replace(config or EngineConfig(), **settings)
         spec, shapes = _sizes(model, config)
@@ -81,7 +82,7 @@ class RoundEngine:
         served = programs.model
         if served.state is not model.state or served.config != model.config:
             raise ValueError("programs: they serve another model; leave the argument out")
-        if programs.shapes != shapes or programs.implementation != config.implementation:
+        if programs.shapes != shapes or programs.build.implementation != config.implementation:
             raise ValueError(
                 "programs: they were made for other sizes or kernels; leave the argument out"
             )
@@ -123,26 +124,28 @@ class RoundEngine:
 
         Args:
           round_: the prompts and how to sample.
-          chat: whether to set the segments into the model's chat markup; None: if the model has a
+          chat: whether to wrap the segments in the model's chat markup; None: if the model has a
             template.
-          on_token: called for every token of an answer, in order, between decode calls; with a
-            stop token only if text was held back. The texts joined are the answer.
-          mirrors: whether to copy the KV of the round out of the pool, as a `MasterMirror`: to the
-            bit, or quantised in about half the bytes of a bfloat16 pool.
-          at_rest: whether the ledger says how many bytes the mirrors have, or would have.
+          on_token: called for every token of an answer, in order, between decode calls; for a
+            stop token only if text was held back. The concatenated texts are the answer.
+          mirrors: whether to copy the KV of the round out of the pool, as a `MasterMirror`:
+            "exact" copies it bit for bit, "int8" quantises it, to about half the bytes of a
+            bfloat16 pool.
+          at_rest: whether the ledger counts the bytes of the mirrors, even if none are made.
 
         Returns:
-          Answers, timings and ledger, and the mirrors where they are asked for.
+          Answers, timings and ledger, and the mirrors if requested.
 
         Raises:
-          ValueError: if there are no such mirrors; nothing has been computed then.
+          ValueError: if `mirrors` is unknown, or there are too many stop tokens; nothing has been
+            computed then.
           PromptError: if a prompt cannot be served; nothing has been computed then.
           OutOfPages: if the pool cannot hold the round; nothing has been computed then.
           NotFiniteError: if the model's logits are NaN or infinite; nothing of the round is kept.
         """
         form = self._mirror_form(mirrors)
         if mirrors is not None:
-            _ = self.model.identity  # hashes the weights, once
+            _ = self.model.identity  # hashes the weights once, before the clock starts
         clock = Clock(self.programs, cold=self.config.cold)
         if chat is None:
             chat = self.model.tokenizer.chat_template is not None
@@ -162,7 +165,7 @@ class RoundEngine:
             )
             for prompt, limit in zip(prompts, limits, strict=True)
         ]
-        # The last token of an answer is never computed, so it needs no slot.
+        # No K and V are computed for the last token of an answer, so it needs no slot.
         with self.open(prompts, [limit - 1 for limit in limits]) as opened:
             plan_s = clock.lap()
             prefill = self.prefill(opened)
@@ -213,16 +216,16 @@ class RoundEngine:
         """Restores the KV of a round into pages of the pool.
 
         Args:
-          mirrors: of a round of a model with the same weights in the same precision; in an exact
-            form of the pool's precision, or int8.
+          mirrors: mirrors of a round that a model with the same weights in the same precision
+            computed; exact in the pool's precision, or int8.
 
         Returns:
-          A lane for each agent, with nothing to compute. The caller holds a reference for each
-          table entry, and gives them back: `engine.pool.release(lane.page)`.
+          One lane per agent, with nothing to compute. The caller holds one reference per table
+          entry and releases them with `engine.pool.release(lane.page)`.
 
         Raises:
-          MirrorError: if another model computed the mirrors, or they do not fit the pool; nothing
-            is held then.
+          MirrorError: if another model computed the mirrors, or they do not match the shape or
+            precision of the pool; nothing is held then.
           OutOfPages: if the pool cannot hold them; nothing is held then.
         """
         try:
@@ -237,14 +240,14 @@ class RoundEngine:
         round first needs them.
 
         Args:
-          agents: most agents in a round.
-          tokens: most tokens of an agent, prompt and answer together.
+          agents: maximum number of agents in a round.
+          tokens: maximum number of tokens of an agent, prompt and answer together.
 
         Returns:
-          Seconds that compilation took.
+          Seconds spent compiling.
 
         Raises:
-          ValueError: if the engine serves no rounds of this size.
+          ValueError: if the engine cannot serve rounds of this size.
         """
         before, steps = self.programs.compile_s, self.config.decode_steps
         warm_up(self.runner, self._policy, agents=agents, tokens=tokens, steps=steps)
@@ -263,10 +266,10 @@ class RoundEngine:
 
         Args:
           trace: the rounds.
-          replay: whether shared blocks are the recorded answers; else those that are answers of
-            earlier rounds (`name_authors`) are the ones that this engine gave.
-          chat: whether to set the segments into chat markup; None: not in replays, whose prompts
-            stand as they were recorded, else as in `serve`.
+          replay: whether shared blocks are served as recorded. Otherwise, blocks that are answers
+            of earlier rounds (`name_authors`) are replaced by the answers of this engine.
+          chat: whether to wrap the segments in chat markup; None: not in replays, whose prompts are
+            served as recorded; otherwise as in `serve`.
           on_token: see `serve`.
           at_rest: see `serve`.
 
@@ -274,8 +277,8 @@ class RoundEngine:
           One result per round.
 
         Raises:
-          PromptError: before anything is served, if a round of a replay can't be, or if it can't be
-            told whose answers the shared blocks are that a live run replaces.
+          PromptError: before anything is served, if a round of a replay cannot be served, or if
+            the author of a shared block that a live run would replace cannot be identified.
         """
         if chat is None and replay:
             chat = False
@@ -293,16 +296,16 @@ class RoundEngine:
 
     @contextlib.contextmanager
     def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> Iterator[OpenRound]:
-        """Takes the pages of a round, and gives them back when the block ends.
+        """Allocates the pages of a round, and releases them when the block ends.
 
-        Without `OpenRound.written` nothing is kept that may be half written.
+        Unless the block sets `OpenRound.written`, no page that may be half written stays cached.
 
         Args:
           prompts: the agents' prompts.
-          rooms: how many more tokens each lane must have room for.
+          rooms: for each lane, the number of further tokens that it must have room for.
 
         Raises:
-          OutOfPages: if the pool cannot give them; nothing is held then.
+          OutOfPages: if the pool cannot provide them; nothing is held then.
         """
         opened = self._policy.open(prompts, rooms)
         try:
@@ -312,22 +315,23 @@ class RoundEngine:
             self._recover()
 
     def prefill(self, opened: OpenRound, wanted: Sequence[int] | None = None) -> Prefill:
-        """Carries out the steps of an open round.
+        """Runs the steps of an open round.
 
         Args:
           opened: the round.
-          wanted: for each agent, the first position whose residual stream is kept.
+          wanted: for each agent, the first position whose residual stream is kept for
+            `Prefill.streams`; None: none is kept.
         """
         prefill = Prefill(self.runner, agents=len(opened.lanes))
         prefill.run(opened.steps, wanted)
         return prefill
 
     def base_pages(self) -> Int32[np.ndarray, " pages"]:
-        """Pages of shared text that later rounds may read."""
+        """Returns the pages of shared text that later rounds may read."""
         return self._policy.base_pages()
 
     def _start(self) -> None:
-        """Counts the pages of an empty pool."""
+        """Creates the policy and the reference counts of an empty pool."""
         model, config = self.model, self.config
         self.pool = PagePool(self.shapes.pages)
         namespace = f"{model.name}/{model.config}/{self.runner.spec.storage}/{model.dtype}"
@@ -343,7 +347,7 @@ class RoundEngine:
         )
 
     def _recover(self) -> None:
-        """Starts over if a call that took the pool did not hand it back."""
+        """Starts over with an empty pool if a call lost the donated pool (see `Runner.lost`)."""
         if self.runner.lost:
             self.runner.reset()
             self._start()
@@ -358,7 +362,7 @@ class RoundEngine:
         return answer_limits(round_, prompts, self.model.config)
 
     def _mirror_form(self, mirrors: str | None) -> Quantised | None:
-        """How pages are stored in mirrors of a name."""
+        """Returns how mirrors of this name store pages; None: bit for bit."""
         if mirrors not in (None, "exact", "int8"):
             raise ValueError(f"mirrors: {mirrors!r} is unknown; choose exact or int8")
         if mirrors != "int8":
@@ -368,7 +372,7 @@ class RoundEngine:
     def _sampling_of(
         self, round_: Round, limits: Sequence[int], stop_ids: Sequence[int]
     ) -> Callable[[Sequence[int]], SamplingArrays]:
-        """Gives the function that stacks how the agents of given indices sample."""
+        """Returns a function that stacks the sampling settings of agents with given indices."""
         sampling = round_.sampling
         keys = [agent_key(sampling.seed, round_.index, agent.agent) for agent in round_.agents]
 
@@ -387,7 +391,7 @@ class RoundEngine:
 
 
 def _sizes(model: Model, config: EngineConfig) -> tuple[KVSpec, Shapes]:
-    """The pool that fits the memory, and the static shapes."""
+    """Returns the spec of the largest pool that fits `kv_memory`, and the static shapes."""
     spec = model.kv_spec(
         pages=1,
         page_size=config.page_size,

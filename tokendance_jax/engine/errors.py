@@ -1,10 +1,10 @@
-"""The error of a model that gives no numbers."""
+"""The error raised when a model's outputs are NaN or infinite."""
 
 from tokendance_jax.errors import LocatedError
 
 
 class NotFiniteError(LocatedError):
-    """Logits, or what they are computed from, that are NaN or infinite."""
+    """Logits, or the residual stream that they are computed from, are NaN or infinite."""
 
     def __init__(self, where: str, subject: str, problem: str) -> None:
         remedy = "check the model's weights, or load it with dtype=float32 if they overflow"

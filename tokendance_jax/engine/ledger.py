@@ -1,4 +1,4 @@
-"""Counting the tokens and bytes of a round."""
+"""Counts the tokens and bytes of a round."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,19 +27,20 @@ def account(
     layout: MirrorLayout | None,
     form: Quantised | None,
 ) -> tuple[tuple[AgentResult, ...], RoundLedger]:
-    """Makes the agents' results and the round's ledger, while the round holds its pages.
+    """Builds the agents' results and the round's ledger, while the round holds its pages.
 
     Args:
       prompts: the prompts.
       answers: the ended answers.
-      opened: the round.
-      cost: what its prefill computed.
-      lengths: tokens of each agent whose KV is written, prompt and answer together.
+      opened: the open round.
+      cost: the cost of its prefill.
+      lengths: for each agent, the number of tokens whose KV is written, prompt and answer
+        together.
       layers: the model's layers.
       page_size: token slots in a page.
       page_bytes: bytes of a page in all layers.
-      layout: how the round lies at rest; None: its bytes there are not counted.
-      form: how pages are stored in mirrors; None: to the bit.
+      layout: the layout of the round's mirrors; None: the bytes of mirrors are not counted.
+      form: how pages are stored in mirrors; None: bit for bit.
     """
     filled = [
         np.unique(lane.page[np.cumsum(lane.slots) - lane.slots < length])
@@ -99,11 +100,12 @@ def tokens_by_kind(prompt: TokenizedPrompt) -> dict[str, int]:
 def distinct_tokens(
     prompts: Sequence[TokenizedPrompt], exact_hits: Sequence[int] | None = None
 ) -> int:
-    """Private and task tokens of all prompts, and the tokens of every distinct shared block.
+    """Counts private and task tokens of all prompts, and the tokens of distinct shared blocks.
 
     Args:
       prompts: the prompts.
-      exact_hits: leading tokens of each prompt that are not counted.
+      exact_hits: for each prompt, the number of leading tokens whose private and task tokens are
+        not counted; None: 0.
     """
     private, shared = 0, {}
     for prompt, hit in zip(prompts, exact_hits or [0] * len(prompts), strict=True):

@@ -1,4 +1,4 @@
-"""What rounds and pools may ask for: checked on the host, before anything is computed."""
+"""The limits of rounds and pools, checked on the host before anything is computed."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,18 @@ from tokendance_jax.prompt.tokenized import TokenizedPrompt
 def answer_limits(
     round_: Round, prompts: Sequence[TokenizedPrompt], config: Qwen2Config
 ) -> list[int]:
-    """Checks prompts against a model, and limits answers to what its context leaves them.
+    """Checks prompts against a model, and limits answers to the rest of the model's context.
 
     Args:
       round_: the round.
-      prompts: its prompts as tokens.
+      prompts: its tokenized prompts.
       config: the model's sizes.
 
     Returns:
-      Most tokens of each agent's answer.
+      The maximum number of tokens in each agent's answer.
 
     Raises:
-      PromptError: a prompt fills the context, or holds a token that the model does not have.
+      PromptError: a prompt fills the context, or has a token id outside the model's vocabulary.
     """
     context, limits = config.max_position_embeddings, []
     for agent, prompt in zip(round_.agents, prompts, strict=True):
@@ -42,28 +42,28 @@ def answer_limits(
 
 
 def check_page_size(page_size: int) -> None:
-    """Refuses sizes of pages that block tables can't have.
+    """Checks that block tables support a page size.
 
     Raises:
-      ValueError: it is not a power of two of at most 256.
+      ValueError: the page size is not a power of two of at most 256.
     """
     if page_size not in (1 << bit for bit in range(9)):
         raise ValueError(f"page_size: {page_size} is not a power of two of at most 256")
 
 
 def check_kv_memory(kv_memory: int) -> None:
-    """Refuses a page pool that the default device can't hold.
+    """Checks that the memory of the default device is large enough for a page pool.
 
     Raises:
       ValueError: the device has less memory.
     """
     memory = host.memory()
     if memory is not None and kv_memory > memory:
-        raise too_large(kv_memory, f"the device has {memory / 2**30:,.1f} GiB in all")
+        raise too_large(kv_memory, f"the device has {memory / 2**30:,.1f} GiB in total")
 
 
 def too_large(kv_memory: int, why: str) -> ValueError:
-    """The error about a pool for which there is no memory."""
+    """Returns the error for a pool that does not fit in memory."""
     return ValueError(
         f"kv_memory: a pool of {kv_memory / 2**30:,.1f} GiB is too large: {why}; give less, or "
         "serve fewer agents or shorter answers"

@@ -1,4 +1,4 @@
-"""Carrying out the steps of a round's prefill on the device."""
+"""Runs the steps of a round's prefill on the device."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,15 @@ from tokendance_jax.policy.policy import NOBODY, Compute, Link, Look, Rest, Scor
 
 @dataclasses.dataclass(slots=True)
 class Cost:
-    """What a prefill computed.
+    """The work of a prefill.
 
     Attributes:
-      tokens: prompt tokens that each agent computed, through all layers but the first.
+      tokens: prompt tokens that each agent computed through all layers. For a `Rest` step, the
+        `Look` before has run layer 0.
       base_tokens: tokens computed for bases.
-      token_layers: tokens times the layers that each ran through, looks included; a look at the K
-        and V of one layer counts as their share of the layer's weights.
-      attended: keys that the rows attended to, in each layer that they ran through.
+      token_layers: tokens times the layers that each ran through, looks included. The layer that
+        a look inspects counts as the share of its weights that the look uses.
+      attended: keys that the rows attended to, summed over the layers that they ran through.
     """
 
     tokens: np.ndarray
@@ -39,7 +40,7 @@ class Prefill:
 
     Attributes:
       hidden: residual stream at the agents' last tokens, f32 [seats, width].
-      cost: what was computed so far.
+      cost: the work so far.
     """
 
     def __init__(self, runner: Runner, *, agents: int):
@@ -51,11 +52,12 @@ class Prefill:
         self._resumed: tuple[Sequence[LanePlan], np.ndarray] = ((), np.zeros((0, 0)))
 
     def run(self, steps: Steps, wanted: Sequence[int] | None = None) -> None:
-        """Runs steps to their end.
+        """Runs all steps.
 
         Args:
-          steps: what to do.
-          wanted: for each agent, the first position whose residual stream is kept for `streams`.
+          steps: the steps.
+          wanted: for each agent, the first position whose residual stream is kept for `streams`;
+            None: none is kept.
         """
         self._wanted = wanted
         scores: Scores | None = None
@@ -77,7 +79,7 @@ class Prefill:
                     self._rest(step)
 
     def streams(self) -> list[Float32[np.ndarray, "_ width"]]:
-        """The residual stream at each agent's wanted positions, in order."""
+        """Returns the residual stream at each agent's wanted positions, in order."""
         seat, position, x = (np.concatenate(column) for column in zip(*self._streams, strict=True))
         order = np.lexsort((position, seat))
         counts = np.bincount(seat, minlength=len(self.cost.tokens))
@@ -104,17 +106,17 @@ class Prefill:
         return self._mass(step) if step.what == "attention" else self._deviation(step)
 
     def _mass(self, step: Look) -> Scores:
-        """Attention mass of each lane's table entries."""
+        """Returns the attention mass on each lane's table entries."""
         mass = np.zeros((), np.float32)
         for plan, _ in self._calls(step.lanes, step.seats):
             found = self._runner.run(programs.attention, plan)
             mass = mass + np.asarray(found)
-        # The tables of calls have empty entries between the lanes' own.
+        # In the tables of calls, empty entries pad the key blocks between a lane's own entries.
         used = np.asarray(plan.tables.slots) > 0
         return [mass[index][used[index]] for index in range(len(step.lanes))]
 
     def _deviation(self, step: Look) -> Scores:
-        """Squared changes of K and V of each lane's rows."""
+        """Returns the squared changes of K and V for each lane's rows."""
         squares, streams = [], []
         bases = np.concatenate([np.repeat(p.base, p.slots)[p.computed] for p in step.lanes])
         for plan, _ in self._calls(step.lanes, step.seats):
@@ -152,7 +154,7 @@ class Prefill:
     def _calls(
         self, lanes: Sequence[LanePlan], seats: Sequence[int]
     ) -> Iterator[tuple[RoundPlan, np.ndarray]]:
-        """Plans of the lanes that compute something, each with the seats of its lanes."""
+        """Yields plans of the lanes that have rows to compute, each with the seats of its lanes."""
         shapes = self._runner.shapes
         busy = [pair for pair in zip(lanes, seats, strict=True) if len(pair[0].computed)]
         for start in range(0, len(busy), shapes.lanes.budget):
@@ -166,14 +168,14 @@ class Prefill:
             return
         used = int(plan.used)
         seat, position = seats[plan.lane[:used]], np.asarray(plan.rows.position)[:used]
-        first = np.array([*self._wanted, np.iinfo(np.int32).max])  # the last one is nobody's
+        first = np.array([*self._wanted, np.iinfo(np.int32).max])  # the last one is for `NOBODY`
         kept = position >= first[seat]
         self._streams.append((seat[kept], position[kept], np.asarray(x)[:used][kept]))
 
     def _count(self, lanes: Sequence[LanePlan], seats: Sequence[int], layers: float) -> None:
-        """Adds rows to the cost; a look has no seats, as it computes no token to its end."""
+        """Adds rows to the cost. Looks pass no seats: they compute no token through all layers."""
         self.cost.token_layers += layers * sum(len(lane.computed) for lane in lanes)
-        # A row sees its own key too. Part of a layer, at the end of a look, attends to nothing.
+        # A row attends to its own key too. The partial layer at the end of a look is not counted.
         self.cost.attended += int(layers) * sum(int((lane.computed + 1).sum()) for lane in lanes)
         for lane, seat in zip(lanes, seats, strict=False):
             if seat == NOBODY:
@@ -183,7 +185,10 @@ class Prefill:
 
 
 def look_layers(config: Qwen2Config, what: str) -> float:
-    """Layers that a look runs rows through, and of the one it looks at, its weights' share."""
+    """Returns the layers that a look runs rows through, as a fractional number.
+
+    The layer that the look inspects counts as the share of its weights that the look uses.
+    """
     heads = config.num_attention_heads, config.num_key_value_heads
     q, kv = (count * config.head_dim for count in heads)
     if what == "deviation":

@@ -22,16 +22,16 @@ from tokendance_jax.paged.kv import PagedKV
 from tokendance_jax.plan.round_plan import RoundPlan
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds this pytree with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Where each lane stands before a decode call.
+    """The state of each lane before a decode call.
 
     Attributes:
       token: the last token chosen, whose K and V are not written yet.
       position: its logical position.
-      live: whether the lane goes on.
+      live: whether the lane is still generating.
       generated: tokens chosen so far.
     """
 
@@ -49,7 +49,7 @@ def prefill(
     hidden: Float[jax.Array, "seats width"],
     plan: RoundPlan,
 ) -> tuple[PagedKV, tuple[Float[jax.Array, "seats width"], Float[jax.Array, "rows width"]]]:
-    """Computes a plan's rows. Takes `hidden` donated.
+    """Computes a plan's rows. `hidden` is donated.
 
     Args:
       build: what the program is compiled for.
@@ -59,8 +59,8 @@ def prefill(
       plan: the rows.
 
     Returns:
-      The pool with the rows written; `hidden` with this call's agents filled in, and the residual
-      stream of all rows.
+      The pool with the rows' K and V written; `hidden` with this call's agents filled in, and the
+      residual stream of all rows.
     """
     x, kv = _hidden(build, model, kv, plan)
     return kv, (_keep(hidden, x, plan), x)
@@ -75,14 +75,14 @@ def rest(
     x: Float[Array, "rows width"],
     plan: RoundPlan,
 ) -> tuple[PagedKV, tuple[Float[jax.Array, "seats width"], Float[jax.Array, "rows width"]]]:
-    """As `prefill`, for rows that have their residual stream `x` behind layer 0 already."""
+    """As `prefill`, for rows whose residual stream `x` after layer 0 is already computed."""
     x, kv = _hidden(build, model, kv, plan, x=x, layers=range(1, len(model.layers)))
     return kv, (_keep(hidden, x, plan), x)
 
 
 @pool_program()
 def link(build: Build, model: Qwen2, kv: PagedKV, plan: RestorePlan) -> tuple[PagedKV, None]:
-    """Copies pieces of the pool's pages, keys rotated on."""
+    """Copies pieces of pages within the pool, with keys rotated to their new positions."""
     del model
     theta, implementation = build.config.rope_theta, build.implementation
     return sparse_restore(kv, None, plan, theta=theta, implementation=implementation), None
@@ -92,20 +92,20 @@ def link(build: Build, model: Qwen2, kv: PagedKV, plan: RestorePlan) -> tuple[Pa
 def deviation(
     build: Build, model: Qwen2, kv: PagedKV, plan: RoundPlan, shown: Int32[Array, " rows"]
 ) -> tuple[PagedKV, tuple[Float[jax.Array, "rows width"], Float[jax.Array, "2 rows"]]]:
-    """Takes rows through layer 0 and compares their K and V at layer 1 with what slots hold.
+    """Runs rows through layer 0 and compares their K and V at layer 1 with those in the pool.
 
-    The measure of CacheBlend (arXiv 2405.16444, section 4.3).
+    This is the measure of CacheBlend (arXiv 2405.16444, section 4.3).
 
     Args:
       build: what the program is compiled for.
       model: the model.
       kv: the pool.
-      plan: the rows; where they have slots to write, layer 0 is written.
+      plan: the rows. Rows with a write slot also write their K and V of layer 0.
       shown: the slots to compare with.
 
     Returns:
-      The pool; the residual stream behind layer 0, and the squared differences of each row's K
-      and V.
+      The pool; the residual stream after layer 0, and the squared differences of each row's K and
+      V.
     """
     x, kv = _hidden(build, model, kv, plan, layers=range(1))
     index = jnp.ones_like(shown), shown // build.page_size, shown % build.page_size
@@ -124,9 +124,10 @@ def deviation(
 def attention(
     build: Build, model: Qwen2, kv: PagedKV, plan: RoundPlan
 ) -> tuple[PagedKV, Float[jax.Array, "lanes entries"]]:
-    """How much a plan's rows attend to each entry of their lanes' tables, in the middle layer.
+    """Returns how much rows attend to each entry of their lanes' tables, in the middle layer.
 
-    The rows run through the layers before it, and write their K and V there and in it.
+    The rows run through the layers before the middle layer. They write their K and V in those
+    layers and in the middle layer.
     """
     middle = len(model.layers) // 2
     x, kv = _hidden(build, model, kv, plan, layers=range(middle))
@@ -142,7 +143,7 @@ def first_token(
 ) -> Int32[jax.Array, " lanes"]:
     """Chooses each lane's first token from the residual stream at its last prompt token.
 
-    It is `sampling.NOT_FINITE` where logits are not finite.
+    The token is `sampling.NOT_FINITE` if the lane's logits are not finite.
     """
     del build
     lanes = hidden.shape[0]
@@ -154,7 +155,7 @@ def first_token(
 def logits(
     build: Build, model: Qwen2, hidden: Float[Array, "rows width"]
 ) -> Float[jax.Array, "rows vocab"]:
-    """Next-token logits f32 of residual-stream rows."""
+    """Returns the next-token logits (f32) of residual-stream rows."""
     del build
     return model.logits(jnp.asarray(hidden))
 
@@ -178,19 +179,19 @@ def decode(
       build: what the program is compiled for.
       model: the model.
       kv: the pool.
-      start: where each lane stands.
-      tables: block tables that cover the positions to come, without what groups hold.
-      groups: what several lanes hold.
-      slot: write slots of the positions to come.
+      start: the state of each lane.
+      tables: block tables without the entries in `groups`; they cover the positions to generate.
+      groups: the entries that several lanes hold.
+      slot: write slots of the positions to generate.
       sampling: how each lane samples and when it ends.
 
     Returns:
-      The pool and the tokens, -1 where a lane was not live. `sampling.NOT_FINITE` is the last of a
-      lane whose logits are not finite.
+      The pool and the tokens, -1 where a lane was not live. A lane whose logits are not finite
+      ends with `sampling.NOT_FINITE`.
     """
     theta = build.config.rope_theta
     lanes, steps = slot.shape
-    # Idle lanes fill the last group of rows; attention does without.
+    # Idle lanes fill the last group of rows (`_filled`). Attention does not need them.
     start, slot, sampling = jax.tree.map(_filled, (start, slot, sampling))
 
     def go_on(carry: tuple[jax.Array, PagedKV, DecodeState, jax.Array]) -> jax.Array:
@@ -203,7 +204,7 @@ def decode(
         index, kv, at, tokens = carry
         position = jnp.where(at.live, at.position, -1)
         target = jnp.where(at.live, slot[:, index], build.no_slot)
-        # The pages that answers are written to are the lane's own: they lie in frame 0.
+        # Answers are written to the lane's own pages, which have frame 0.
         rows = Rows(token=at.token, position=position, canonical=position, slot=target)
 
         def attend(q: jax.Array, kv: PagedKV, layer: int | jax.Array) -> jax.Array:
@@ -241,7 +242,7 @@ def decode(
 def _hidden(
     build: Build, model: Qwen2, kv: PagedKV, plan: RoundPlan, **options: Any
 ) -> tuple[jax.Array, PagedKV]:
-    """Runs a plan's rows, that meet the pages of their lanes; options as `Qwen2.hidden`."""
+    """Runs a plan's rows, which attend to their lanes' pages; options as for `Qwen2.hidden`."""
     position = jnp.asarray(plan.rows.position)
 
     def attend(q: jax.Array, kv: PagedKV, layer: int | jax.Array) -> jax.Array:
@@ -267,5 +268,5 @@ def _keep(hidden: jax.Array, x: jax.Array, plan: RoundPlan) -> jax.Array:
 
 
 def _filled(x: jax.Array) -> jax.Array:
-    """Fills the first axis with zeros up to whole groups of rows (`models.product`)."""
+    """Pads the first axis with zeros to whole groups of rows (see `models.product`)."""
     return jnp.pad(x, [(0, -x.shape[0] % ROW_GROUP)] + [(0, 0)] * (x.ndim - 1))

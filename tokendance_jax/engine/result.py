@@ -1,4 +1,4 @@
-"""What a served round gives back: texts, timings, and a ledger of tokens and bytes."""
+"""The result of a served round: texts, timings, and a ledger of tokens and bytes."""
 
 import dataclasses
 from typing import Literal
@@ -10,15 +10,15 @@ FinishReason = Literal["stop", "length"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of one round, compilation left out.
+    """Seconds of one round, without compilation unless `EngineConfig.cold` is set.
 
     Attributes:
       plan_s: tokenising, matching, planning.
       prefill_s: the prefill calls.
-      first_token_s: from the start of the round to everybody's first token.
+      first_token_s: from the start of the round until every agent has its first token.
       decode_s: from the first to the last token.
-      mirror_s: laying the round out as mirrors and copying them out of the pool, where asked for.
-      compile_s: tracing and compiling programs for shapes that were new.
+      mirror_s: laying the round out as mirrors and copying them out of the pool, if requested.
+      compile_s: tracing and compiling programs for new shapes.
     """
 
     plan_s: float
@@ -35,14 +35,17 @@ class AgentLedger:
 
     Attributes:
       tokens: prompt tokens by kind: system, history, shared, task, markup.
-      prompt_tokens: their sum.
+      prompt_tokens: number of prompt tokens of all kinds.
       computed_tokens: prompt tokens that this agent computed in this round.
-      reused_tokens: prompt tokens that it read from pages of others or of earlier rounds.
-      decoded_tokens: tokens of the answer, the one that ended it included.
-      kv_bytes_dense: bytes of the pages that the prompt and the written answer fill.
-      kv_bytes_held: the same, each page divided among the agents of the round that hold it.
-      kv_bytes_mirror: bytes of its mirror at rest: private pages, patches, tables; not the base. In
-        the form that was asked for, else to the bit; None if nobody asked.
+      reused_tokens: prompt tokens read from pages of other agents, of bases or of earlier rounds.
+      decoded_tokens: tokens of the answer, including the one that ended it.
+      kv_bytes_dense: bytes of the pages that the written KV of prompt and answer fills without
+        sharing.
+      kv_bytes_held: bytes of the pages that hold this KV, each page divided among the agents of
+        the round that hold it.
+      kv_bytes_mirror: bytes of the agent's mirror at rest: private pages, patches and tables, but
+        not the base. Counted for the requested form of mirrors, otherwise for exact ones; None if
+        neither mirrors nor their bytes are requested.
     """
 
     tokens: dict[str, int]
@@ -60,12 +63,12 @@ class AgentResult:
     """One agent's answer.
 
     Attributes:
-      agent: its name.
+      agent: name of the agent.
       text: the answer, without stop token or stop string.
-      token_ids: the tokens of the answer, without stop token and without those that a stop string
-        lies in.
+      token_ids: the tokens of the answer, without the stop token and those that overlap a stop
+        string.
       finish_reason: "stop" at a stop token or string, "length" at the limit.
-      ledger: tokens and bytes.
+      ledger: tokens and bytes of the agent.
     """
 
     agent: str
@@ -77,21 +80,22 @@ class AgentResult:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RoundLedger:
-    """The round's sums; the fields are those of `AgentLedger`.
+    """Sums over the round. Fields that are not listed are those of `AgentLedger`, summed up.
 
     Attributes:
-      distinct_tokens: private and task tokens of every agent, and every distinct shared block once:
-        what a round needs that pays for a block once and knows nothing from before.
-      unique_tokens: the same without exact prefix hits, and with the preamble of the bases: what
-        this round cannot do without.
-      computed_tokens: those of the agents, and of the bases.
-      token_layers: tokens computed times the layers that each ran through, looks included, over the
-        model's layers: the work of so many tokens.
-      attended: keys that computed tokens attended to, in all layers, over the model's layers: the
-        work of attention, which token-layers do not hold.
-      kv_bytes_held: bytes of all pages that the round filled, each once.
-      kv_bytes_rest: bytes of the round at rest: the base once, and all mirrors; None if nobody
-        asked.
+      distinct_tokens: private and task tokens of every agent, and every distinct shared block
+        once: the tokens that a round needs if it computes each block once and reuses nothing from
+        earlier rounds.
+      unique_tokens: `distinct_tokens` without exact prefix hits, plus the preamble of the bases:
+        the tokens that this round needs.
+      computed_tokens: tokens computed for agents and for bases.
+      token_layers: computed tokens times the layers that each ran through, looks included,
+        divided by the model's layers: the work as a number of tokens that run through all layers.
+      attended: keys that computed tokens attended to, summed over the layers and divided by the
+        model's layers: the work of attention, which `token_layers` does not include.
+      kv_bytes_held: bytes of all pages that the round fills, each page counted once.
+      kv_bytes_rest: bytes of the round at rest: the base once, and all mirrors; None if not
+        requested.
     """
 
     tokens: dict[str, int]
@@ -115,9 +119,9 @@ class RoundResult:
     Attributes:
       index: number of the round.
       agents: the answers, in the order of the prompts.
-      timings: seconds.
-      ledger: the round's sums.
-      mirrors: the round's KV at rest, where it was asked for.
+      timings: seconds, by phase.
+      ledger: the sums over the round.
+      mirrors: the round's KV at rest, if requested.
     """
 
     index: int
@@ -128,5 +132,5 @@ class RoundResult:
 
     @property
     def texts(self) -> dict[str, str]:
-        """Agent to answer, in the order of the prompts."""
+        """The answer of each agent by name, in the order of the prompts."""
         return {result.agent: result.text for result in self.agents}

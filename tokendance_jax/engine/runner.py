@@ -1,4 +1,4 @@
-"""The runner: what owns a model's weights, its page pool and its compiled programs."""
+"""The runner, which owns a model's weights, its page pool and its compiled programs."""
 
 from collections.abc import Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -23,8 +23,8 @@ R = TypeVar("R")
 class Runner:
     """Runs programs on a page pool.
 
-    Only the runner holds the pool's arrays: a program takes them donated, and what it returns
-    takes their place.
+    Only the runner holds the pool's arrays. They are donated to each program, and the arrays that
+    the program returns replace them.
 
     Attributes:
       programs: the compiled programs; other runners may share them.
@@ -33,10 +33,10 @@ class Runner:
     """
 
     def __init__(self, programs: Programs, spec: KVSpec, kv: PagedKV | None = None):
-        """Makes the pool.
+        """Creates the pool, unless one is passed.
 
         Args:
-          programs: a model's programs, of the pool's sizes.
+          programs: programs of a model, made for the pool's sizes.
           spec: shape and storage of the pool.
           kv: the pool; None: a new one.
 
@@ -67,11 +67,11 @@ class Runner:
 
     @property
     def lost(self) -> bool:
-        """Whether a call that took the pool did not hand it back: after an interrupt, say."""
+        """Whether a call consumed the donated pool without returning it, say after an interrupt."""
         return self.kv.k.is_deleted() or self.kv.v.is_deleted()
 
     def reset(self) -> None:
-        """Makes a new pool, filled with zeros.
+        """Replaces the pool by a new one that is filled with zeros.
 
         Raises:
           ValueError: the device has no room for it.
@@ -82,18 +82,18 @@ class Runner:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             size = self.spec.pages * self.spec.page_bytes
-            raise too_large(size, "the device has not so much left") from None
+            raise too_large(size, "the device does not have that much left") from None
 
     def run(self, program: Program[P, R], *arguments: P.args, **_: P.kwargs) -> R:
-        """Runs a program on the pool; it is compiled first if its shapes are new.
+        """Runs a program on the pool, and compiles it first if its shapes are new.
 
         Args:
           program: one of `engine.programs`.
-          arguments: its arguments behind build, model and pool. Arrays of the host travel to the
-            device together.
+          arguments: its arguments after build, model and pool. All host arrays are transferred to
+            the device as one.
 
         Returns:
-          What the program computed, beside the pool.
+          The program's result, without the pool.
         """
         if not program.pool:
             return self.programs.call(program, None, *arguments)
@@ -101,11 +101,11 @@ class Runner:
         return result
 
     def prepare(self, program: Program[P, Any], *arguments: P.args, **_: P.kwargs) -> None:
-        """Compiles a program for arguments of these shapes, unless that was done before."""
+        """Compiles a program for arguments of these shapes, unless it is already compiled."""
         self.programs.prepare(program, self.kv if program.pool else None, *arguments)
 
     def new_hidden(self, lanes: int) -> Float[jax.Array, "lanes width"]:
-        """An empty residual stream for `lanes` lanes (a bucket)."""
+        """Returns a residual stream of zeros for `lanes` lanes (a bucket)."""
         return jax.device_put(np.zeros((lanes, self.model.config.hidden_size), np.float32))
 
     def encode(
@@ -121,6 +121,6 @@ class Runner:
             self.kv,
             pages,
             identity=self.model.identity,
-            implementation=self.programs.implementation,
+            implementation=self.programs.build.implementation,
         )
         return lanes

@@ -1,4 +1,4 @@
-"""Choosing tokens on the device: greedy, temperature, top-k and top-p, one stream per agent."""
+"""Sampling on the device: greedy, temperature, top-k and top-p, one random stream per agent."""
 
 import dataclasses
 import hashlib
@@ -14,17 +14,20 @@ from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.models.product import transposed
 
 MAX_STOP_IDS = 16
-# In place of a token where a lane's logits are not finite.
+# Takes the place of a token if a lane's logits are not finite.
 NOT_FINITE = -2
-# Logits of which the largest is found before its place in them is looked for.
+# Logits in a block of `_argmax`, which finds the maximum of each block before its index.
 _BLOCK = 128
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds this pytree with leaves that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """How each lane samples. The structure never depends on the request: neutral values, not None.
+    """How each lane samples.
+
+    Settings that are off have neutral values instead of None, so the structure of the pytree does
+    not depend on the request.
 
     Attributes:
       temperature: 0 is greedy.
@@ -32,7 +35,7 @@ class SamplingArrays:
       top_p: 1 is off.
       key: random key of the lane's agent.
       stop_ids: tokens that end the lane; -1 in unused places.
-      limit: most tokens to generate.
+      limit: maximum number of tokens to generate.
     """
 
     temperature: Float32[Array, " lanes"]
@@ -44,25 +47,25 @@ class SamplingArrays:
 
 
 def agent_key(seed: int, round_index: int, agent: str) -> UInt32[np.ndarray, "2"]:
-    """The random key of an agent in a round.
+    """Returns the random key of an agent in a round.
 
-    It depends on nothing else, so an agent's tokens do not change with the other agents, their
-    order, or the batch that the agent stands in.
+    The key depends only on the arguments, so an agent's tokens do not change with the other
+    agents, their order, or the batch that the agent is in.
     """
     text = f"{seed}/{round_index}/{agent}".encode()
     return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), np.uint32).copy()
 
 
 def check_stop_ids(stop_ids: Sequence[int]) -> None:
-    """Refuses more stop tokens than lanes have places for.
+    """Checks that a lane has places for all stop tokens.
 
     Raises:
       ValueError: if there are more than `MAX_STOP_IDS`.
     """
     if len(stop_ids) > MAX_STOP_IDS:
         raise ValueError(
-            f"stop_token_ids: {len(stop_ids)} given, at most {MAX_STOP_IDS} are served, those of "
-            "the model included"
+            f"stop_token_ids: {len(stop_ids)} given, at most {MAX_STOP_IDS} are supported, "
+            "including those of the model; give fewer"
         )
 
 
@@ -106,18 +109,19 @@ def sample(
 ) -> Int32[jax.Array, " lanes"]:
     """Chooses each lane's next token.
 
-    Temperature comes first, then top-k, then top-p among what is left, as in the published
-    generation code of the model. Work that no lane asks for is skipped at run time.
+    Temperature is applied first, then top-k, then top-p among the remaining tokens, as in the
+    published generation code of the model. Steps that no lane needs are skipped at run time.
 
     Args:
       logits: f32 [lanes, vocab].
       sampling: the lanes' settings.
-      generated: number of tokens that each lane has generated: its place in its random stream.
+      generated: number of tokens that each lane has generated, which is its position in its
+        random stream.
 
     Returns:
-      i32 [lanes] token ids; `NOT_FINITE` where a logit is NaN or infinite.
+      i32 [lanes] token ids; `NOT_FINITE` if a logit of the lane is NaN or infinite.
     """
-    # As products with few rows leave them (`matmul`): turned round, they would all be copied.
+    # `matmul` computes products of few rows in this order. The other order would copy all logits.
     by_token = transposed(logits)
     greedy, finite = _argmax(by_token)
     temperature = jnp.asarray(sampling.temperature)[:, None]
@@ -125,7 +129,7 @@ def sample(
 
     def draw(by_token: jax.Array) -> jax.Array:
         logits = by_token.T
-        # Below the maximum, so that a tiny temperature gives -inf and never +inf.
+        # Subtract the maximum first, so that a tiny temperature gives -inf and never +inf.
         scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
         scaled = scaled / jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
         narrow = jnp.any((top_k > 0) | (top_p < 1))
@@ -146,21 +150,22 @@ def sample(
 def is_stop(
     token: Int32[jax.Array, " lanes"], sampling: SamplingArrays
 ) -> Bool[jax.Array, " lanes"]:
-    """Whether each lane's token ends it."""
+    """Returns whether each lane's token is one of its stop tokens."""
     return jnp.any(token[:, None] == jnp.asarray(sampling.stop_ids), axis=-1)
 
 
 def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first index of each column's maximum, and whether all of the column is finite.
+    """Returns the first index of each column's maximum, and whether the whole column is finite.
 
-    Of the first block that holds the maximum, it is the first place. The least numbers of blocks
-    are found in the same pass as the largest, and NaN is both.
+    It finds the first block that holds the maximum, and then the first such place in the block.
+    The same pass finds the largest and the least number of each block; with a NaN, both are NaN.
 
-    On CPU a fifth of the time of `jnp.argmax`, whose reduction of pairs is not vectorised, and
-    without a second look at all logits: a tenth of a decode step of 25 lanes in bfloat16.
+    On CPU this takes a fifth of the time of `jnp.argmax`, whose reduction of pairs is not
+    vectorised, and needs no second pass over all logits to check them. It saves a tenth of a
+    decode step of 25 lanes in bfloat16.
     """
     height, columns = x.shape
-    # Copies of the last row: the first of equals is the row itself.
+    # Pad with copies of the last row: the first of equal values is found, which is the row itself.
     filled = jnp.pad(x, ((0, -height % _BLOCK), (0, 0)), mode="edge")
     blocks = filled.reshape(-1, _BLOCK, columns)
     largest, least = jnp.max(blocks, axis=1), jnp.min(blocks, axis=1)
@@ -171,30 +176,31 @@ def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _first_largest(x: jax.Array) -> jax.Array:
-    """The first index of each column's maximum, of few rows, by two plain reductions."""
+    """Returns the first index of each column's maximum, for few rows, by two plain reductions."""
     index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     largest = jnp.max(x, axis=0, keepdims=True)
     return jnp.min(jnp.where(x == largest, index, x.shape[0] - 1), axis=0)
 
 
 def _narrow(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Sets logits outside of top-k, and then of top-p, to -inf. Ties at the edge are kept."""
+    """Sets logits outside top-k, and then outside top-p, to -inf. Keeps ties at the edge."""
     ones = jnp.ones_like(logits)
     wanted = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)
     logits = jnp.where(logits >= _edge(logits, ones, wanted), logits, -jnp.inf)
     probabilities = jax.nn.softmax(logits, axis=-1)
-    # A mass of one may be missed by rounding: then everything is kept. A mass that rounds to zero
-    # still takes the most probable token.
+    # Rounding can keep the sum below 1, so a top_p of 1 becomes 2, which no sum reaches: everything
+    # is kept. A top_p that rounds to zero still keeps the most probable token.
     wanted = jnp.where(top_p < 1, jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny), 2.0)
     wanted = wanted.astype(jnp.float32)
     return jnp.where(logits >= _edge(logits, probabilities, wanted), logits, -jnp.inf)
 
 
 def _edge(values: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest value with a weight of at least `wanted` at or above it, by bisection on bits.
+    """Returns the largest value with a weight of at least `wanted` at or above it.
 
-    A sort of the vocabulary takes tens of milliseconds on CPU; 32 sums do not. Values are compared
-    as integers in float order. Where the whole weight is below `wanted`, the edge is -inf.
+    It bisects the bits of the values, compared as integers in float order. A sort of the
+    vocabulary takes tens of milliseconds on CPU; 32 sums do not. If the whole weight is below
+    `wanted`, the edge is -inf.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)

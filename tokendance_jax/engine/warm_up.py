@@ -1,4 +1,4 @@
-"""Compiling all programs that rounds of a size may need, before the first round."""
+"""Compiles all programs that rounds of a given size may need, before the first round."""
 
 import jax
 import numpy as np
@@ -17,21 +17,21 @@ from tokendance_jax.policy.policy import Policy
 
 
 def warm_up(runner: Runner, policy: Policy, *, agents: int, tokens: int, steps: int) -> None:
-    """Compiles what rounds of up to `agents` agents and `tokens` positions may need.
+    """Compiles the programs for rounds of up to `agents` agents and `tokens` positions.
 
     Args:
-      runner: what runs the programs.
-      policy: what plans the rounds.
-      agents: most agents.
-      tokens: most positions of a lane, the answer included.
+      runner: runs the programs.
+      policy: plans the rounds.
+      agents: maximum number of agents.
+      tokens: maximum number of positions in a lane, the answer included.
       steps: tokens of a decode call.
 
     Raises:
-      ValueError: the runner serves no rounds of this size.
+      ValueError: the runner cannot serve rounds of this size.
     """
     shapes = runner.shapes
     entries = shapes.entries_of(tokens, shapes.page_size)
-    # Another key block begins where the frame changes.
+    # A new key block begins where the frame changes.
     blocks = policy.frames * block_pages(shapes.page_size)
     room = max(0, min(blocks, shapes.entries.budget - entries))
     most = shapes.entries.fit(entries + room)
@@ -57,7 +57,7 @@ def _warm_up_prefill(
     rows: int,
     entries: int,
 ) -> None:
-    """Compiles what takes plans of these shapes; bases may bring prefills of more lanes."""
+    """Compiles the programs that take plans of these shapes. Bases may add lanes to a prefill."""
     shapes, seats = runner.shapes, len(hidden)
     most = min(min(agents, seats) + policy.bases, shapes.lanes.budget)
     for lanes in shapes.lanes.upto(max(seats, most)):
@@ -80,7 +80,7 @@ def _warm_up_prefill(
 def blank_decode(
     *, lanes: int, entries: int, steps: int, shapes: Shapes
 ) -> tuple[DecodeState, LaneTables, GroupTables, np.ndarray, SamplingArrays]:
-    """What a decode call takes behind the pool, of idle lanes: to compile for."""
+    """Returns the arguments of a decode call after the pool, for idle lanes, to compile for."""
     idle = np.zeros(lanes, np.int32)
     plan = blank_plan(rows=1, lanes=lanes, seats=lanes, entries=entries, shapes=shapes)
     return (
@@ -93,7 +93,7 @@ def blank_decode(
 
 
 def blank_sampling(lanes: int) -> SamplingArrays:
-    """Greedy settings of lanes that generate nothing: to compile for."""
+    """Returns greedy settings of lanes that generate nothing, to compile for."""
     return sampling_arrays(
         lanes, temperature=0.0, top_k=0, top_p=1.0, keys=[], limits=[], stop_ids=[]
     )

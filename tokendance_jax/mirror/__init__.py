@@ -1,4 +1,4 @@
-"""The KV of a round at rest: base pages once, and of each agent what is its own."""
+"""The KV of a round at rest: base pages, stored once, and each agent's own pages."""
 
 from tokendance_jax.mirror.compression import Compression
 from tokendance_jax.mirror.dense import decode_dense, encode_dense

@@ -1,20 +1,20 @@
-"""What Master-Mirror storage costs, in bytes, against dense caches."""
+"""The size of Master-Mirror storage in bytes, compared with dense caches."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compression:
-    """Bytes of one mirror, or of all mirrors of a round, beside those of dense caches.
+    """Bytes of one mirror, or of all mirrors of a round, compared with dense caches.
 
     Attributes:
-      dense_bytes: the pages that dense caches of the same tokens fill, each agent by itself.
-      base_bytes: base pages, each once: those a mirror reads, or those of the round; and the key
-        bias of quantised pages.
+      dense_bytes: pages that dense caches of the same tokens fill, with one cache per agent.
+      base_bytes: base pages, each counted once: those that the mirror reads, or those of the round.
+        Includes the key bias of quantised pages.
       patch_bytes: patch pages.
       private_bytes: private pages.
       index_bytes: entry tables and token ids.
-      exact_bytes: what would be held if all pages were as the pool has them.
+      exact_bytes: the total if all pages were stored exactly as in the pool.
     """
 
     dense_bytes: int
@@ -26,29 +26,29 @@ class Compression:
 
     @property
     def own_bytes(self) -> int:
-        """What the mirrors hold besides the base."""
+        """Bytes of the mirrors without the base."""
         return self.patch_bytes + self.private_bytes + self.index_bytes
 
     @property
     def stored_bytes(self) -> int:
-        """All that is held: the base and what the mirrors hold besides it."""
+        """All stored bytes: the base and the mirrors' own bytes."""
         return self.base_bytes + self.own_bytes
 
     @property
     def mirror_ratio(self) -> float:
-        """Dense bytes over patch, private and index bytes: the base is not counted.
+        """Dense bytes over patch, private and index bytes, without the base.
 
-        The figure per mirror of TokenDance (arXiv 2604.03143). Of a round it is the mean over the
-        mirrors, weighted by the bytes that each of them holds.
+        This is TokenDance's figure per mirror (arXiv 2604.03143). For a round it is the mean over
+        the mirrors, weighted by `own_bytes` of each mirror.
         """
         return self.dense_bytes / self.own_bytes
 
     @property
     def round_ratio(self) -> float:
-        """Dense bytes over all stored bytes, the base included."""
+        """Dense bytes over all stored bytes, including the base."""
         return self.dense_bytes / self.stored_bytes
 
     @property
     def form_ratio(self) -> float:
-        """What would be held to the bit over what is held: 1 where it is."""
+        """Bytes of exact storage over stored bytes; 1 if the pages are stored exactly."""
         return self.exact_bytes / self.stored_bytes

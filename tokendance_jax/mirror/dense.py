@@ -1,8 +1,8 @@
-"""Mirrors of dense caches, and dense caches of mirrors.
+"""Encodes dense caches as mirrors, and decodes mirrors to dense caches.
 
-Dense keys are rotated at logical positions. The same block at another offset has other keys
-everywhere, so a comparison without alignment finds nothing in common; keys are turned by the frame
-first, from the canonical copy and in float32.
+The keys of a dense cache are rotated at logical positions. The same block at another offset has
+different keys everywhere, so a comparison without alignment finds nothing in common. Keys are
+therefore rotated by the frame first, from the canonical copy and in float32.
 """
 
 import dataclasses
@@ -39,23 +39,23 @@ def encode_dense(
 ) -> MasterMirror:
     """Encodes dense caches by comparing them with base pages.
 
-    Of each lane's table, an entry with `base` set shows slots of that base page under its frame,
-    and other entries are private; `page` is not read. A page of an agent becomes a patch where any
-    of its keys or values is further than `threshold` from the base's, whose keys are turned in
-    float32 and not rounded again; NaN and infinite differences are further than any. Patches and
-    private pages keep the agent's own bits, in frame 0.
+    In each lane's table, an entry with `base` set shows slots of that base page under its frame,
+    and all other entries are private; `page` is not read. A page of an agent becomes a patch if any
+    of its keys or values differs by more than `threshold` from the base page. For the comparison,
+    the base's keys are rotated in float32 and not rounded again. NaN and infinite differences
+    exceed every threshold. Patches and private pages keep the agent's own bits, in frame 0.
 
     Args:
-      lanes: where each agent's tokens show base pages.
+      lanes: tables that say which of each agent's tokens show base pages.
       caches: K and V of each lane, [layers, tokens, kv_heads, head_dim] in the dtype of `base`,
-        keys rotated at logical positions.
-      base: base pages, keys rotated at canonical positions; page 0 is not read.
-      identity: the model that computed them.
-      threshold: largest absolute difference of a number that is taken for the same.
+        with keys rotated at logical positions.
+      base: base pages, with keys rotated at canonical positions; page 0 is not read.
+      identity: the model that computed the caches and the base.
+      threshold: largest absolute difference at which two numbers count as the same.
 
     Raises:
-      MirrorError: the threshold is negative or no number, or a cache does not fit its lane or the
-        base's shape or dtype, or an entry shows a page outside `base`.
+      MirrorError: the threshold is negative or NaN, a cache does not fit its lane or the base's
+        shape or dtype, or an entry shows a page outside `base`.
     """
     if not threshold >= 0:
         raise MirrorError("threshold", "value", f"is {threshold}", "pass 0 or more")
@@ -68,7 +68,7 @@ def encode_dense(
         for index, (lane, (k, v)) in enumerate(zip(lanes, caches, strict=True))
     ]
     patched = _patched(lanes, caches, base, theta=identity.theta, threshold=threshold)
-    behind = base_k.shape[1]  # the next page: what is an agent's own lies behind the base
+    behind = base_k.shape[1]  # the next free page: agents' own pages follow the base pages
     own_k, own_v = [], []
     encoded, lengths = [], []
     for lane, (k, v), patch in zip(lanes, caches, patched, strict=True):
@@ -94,20 +94,19 @@ def decode_dense(
     Shaped[np.ndarray, "layers tokens kv_heads head_dim"],
     Shaped[np.ndarray, "layers tokens kv_heads head_dim"],
 ]:
-    """K and V of one agent in logical order.
+    """Returns K and V of one agent in logical order.
 
     Args:
-      mirrors: the round.
-      index: which mirror.
-      rotate: whether keys stand at logical positions, rotated in float32 and with one rounding;
-        keys of frame 0 that are stored to the bit keep it. Otherwise keys stand at canonical
-        positions.
+      mirrors: the mirrors of a round.
+      index: number of the mirror, from 0.
+      rotate: whether to rotate keys to logical positions, in float32 and with one rounding; exactly
+        stored keys of frame 0 keep their bits. Otherwise keys stay at canonical positions.
 
     Returns:
-      K and V in the storage dtype; of quantised pages in float32.
+      K and V in the storage dtype, or in float32 for quantised pages.
 
     Raises:
-      MirrorError: there is no such mirror.
+      MirrorError: `index` is out of range.
     """
     if not 0 <= index < len(mirrors.mirrors):
         problem = f"{index} of {len(mirrors.mirrors)} mirrors"
@@ -141,13 +140,13 @@ def decode_dense(
 def _used(
     first: Int32[np.ndarray, " entries"], slots: Int32[np.ndarray, " entries"], page_size: int
 ) -> Bool[np.ndarray, "entries page_size"]:
-    """The slots that entries read; in order, they are a lane's tokens."""
+    """Marks the slots that entries read. In order, they hold a lane's tokens."""
     offset = np.arange(page_size)[None, :]
     return (offset >= first[:, None]) & (offset < (first + slots)[:, None])
 
 
 def _paged(x: Dense, used: Bool[np.ndarray, "pages page_size"]) -> Pages:
-    """Lays tokens into the used slots of pages; the others are 0."""
+    """Copies tokens into the used slots of pages. The other slots are 0."""
     pages = np.zeros((x.shape[0], *used.shape, *x.shape[2:]), x.dtype)
     pages[:, used] = np.asarray(x)
     return pages
@@ -161,7 +160,7 @@ def _patched(
     theta: float,
     threshold: float,
 ) -> list[Bool[np.ndarray, " entries"]]:
-    """Which entries of each lane show a base page that is too far from what its cache holds."""
+    """Marks the entries of each lane that show a base page too far from the lane's cache."""
     layers, _, *slot_shape = base.k.shape
     own = [(np.asarray(k), np.asarray(v)) for k, v in caches]
     counts = [len(lane.base) for lane in lanes]
@@ -175,7 +174,7 @@ def _patched(
         axis=1,
     )
     far = np.zeros(len(shown), np.bool_)
-    # Page after page, whoever shows it.
+    # Sorted by base page across all lanes, so that siblings of one page are compared together.
     order = np.argsort(shown, kind="stable")
     order = order[shown[order] > 0]
     for group in groups(len(order)):
@@ -208,16 +207,16 @@ def _far(
 
 
 def _cut(index: int, lane: LanePlan, k: Array, v: Array, base_k: Pages) -> LanePlan:
-    """The part of a lane that its cache holds, with base pages that there are."""
+    """Returns the part of a lane that its cache holds; raises if cache or base do not fit."""
     layers, pages, page_size, *head = base_k.shape
     expected = (layers, k.shape[1], *head)
     for name, x in (("k", k), ("v", v)):
         if x.shape != expected or x.dtype != base_k.dtype:
-            problem = f"is {list(x.shape)} {x.dtype}, of this base {list(expected)} {base_k.dtype}"
+            problem = f"is {list(x.shape)} {x.dtype}, for a base of {list(expected)} {base_k.dtype}"
             raise MirrorError(f"caches[{index}]", name, problem, "pass caches of the base's model")
     lane = cut(lane, k.shape[1])
     if (lane.base < 0).any() or (lane.base >= pages).any():
-        problem = f"an entry of lane {index} shows none of {pages} pages"
+        problem = f"an entry of lane {index} shows a page outside the {pages} base pages"
         raise MirrorError("lanes", "base", problem, "pass all base pages that lanes show")
     if _used(lane.first, lane.slots, page_size).sum() != k.shape[1]:
         problem = f"an entry of lane {index} is not inside a page of {page_size} slots"

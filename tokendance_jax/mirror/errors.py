@@ -1,7 +1,7 @@
-"""The error of mirrors that cannot be encoded, decoded, written or read."""
+"""The error raised when mirrors cannot be encoded, decoded, written or read."""
 
 from tokendance_jax.errors import LocatedError
 
 
 class MirrorError(LocatedError):
-    """An argument or a file from which no mirrors can be made."""
+    """An argument or a file from which mirrors cannot be made."""

@@ -22,21 +22,21 @@ from tokendance_jax.mirror.pages import Quantised, StoredPages
 
 ARRAYS = "arrays"
 MANIFEST = "manifest.json"
-# Up to 2, files did not say which model they are of.
+# Up to format 2, files did not name the model that computed the mirrors.
 FORMAT = 3
 _REMEDY = "save the mirrors again, to a new folder"
 
 
 def save_mirrors(path: str | os.PathLike[str], mirrors: MasterMirror) -> None:
-    """Writes mirrors to a new folder, whole or not at all.
+    """Writes mirrors to a new folder atomically: the folder appears complete or not at all.
 
-    The folder holds the arrays in `arrays/` and `manifest.json`: the format, the number of mirrors,
-    the identity of the model, the theta of quantised pages, shape, dtype and SHA-256 of every
-    array, and the SHA-256 of all that.
+    The folder holds the arrays in `arrays/`, and `manifest.json`. The manifest records the format,
+    the number of mirrors, the identity of the model, the theta of quantised pages, and the shape,
+    dtype and SHA-256 of every array. It also has a SHA-256 of all these fields but the format.
 
     Args:
-      path: a folder that does not exist yet. Missing parents are made.
-      mirrors: what to write.
+      path: a folder that does not exist yet. Missing parent folders are created.
+      mirrors: the mirrors to write.
 
     Raises:
       MirrorError: the folder exists.
@@ -53,12 +53,12 @@ def save_mirrors(path: str | os.PathLike[str], mirrors: MasterMirror) -> None:
     }
     digest = _digest(json.dumps(content).encode())
     manifest = {"format": FORMAT, "sha256": digest, "content": content}
-    # A sibling, so that the last step is a rename on one file system.
+    # Write to a sibling folder, so that the last step is a rename within one file system.
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            # Orbax takes no empty arrays; the manifest has their shapes.
+            # Orbax cannot save empty arrays. Restoring creates them from the manifest.
             filled = {name: array for name, array in arrays.items() if array.size}
             checkpointer.save(partial / ARRAYS, filled)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -72,10 +72,10 @@ def restore_mirrors(path: str | os.PathLike[str]) -> MasterMirror:
     """Reads a folder that `save_mirrors` wrote.
 
     Returns:
-      The same mirrors, to the bit, in arrays on the host.
+      The same mirrors, bit for bit, as arrays on the host.
 
     Raises:
-      MirrorError: the folder, or a file in it, is missing, damaged or of another format.
+      MirrorError: the folder, or a file in it, is missing, damaged or in another format.
     """
     folder = Path(path).absolute()
     content = _read_manifest(folder / MANIFEST)
@@ -121,7 +121,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _flat(mirrors: MasterMirror) -> dict[str, np.ndarray]:
-    """All arrays by name, such as `mirrors.0.table.frame`."""
+    """Returns all arrays by name, such as `mirrors.0.table.frame`."""
     return {
         _name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(mirrors)
     }
@@ -132,7 +132,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _skeleton(mirrors: int, identity: ModelIdentity, form: dict[str, float] | None) -> MasterMirror:
-    """The tree of so many mirrors, without arrays."""
+    """Returns the pytree of a round with this number of mirrors, without arrays."""
     leaf: Any = 0
     scale = None if form is None else leaf
     pages = StoredPages(leaf, leaf, scale, scale)

@@ -1,6 +1,6 @@
 """The structure of a round at rest: which pages are stored once, and which belong to one mirror.
 
-All of it follows from the block tables of the round's lanes; no K or V is looked at.
+The structure is derived from the block tables of the round's lanes, without reading K or V.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from tokendance_jax.mirror.pages import Array, Quantised
 from tokendance_jax.plan.lane import LanePlan
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds pytrees of placeholders that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MirrorTable:
@@ -25,11 +25,11 @@ class MirrorTable:
 
     Attributes:
       token_ids: i32 [prompt]; the tokens of the agent's prompt.
-      source: i32 [entries]; the page that an entry reads: a base page, or, from the number of base
-        pages on, one of the mirror's private pages. -1 where the entry reads a patch page.
-      base: i32 [entries]; the base page that an entry shows or replaces; -1 where it is private.
-        Base pages that are not stored, since nobody reads them, are numbered -2, -3, and so on.
-      patch_index: i32 [entries]; the mirror's patch page that an entry reads, or -1.
+      source: i32 [entries]; number of the page that an entry reads. Base pages come first, then the
+        mirror's private pages. -1 if the entry reads a patch page.
+      base: i32 [entries]; number of the base page that an entry shows or replaces; -1 if the entry
+        is private. Base pages that no entry reads are not stored, and numbered -2, -3, and so on.
+      patch_index: i32 [entries]; number of the mirror's patch page that an entry reads, or -1.
       frame: i32 [entries]; logical minus canonical positions.
       first: i32 [entries]; first valid slot.
       slots: i32 [entries]; valid slots, at least one.
@@ -54,11 +54,12 @@ class MirrorTable:
         return sum(column.nbytes for column in jax.tree.leaves(self))
 
     def tokens_at(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the tokens lie, in logical order: i32 [tokens] each.
+        """Locates the tokens, in logical order.
 
         Returns:
-          The entry of each token, its slot in the page, and its canonical position. Positions are
-          not stored: they follow from the tables, of the pages of a base too.
+          Three arrays i32 [tokens]: the entry of each token, its slot in the page, and its
+          canonical position. Positions are not stored, because the tables determine them, for base
+          pages too.
         """
         first, slots, frame = (np.asarray(x) for x in (self.first, self.slots, self.frame))
         entry = np.repeat(np.arange(len(slots), dtype=np.int32), slots)
@@ -67,12 +68,16 @@ class MirrorTable:
         return entry, first[entry] + inside, position - frame[entry]
 
     def base_reads(self, base_pages: int) -> np.ndarray:
-        """The base pages that entries read, in their order, of `base_pages` that are stored."""
+        """Returns the base pages that entries read, in the order of the entries.
+
+        Args:
+          base_pages: number of stored base pages.
+        """
         source = np.asarray(self.source)
         return source[(source >= 0) & (source < base_pages)]
 
     def pages(self, base: np.ndarray, private: np.ndarray, patch: np.ndarray) -> np.ndarray:
-        """The page of each entry, by the ids of base, private and patch pages. i32 [entries]."""
+        """Returns each entry's page id, given the ids of base, private and patch pages."""
         behind = len(base) + len(private)
         number = np.where(self.patch_index >= 0, behind + self.patch_index, self.source)
         return np.concatenate([base, private, patch])[number]
@@ -80,17 +85,18 @@ class MirrorTable:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MirrorLayout:
-    """What a round's mirrors hold.
+    """The pages that a round's mirrors hold.
 
-    Base pages are those that are the `base` of some entry or that several lanes read. A base page
-    that is replaced wherever it occurs is not stored: no lane reads it. What one lane alone reads,
-    in one entry or in several, is its own: a patch page if one of them names a base, else private.
-    Base pages are numbered by their first use in the lanes, private and patch pages by their first
-    use in their own lane, so that nothing depends on the ids of pages.
+    Base pages are the pages that are the `base` of some entry or that several lanes read. A base
+    page that is replaced wherever it occurs is not stored, because no lane reads it. All other
+    pages belong to the one lane that reads them, in one entry or in several: as a patch page if one
+    of these entries names a base, otherwise as a private page. Base pages are numbered by their
+    first use in the lanes, private and patch pages by their first use in their own lane, so that
+    nothing depends on page ids.
 
     Attributes:
       base_pages: page id of every base page.
-      tables: one for each lane.
+      tables: one table for each lane.
       private_pages: page ids of the private pages of each lane.
       patch_pages: page ids of the patch pages of each lane.
     """
@@ -102,15 +108,15 @@ class MirrorLayout:
 
     @classmethod
     def of_lanes(cls, lanes: Sequence[LanePlan], lengths: Sequence[int]) -> "MirrorLayout":
-        """Finds the structure of lanes.
+        """Derives the layout of a round from its lanes.
 
         Args:
           lanes: the lanes of a round.
-          lengths: tokens of each lane whose K and V are written; the room behind them is cut off.
+          lengths: number of tokens of each lane with written K and V; slots after them are cut off.
 
         Raises:
-          MirrorError: there is not one length for each lane, or a length is negative or more than
-            the lane's slots, or all are 0, or an entry in use has no page.
+          MirrorError: the number of lengths is not that of the lanes, a length is negative or
+            exceeds the lane's slots, all lengths are 0, or an entry in use has no page.
         """
         if len(lanes) != len(lengths) or not any(lengths):
             problem = f"{len(lengths)} lengths for {len(lanes)} lanes, {sum(lengths)} tokens in all"
@@ -120,13 +126,13 @@ class MirrorLayout:
             problem = "an entry in use has none"
             raise MirrorError("lanes", "page", problem, "encode a round while it holds its pages")
 
-        # Ranks of the pages among all that occur: dense numbers to mark and to look up by.
+        # The rank of a page among all pages that occur is a small number that can index arrays.
         occurring = [lane.page for lane in lanes] + [lane.base for lane in lanes]
         ids, rank = np.unique(np.concatenate(occurring), return_inverse=True)
         of_page, of_base = np.split(rank, 2)
         entries = [len(lane.page) for lane in lanes]
         lane_of = np.repeat(np.arange(len(lanes)), entries)
-        reader = np.full(len(ids), -1)  # one of the lanes that read the page
+        reader = np.full(len(ids), -1)  # any one of the lanes that read the page
         reader[of_page] = lane_of
         several = _marked(of_page[reader[of_page] != lane_of], len(ids))
         named = _marked(of_base, len(ids)) & (ids != 0)
@@ -164,7 +170,7 @@ class MirrorLayout:
         return cls(ids[shared], tuple(tables), tuple(private_pages), tuple(patch_pages))
 
     def pages(self, index: int) -> Int32[np.ndarray, " entries"]:
-        """The page ids of one lane's entries."""
+        """Returns the page ids of one lane's entries."""
         return self.tables[index].pages(
             self.base_pages, self.private_pages[index], self.patch_pages[index]
         )
@@ -172,12 +178,12 @@ class MirrorLayout:
     def mirror_compression(
         self, *, page_size: int, page_bytes: int, form: Quantised | None = None
     ) -> tuple[Compression, ...]:
-        """What each mirror costs by itself.
+        """Computes the size of each mirror by itself.
 
         Args:
           page_size: slots of a page.
           page_bytes: bytes of a page of the pool, K and V of all layers (`KVSpec.page_bytes`).
-          form: how pages are stored; None: to the bit.
+          form: how pages are stored; None: exactly as in the pool.
         """
         stored = len(self.base_pages)
         return tuple(
@@ -199,12 +205,12 @@ class MirrorLayout:
     def compression(
         self, *, page_size: int, page_bytes: int, form: Quantised | None = None
     ) -> Compression:
-        """What the whole round costs. `stored_bytes` are those of the encoded mirrors.
+        """Computes the size of the whole round. `stored_bytes` equals the mirrors' `nbytes`.
 
         Args:
           page_size: slots of a page.
           page_bytes: bytes of a page of the pool, K and V of all layers (`KVSpec.page_bytes`).
-          form: how pages are stored; None: to the bit.
+          form: how pages are stored; None: exactly as in the pool.
         """
         return _compression(
             dense=sum(-(-table.tokens // page_size) for table in self.tables),
@@ -229,7 +235,7 @@ def _compression(
     page_bytes: int,
     form: Quantised | None,
 ) -> Compression:
-    """Bytes of so many pages."""
+    """Converts numbers of pages to bytes."""
     stored = page_bytes if form is None else form.page_bytes(page_size)
     return Compression(
         dense_bytes=dense * page_bytes,
@@ -242,10 +248,10 @@ def _compression(
 
 
 def cut(lane: LanePlan, length: int) -> LanePlan:
-    """A lane whose table ends after its first `length` tokens.
+    """Returns the lane with its table cut off after the first `length` tokens.
 
     Raises:
-      MirrorError: the length is negative, or the table has fewer slots.
+      MirrorError: the length is negative or exceeds the number of slots in the table.
     """
     if not 0 <= length <= lane.slots.sum():
         problem = f"{length} tokens in a lane of {lane.slots.sum()} slots"
@@ -258,7 +264,7 @@ def cut(lane: LanePlan, length: int) -> LanePlan:
 
 
 def _marked(numbers: Int[np.ndarray, " some"], count: int) -> Bool[np.ndarray, " count"]:
-    """Which of the numbers below `count` occur."""
+    """Marks which of the numbers below `count` occur in `numbers`."""
     marked = np.zeros(count, np.bool_)
     marked[numbers] = True
     return marked
@@ -267,6 +273,6 @@ def _marked(numbers: Int[np.ndarray, " some"], count: int) -> Bool[np.ndarray, "
 def _by_first_use(
     use: Int[np.ndarray, " entries"], chosen: Bool[np.ndarray, " ids"]
 ) -> Int[np.ndarray, " some"]:
-    """The chosen numbers, in the order in which `use` names them first."""
+    """Returns the chosen numbers in the order of their first occurrence in `use`."""
     found, first = np.unique(use[chosen[use]], return_index=True)
     return found[np.argsort(first)]

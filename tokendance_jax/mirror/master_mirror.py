@@ -1,9 +1,10 @@
-"""Master-Mirror storage: the KV of a round at rest, each shared page once.
+"""Master-Mirror storage: the KV of a round at rest, with each shared page stored once.
 
-After the diff-aware storage of TokenDance (arXiv 2604.03143, section 4.3), with a canonical base in
-place of a request's cache as the Master. What differs is not searched for: the block tables say
-which pages an agent computed itself. Patches overwrite pages of the base and are never added to
-them, so decoding is exact in every dtype; pages may also be stored as 8-bit integers.
+Follows the diff-aware storage of TokenDance (arXiv 2604.03143, section 4.3), except that the Master
+is a canonical base instead of one request's cache. Encoding does not search for differences: the
+block tables say which pages an agent computed itself. A patch overwrites a base page and is not a
+difference to be added, so decoding is exact in every dtype. Optionally, pages are stored as 8-bit
+integers.
 """
 
 import dataclasses
@@ -26,14 +27,14 @@ from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.plan.lane import LanePlan
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds pytrees of placeholders that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mirror:
-    """What one agent holds besides the base.
+    """The part of the KV that belongs to one agent.
 
     Attributes:
-      table: what the agent's context is made of, in logical order.
+      table: the entries of the agent's context, in logical order.
       private: its private pages.
       patch: its patch pages.
     """
@@ -43,17 +44,17 @@ class Mirror:
     patch: StoredPages
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds pytrees of placeholders that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MasterMirror:
-    """The KV of a round at rest. A pure function of what was written.
+    """The KV of a round at rest. It depends only on what was written to the round's slots.
 
     Attributes:
       base: the base pages.
-      mirrors: one for each agent.
-      identity: the model that computed it.
-      form: how all pages are stored; None: to the bit.
+      mirrors: one mirror for each agent.
+      identity: the model that computed the KV.
+      form: how all pages are stored; None: exactly as in the pool.
     """
 
     base: StoredPages
@@ -79,18 +80,18 @@ def encode(
 
     Args:
       lanes: the round's lanes; `LanePlan.base` says which entries show or replace base pages.
-      lengths: tokens of each lane whose K and V are written; the room behind them is cut off.
-      kv: the pool, which stays as it is.
-      identity: the model that computed it.
-      form: how pages are stored; None: to the bit.
+      lengths: number of tokens of each lane with written K and V; slots after them are cut off.
+      kv: the pool; it is not changed.
+      identity: the model that computed the KV.
+      form: how to store pages; None: exactly as in the pool.
 
     Returns:
-      Arrays on the host.
+      The mirrors, with their arrays on the host.
 
     Raises:
-      MirrorError: lanes and lengths do not fit each other (see `MirrorLayout.of_lanes`), or an
-        entry is not inside the pool's pages; or, of pages to quantise, key bias or theta are not
-        those of the pool's model, a number is not finite, or a slot has two canonical positions.
+      MirrorError: lanes and lengths do not match (see `MirrorLayout.of_lanes`), or an entry is not
+        inside the pool's pages. With `form` also: its key bias or theta is not that of the pool's
+        model, a number is not finite, or a slot has two canonical positions.
     """
     if form is not None:
         form.check(kv.k, identity.theta)
@@ -115,27 +116,27 @@ def decode_pages(
     identity: ModelIdentity,
     implementation: str | None = None,
 ) -> tuple[PagedKV, list[LanePlan]]:
-    """Restores mirrors into pages of a pool, the base once for all of them.
+    """Restores mirrors into pages of a pool, with the base restored once for all of them.
 
-    Mirrors may be left out of `mirrors.mirrors`: base pages that no other mirror reads stay out of
-    the pool.
+    To restore only some agents, drop the other mirrors from `mirrors.mirrors`. Base pages that only
+    dropped mirrors read are not restored.
 
     Args:
-      mirrors: what `encode` returned.
-      kv: the pool's arrays; donated. Of quantised pages, in any precision.
-      pool: gives the pages. It has one reference for each table entry afterwards.
+      mirrors: the result of `encode`.
+      kv: the pool's arrays; donated. For quantised pages they may have any precision.
+      pool: allocates the pages. Afterwards it holds one reference for each table entry.
       identity: the model that will read the pages.
-      implementation: which kernel restores (see `kernels.dispatch`).
+      implementation: the kernel that restores pages (see `kernels.dispatch`).
 
     Returns:
-      The arrays with the written slots restored, and the lanes: those that were encoded, with other
+      The arrays with the written slots restored, and the lanes. They are the encoded lanes with new
       page ids, cut off after their written tokens, and with nothing to compute. `LanePlan.base` is
-      negative in a patch of a base page that is not in the pool.
+      negative for a patch whose base page is not in the pool.
 
     Raises:
       MirrorError: another model computed the mirrors, or the pool's arrays do not have their shape
-        or dtype; nothing is held then.
-      OutOfPages: the pool has too few pages; nothing is held then.
+        or dtype. No page is held then.
+      OutOfPages: the pool has too few pages. No page is held then.
     """
     if differences := mirrors.identity.differences(identity):
         problem = f"is that of another model: {differences}"
@@ -150,11 +151,12 @@ def decode_pages(
     wanted = np.arange(stops[-1]) >= stored
     for table in tables:
         wanted[table.base_reads(stored)] = True
-    # Base pages outside the pool get labels that are no page: the mirrors number theirs -2, -3, ...
+    # Base pages that are not restored get labels that are not page ids. They also differ from -2,
+    # -3, ..., which mirrors use for base pages that are not stored.
     ids = np.iinfo(np.int32).min + np.arange(stops[-1], dtype=np.int32)
     pages = ids[wanted] = pool.allocate(int(wanted.sum()))
     base_ids, *own_ids = np.split(ids, stops[:-1])
-    labels = np.append(base_ids, np.int32(0))  # -1, a private entry, finds the last
+    labels = np.append(base_ids, np.int32(0))  # index -1, a private entry, selects this 0
     lanes = [
         LanePlan(
             token_ids=table.token_ids,
@@ -169,13 +171,13 @@ def decode_pages(
     ]
     try:
         for part, plan in zip(parts, _plans(mirrors, tables, ids, stops), strict=True):
-            # Without quantisation no key is turned, by whatever frequencies.
+            # Without quantisation keys are not rotated, so one program serves every theta.
             theta = 1.0 if form is None else form.theta
             kv = restore(kv, part, plan, form, theta=theta, implementation=implementation)
     except BaseException:
         pool.release(pages)
         raise
-    # One reference for each entry in place of one for each page.
+    # Replace the reference of each page by one reference of each entry.
     pool.retain(np.concatenate([pages[:0], *(lane.page for lane in lanes)]))
     pool.release(pages)
     return kv, lanes
@@ -187,10 +189,10 @@ def _plans(
     ids: Int32[np.ndarray, " pages"],
     stops: np.ndarray,
 ) -> list[RestorePlan]:
-    """How each part of the stored pages, as they end at `stops`, goes to the pages of `ids`."""
+    """Plans the copy of each part of the stored pages, which end at `stops`, to pages `ids`."""
     size = mirrors.base.k.shape[2]
     if mirrors.form is None:
-        # Whole pages, as they are: XLA's CPU code writes them three times as fast.
+        # Copy whole pages, because XLA's CPU code writes them three times as fast.
         pages = np.flatnonzero(ids > 0).astype(np.int32)
         slot = (pages[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
         turn = np.zeros_like(slot)
@@ -211,7 +213,7 @@ def _plans(
 def _read_slots(
     tables: Sequence[MirrorTable], stops: np.ndarray, page_size: int
 ) -> tuple[Int32[np.ndarray, " slots"], Int32[np.ndarray, " slots"]]:
-    """The slots of stored pages that entries read, each once and in order, and their positions."""
+    """Returns the stored slots that entries read, sorted and unique, and their positions."""
     base, *own = np.split(np.arange(stops[-1], dtype=np.int32), stops[:-1])
     slots, positions = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     for table, private, patch in zip(tables, own[::2], own[1::2], strict=True):
@@ -225,13 +227,13 @@ def _read_slots(
 def _written_slots(
     layout: MirrorLayout, pages: int, page_size: int, *, one_position: bool
 ) -> tuple[Bool[np.ndarray, "p w"], Int32[np.ndarray, "p w"]]:
-    """The slots of a pool that some entry reads, and their canonical positions.
+    """Finds the slots of a pool that entries read, and their canonical positions.
 
     Args:
-      layout: the round.
-      pages: of the pool.
-      page_size: of the pool.
-      one_position: whether every slot must have one, whichever entries show it.
+      layout: the layout of the round.
+      pages: pages of the pool.
+      page_size: slots of a page.
+      one_position: whether all entries that show a slot must agree on its canonical position.
     """
     used = np.zeros((pages, page_size), np.bool_)
     position = np.zeros((pages, page_size), np.int32)

@@ -1,4 +1,4 @@
-"""Pages at rest: to the bit as the pool has them, or as 8-bit integers."""
+"""Pages at rest: stored exactly as in the pool, or as 8-bit integers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from jaxtyping import Float32, Int8, Int32
 from tokendance_jax.kernels import rope
 from tokendance_jax.mirror.errors import MirrorError
 
-# On the host after encoding; a caller may move them to a device.
+# `encode` returns host arrays; a caller may move them to a device.
 Array = jax.Array | np.ndarray
 
-# The largest integer; -128 is left out, so that a number and its negative have the same step.
+# The largest integer. -128 is not used, so that a number and its negative have the same step.
 _LARGEST = 127
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds pytrees of placeholders that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StoredPages:
@@ -27,9 +27,9 @@ class StoredPages:
 
     Attributes:
       k: [layers, pages, page_size, kv_heads, head_dim]; keys in the pool's storage dtype, rotated
-        at canonical positions; or int8: keys before bias and rotation, in steps of `k_scale`.
-      v: values, of the same shape and dtype; int8 in steps of `v_scale`.
-      k_scale: f32 [layers, pages, page_size, kv_heads] where `k` is int8, else None.
+        at canonical positions; or int8 keys without bias and rotation, in steps of `k_scale`.
+      v: values, of the same shape and dtype; int8 values are in steps of `v_scale`.
+      k_scale: f32 [layers, pages, page_size, kv_heads] if `k` is int8, otherwise None.
       v_scale: as k_scale.
     """
 
@@ -40,32 +40,33 @@ class StoredPages:
 
     @property
     def count(self) -> int:
-        """How many pages there are."""
+        """Number of pages."""
         return self.k.shape[1]
 
     def take(self, pages: np.ndarray) -> "StoredPages":
-        """Copies pages of the given numbers, i32 [n], to the host."""
+        """Copies the pages with these numbers, i32 [n], to the host."""
         return jax.tree.map(lambda x: np.asarray(x)[:, pages], self)
 
 
 def joined(parts: Sequence[StoredPages]) -> StoredPages:
-    """All pages of several, on the host, one after the other."""
+    """Concatenates the pages of all parts, on the host."""
     return jax.tree.map(lambda *x: np.concatenate([np.asarray(y) for y in x], axis=1), *parts)
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds pytrees of placeholders that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """Pages as symmetric 8-bit integers, with a scale for each token and head.
+    """Pages as symmetric 8-bit integers, with one scale for each token and head.
 
-    Keys are taken back to what they were before the rotary embedding, and the model's bias is taken
-    off them. In the first layer of Qwen2.5-Coder-0.5B it is 145 where the rest of the keys has a
-    standard deviation of 0.7, so with it one step would be 1.1; and a rotation spreads it over all
-    numbers of a head.
+    Keys are stored without their rotation and without the model's key bias. In the first layer of
+    Qwen2.5-Coder-0.5B the bias is 145, while the rest of the keys has a standard deviation of 0.7,
+    so one step would be 1.1 with the bias. A rotation would spread the bias over all numbers of a
+    head.
 
     Attributes:
-      key_bias: f32 [layers, kv_heads, head_dim]; what the model adds to keys before it rotates.
+      key_bias: f32 [layers, kv_heads, head_dim]; the bias that the model adds to keys before it
+        rotates them.
       theta: base of the rotary frequencies.
     """
 
@@ -74,23 +75,23 @@ class Quantised:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a round holds once beside its pages."""
+        """Bytes that a round stores once, in addition to its pages."""
         return self.key_bias.nbytes
 
     def page_bytes(self, page_size: int) -> int:
-        """Bytes of one page: integers and scales, K and V of all layers."""
+        """Bytes of one page: integers and scales of K and V in all layers."""
         layers, kv_heads, head_dim = self.key_bias.shape
         return 2 * layers * page_size * kv_heads * (head_dim + 4)
 
     def check(self, pool: Array, theta: float) -> None:
-        """Refuses pools of other models.
+        """Raises if a pool belongs to another model.
 
         Args:
           pool: keys [layers, pages, page_size, kv_heads, head_dim].
           theta: base of the rotary frequencies of the pool's model.
 
         Raises:
-          MirrorError: the key bias is not of the pool's layers and heads, or theta is another.
+          MirrorError: the key bias does not have the pool's layers and heads, or theta differs.
         """
         if self.theta != theta:
             problem = f"is {self.theta}"
@@ -105,9 +106,9 @@ class Quantised:
 def quantised(
     x: Float32[jax.Array, "*tokens head_dim"],
 ) -> tuple[Int8[jax.Array, "*tokens head_dim"], Float32[jax.Array, "*tokens"]]:
-    """Rounds numbers to multiples of a scale, the largest of each head to 127 times its scale."""
+    """Quantises numbers to int8, with one scale per head that maps its largest magnitude to 127."""
     scale = jnp.max(jnp.abs(x), axis=-1) / _LARGEST
-    # Of zeros alone, and where the scale is too small to divide by.
+    # The numbers may all be 0, or the scale too small to divide by.
     scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
@@ -117,12 +118,12 @@ def before_rotation(
     position: Int32[jax.Array, "pages page_size"],
     form: Quantised,
 ) -> Float32[jax.Array, "layers pages page_size kv_heads head_dim"]:
-    """Keys without their rotation and without the model's bias.
+    """Removes the rotation and the model's bias from keys.
 
     Args:
-      keys: rotated at their canonical positions.
+      keys: keys rotated at their canonical positions.
       position: these positions.
-      form: bias and frequencies.
+      form: the bias and the base of the rotary frequencies.
     """
     cos, sin = rope.rotation(-position, theta=form.theta, head_dim=keys.shape[-1])
     turned = rope.rotate(keys, cos[None, :, :, None, :], sin[None, :, :, None, :])

@@ -1,7 +1,7 @@
 """Moves pages between a pool on the device and arrays on the host.
 
-Pages go in groups of one size, so one program of each direction serves every round, and memory
-beside the pool and the arrays stays small.
+Pages move in groups of one size. So one program per direction serves every round, and little memory
+is needed in addition to the pool and the arrays.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.pages import Quantised, StoredPages, before_rotation, quantised
 from tokendance_jax.paged.kv import PagedKV, pool_format
 
-# Pages of one call. On CPU, 16 pages of the 0.5B model stay in the cache: 4 GB/s out of the pool
-# and 2 GB/s into it, against 3 and 0.7 GB/s with 256 pages.
+# Pages per call. 16 pages of the 0.5B model stay in a CPU's cache: they are copied at 4 GB/s out of
+# the pool and at 2 GB/s into it, compared with 3 and 0.7 GB/s for 256 pages.
 GROUP = 16
 
 
 def groups(count: int) -> Iterator[slice]:
-    """Slices of at most `GROUP` that cover `count` pages."""
+    """Returns slices of at most `GROUP` pages that together cover `count` pages."""
     return (slice(start, min(start + GROUP, count)) for start in range(0, count, GROUP))
 
 
 def padded(x: np.ndarray, axis: int) -> np.ndarray:
-    """Fills up an axis with zeros to `GROUP`."""
+    """Pads an axis with zeros to length `GROUP`."""
     missing = list(x.shape)
     missing[axis] = GROUP - x.shape[axis]
     return np.concatenate([x, np.zeros(missing, x.dtype)], axis=axis)
@@ -49,12 +49,12 @@ def read_pages(
     Args:
       kv: the pool.
       pages: ids of the pages.
-      used: the slots that hold something, of every page of the pool; the others become 0.
+      used: marks the slots in use, in every page of the pool; all other slots become 0.
       position: canonical positions of these slots.
-      form: how the pages are stored; None: to the bit.
+      form: how to store the pages; None: exactly as in the pool.
 
     Raises:
-      MirrorError: a number to quantise is not finite.
+      MirrorError: `form` is given and a number is not finite.
     """
     layers, _, *slot_shape = kv.k.shape
     shape = layers, len(pages), *slot_shape
@@ -70,7 +70,7 @@ def read_pages(
     for name in ("k_scale", "v_scale") if form is not None else ():
         if not np.isfinite(getattr(out, name)).all():
             problem = "has numbers that are not finite"
-            raise MirrorError("kv", name[0], problem, "encode the pages to the bit")
+            raise MirrorError("kv", name[0], problem, "encode the pages exactly (form=None)")
     return out
 
 
@@ -87,8 +87,8 @@ def restore(
 
     Args:
       kv: the pool.
-      pages: where from.
-      plan: what goes where (`turns` gives its turns).
+      pages: the stored pages to read.
+      plan: which slots go where (`turns` computes `plan.turn`).
       form: how the pages are stored.
       theta: base of the rotary frequencies.
       implementation: see `kernels.dispatch`.
@@ -97,7 +97,8 @@ def restore(
       The pool with the slots written.
     """
     program = restorer(theta, implementation)
-    # As many pieces as pages: most pages are one piece. A page of several may be read twice.
+    # Each group has at most `GROUP` pieces, because most pages are one piece. A page of several
+    # pieces may be read twice.
     for group in groups(len(plan.first)):
         part = plan.cut(group.start, group.stop)
         page = np.asarray(part.page)
@@ -109,7 +110,7 @@ def restore(
 
 @functools.cache
 def restorer(theta: float, implementation: str | None, device: jax.Device | None = None) -> Any:
-    """The program that writes a group of pages into a pool.
+    """Returns the program that writes a group of pages into a pool.
 
     Args:
       theta: base of the rotary frequencies.
@@ -117,8 +118,8 @@ def restorer(theta: float, implementation: str | None, device: jax.Device | None
       device: where the pool lies; None: the default device.
 
     Returns:
-      A jitted function of the pool, which is donated, `StoredPages`, their form and the plan. Pools
-      come and go in the layout that all programs take (`pool_format`).
+      A jitted function of the pool, which is donated, the `StoredPages`, their form and the plan.
+      It takes and returns pools in the layout of all programs (`pool_format`).
     """
     pool = pool_format(device)
     return jax.jit(
@@ -135,13 +136,13 @@ def turns(
     offset: Int[np.ndarray, " tokens"],
     form: Quantised | None,
 ) -> Int32[np.ndarray, " tokens"]:
-    """`RestorePlan.turn` of tokens.
+    """Computes `RestorePlan.turn` for tokens.
 
     Args:
-      at: positions at which their keys shall stand.
-      canonical: positions at which they were encoded.
-      offset: their slots in their pages.
-      form: how the pages are stored.
+      at: positions to which the tokens' keys are to be rotated.
+      canonical: positions at which the keys were encoded.
+      offset: slots of the tokens in their pages.
+      form: how the pages are stored; None: exactly as in the pool.
     """
     return (at - (canonical if form is None else offset)).astype(np.int32)
 

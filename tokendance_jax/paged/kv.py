@@ -38,16 +38,19 @@ class KVSpec:
         return 2 * values * self.storage.itemsize
 
     def page_room(self, platform: str) -> int:
-        """Bytes that a page takes on a platform: on a TPU, heads fill up lanes of 128 numbers."""
+        """Returns the bytes that a page occupies on a platform.
+
+        On a TPU, heads are padded to a multiple of 128 numbers.
+        """
         width = -(-self.head_dim // 128) * 128 if platform == "tpu" else self.head_dim
         return self.page_bytes // self.head_dim * width
 
     def zeros(self) -> PagedKV:
-        """A new pool on the default device, filled with zeros."""
+        """Returns a new pool on the default device, filled with zeros."""
         return jax.jit(self._zeros, out_shardings=pool_format())()
 
     def abstract(self) -> PagedKV:
-        """A pool of shapes alone, to compile for."""
+        """Returns a pool of shapes alone, to compile for."""
         return jax.eval_shape(self._zeros)
 
     def _zeros(self) -> PagedKV:
@@ -56,13 +59,14 @@ class KVSpec:
 
 
 def pool_format(device: jax.Device | None = None) -> Format:
-    """How the arrays of a pool lie in memory: slot after slot, as all kernels read them.
+    """Returns the memory layout of a pool's arrays: slot after slot, as all kernels read them.
 
-    Whatever program gives back a pool says so. On TPUs, XLA would choose another order for large
-    pools with heads narrower than 128, and copy them before and after every program.
+    Every program that returns a pool must request this layout. Otherwise XLA chooses another
+    order on TPUs for large pools with heads narrower than 128, and copies them before and after
+    every program.
 
     Args:
-      device: where the pool lies; None: the default device.
+      device: the device of the pool; None: the default device.
     """
     device = jax.devices()[0] if device is None else device
     return Format(Layout(major_to_minor=tuple(range(5))), SingleDeviceSharding(device))

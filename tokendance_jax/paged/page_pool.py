@@ -1,4 +1,4 @@
-"""Reference counts of the KV pages: who may write a page, and which page to give away next."""
+"""Reference counts of the KV pages: who may write a page, and which page is evicted next."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from jaxtyping import Int, Int32
 
 
 class OutOfPages(RuntimeError):
-    """More pages were asked for than are free or evictable. The pool is unchanged.
+    """More pages were requested than are free or evictable. The pool is unchanged.
 
     Attributes:
-      requested: pages asked for.
+      requested: pages requested.
       free: pages that hold nothing.
-      evictable: pages that hold cached content nobody references.
+      evictable: pages that hold cached content without a reference.
       total: pages of the pool, the reserved page 0 included.
     """
 
@@ -32,11 +32,11 @@ class PagePool:
     """Hands out page ids 1 .. pages - 1 and counts the references to them.
 
     A page is *live* (referenced), *evictable* (unreferenced, but its cached content may still be
-    reused), or *free*. Page 0 is reserved: padding entries of block tables point at it and nobody
-    reads it. Every operation costs O(1) per page it names, and a batch that is refused changes
+    reused), or *free*. Page 0 is reserved: padding entries of block tables point to it, and it is
+    never read. Every operation costs O(1) per page that it handles, and a refused batch changes
     nothing. The order of eviction is that of vLLM's automatic prefix caching: least recently
-    released first, and of pages released together the last first, because the end of a chain is
-    useless without its beginning.
+    released first. Of pages that are released together, the last is evicted first, because the
+    end of a chain is useless without its beginning.
     """
 
     def __init__(self, pages: int):
@@ -52,8 +52,8 @@ class PagePool:
             raise ValueError(f"a pool needs page 0 and at least one more, got {pages} pages")
         self._counts = [0] * pages
         self._free = list(range(pages - 1, 0, -1))  # a stack: the lowest id is handed out first
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # next to be evicted first
-        self._on_evict: dict[int, Callable[[int], None]] = {}  # the cached pages, live or not
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # in the order of eviction
+        self._on_evict: dict[int, Callable[[int], None]] = {}  # of all cached pages, live or not
 
     @property
     def total(self) -> int:
@@ -76,16 +76,16 @@ class PagePool:
         return self.total - 1 - self.free - self.evictable
 
     def refcount(self, page: int) -> int:
-        """Number of references to one page.
+        """Returns the number of references to one page.
 
         Raises:
-          ValueError: the page is 0 or not of this pool.
+          ValueError: the page is 0 or not in this pool.
         """
         self._check_ids([page])
         return self._counts[page]
 
     def allocate(self, count: int) -> Int32[np.ndarray, " count"]:
-        """Takes pages to write to: free ones, then the least recently released cached ones.
+        """Allocates pages to write to: free ones, then the least recently released cached ones.
 
         Args:
           count: number of pages.
@@ -106,16 +106,16 @@ class PagePool:
         pages += evicted
         for page in pages:
             self._counts[page] = 1
-        # The owners hear of it once the pool is consistent again.
+        # Notify the owners only when the pool is consistent again.
         for page in evicted:
             self._on_evict.pop(page)(page)
         return np.array(pages, np.int32)
 
     def extend(self, held: Int32[np.ndarray, " n"], count: int) -> Int32[np.ndarray, " total"]:
-        """Allocates pages behind pages that the caller holds already, or gives those back.
+        """Allocates further pages for a sequence; if that fails, releases the pages it holds.
 
         Args:
-          held: page ids, one reference each.
+          held: page ids that the caller holds, one reference each.
           count: number of further pages.
 
         Returns:
@@ -137,7 +137,7 @@ class PagePool:
           pages: page ids; an id that occurs twice gets two references.
 
         Raises:
-          ValueError: an entry is page 0, not of this pool, or free.
+          ValueError: an entry is page 0, not in this pool, or free.
         """
         ids = pages.tolist()
         self._check_ids(ids)
@@ -149,14 +149,14 @@ class PagePool:
             self._evictable.pop(page, None)
 
     def release(self, pages: Int[np.ndarray, " n"]) -> None:
-        """Drops one reference per entry; a page without any becomes evictable or free.
+        """Drops one reference per entry; a page without references becomes evictable or free.
 
         Args:
           pages: page ids in the order of their sequence (or several sequences, one after the
             other): the last page of a sequence is evicted before the first.
 
         Raises:
-          ValueError: an entry is page 0 or not of this pool, or a page occurs more often than it
+          ValueError: an entry is page 0 or not in this pool, or a page occurs more often than it
             has references.
         """
         ids = pages.tolist()
@@ -175,17 +175,17 @@ class PagePool:
                     self._free.append(page)
 
     def mark_cached(self, pages: Int[np.ndarray, " n"], on_evict: Callable[[int], None]) -> None:
-        """Lets pages keep their content when their last reference goes.
+        """Marks pages as cached: they keep their content when their last reference is released.
 
         A page has one owner at a time, but owners may share a pool.
 
         Args:
           pages: distinct live page ids.
-          on_evict: called with a page id when `allocate` gives the page to somebody else. It
-            must forget the page and must not call the pool.
+          on_evict: called with a page id when `allocate` hands the page out again. It must forget
+            the page and must not call the pool.
 
         Raises:
-          ValueError: an entry is page 0, not of this pool, not live, cached already, or repeated.
+          ValueError: an entry is page 0, not in this pool, not live, cached already, or repeated.
         """
         ids = pages.tolist()
         self._check_ids(ids)
@@ -198,13 +198,13 @@ class PagePool:
         self._on_evict.update(dict.fromkeys(ids, on_evict))
 
     def unmark_cached(self, pages: Int[np.ndarray, " n"]) -> None:
-        """Withdraws the mark, without calling the owner's hook; evictable pages become free.
+        """Removes the mark without calling `on_evict`; evictable pages become free.
 
         Args:
           pages: distinct cached page ids.
 
         Raises:
-          ValueError: an entry is page 0, not of this pool, not cached, or repeated.
+          ValueError: an entry is page 0, not in this pool, not cached, or repeated.
         """
         ids = pages.tolist()
         self._check_ids(ids)

@@ -1,4 +1,4 @@
-"""Static sizes for a varying number of rows, so that few programs are compiled."""
+"""Static sizes that a varying number of rows is padded to, so that few programs are compiled."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from functools import cached_property
 class Buckets:
     """Sizes that double from `minimum` up to exactly `budget`.
 
-    Laws: sizes are sorted and unique, each at most twice the one before, and there are
-    ceil(log2(budget / minimum)) + 1 of them. TPU serving engines bucket their tokens in the same
-    way (vllm-project/tpu-inference); splitting the tail is ours.
+    The sizes are sorted and unique, each is at most twice the size before it, and there are
+    ceil(log2(budget / minimum)) + 1 of them. TPU serving engines use such buckets for their
+    tokens (vllm-project/tpu-inference); splitting the tail in two (see `cover`) is an addition of
+    this project.
 
     Attributes:
       minimum: smallest size, in rows.
-      budget: largest size, in rows; most rows of one call.
+      budget: largest size, in rows, and so the most rows of one call.
     """
 
     minimum: int
@@ -25,7 +26,7 @@ class Buckets:
         """Checks the sizes.
 
         Raises:
-          ValueError: not 1 <= minimum <= budget.
+          ValueError: `minimum` is below 1 or above `budget`.
         """
         if not 1 <= self.minimum <= self.budget:
             raise ValueError(f"need 1 <= minimum <= budget, got {self.minimum}, {self.budget}")
@@ -41,7 +42,7 @@ class Buckets:
         return (*sizes, self.budget)
 
     def fit(self, n: int) -> int:
-        """Smallest size that holds n rows: below 2 n, or the minimum.
+        """Returns the smallest size that holds n rows. It is below 2 n, or the minimum.
 
         Raises:
           ValueError: n is negative or above the budget.
@@ -51,7 +52,7 @@ class Buckets:
         return self.sizes[bisect_left(self.sizes, n)]
 
     def upto(self, n: int) -> tuple[int, ...]:
-        """The sizes that numbers from 0 to n take.
+        """Returns the sizes that `fit` returns for numbers from 0 to n.
 
         Raises:
           ValueError: n is negative or above the budget.
@@ -59,20 +60,21 @@ class Buckets:
         return self.sizes[: self.sizes.index(self.fit(n)) + 1]
 
     def cover(self, n: int) -> list[int]:
-        """Sizes of the calls that take n rows in order.
+        """Splits n rows into calls, in order, and returns the sizes of the calls.
 
-        All calls but those of the tail have the size of the budget. The tail is one call, or two
-        when one would pad by more than a quarter of the tail's rows and two pad less.
+        All calls except those of the tail have the size of the budget. The tail is the remaining
+        rows. It takes one call, or two if one would pad it by more than a quarter of its rows and
+        two pad less.
 
-        Laws: the sum is at least n and grows with n; padding is at most n / 3 or `minimum` - 1
-        rows, whichever is more; the cover of a size is that size. Where the budget is the minimum
-        times a power of two, the cover of a cover's sum is the same cover.
+        The sum of the sizes is at least n and never decreases as n grows. Padding is at most n / 3
+        rows or `minimum` - 1 rows, whichever is more. The cover of a size is that size. If the
+        budget is the minimum times a power of two, the cover of a cover's sum is the same cover.
 
         Args:
           n: number of rows.
 
         Returns:
-          Sizes in descending order; none for no rows.
+          Sizes in descending order; an empty list for 0 rows.
 
         Raises:
           ValueError: n is negative.
@@ -88,7 +90,7 @@ class Buckets:
         whole = self.fit(n)
         if whole == self.minimum or 4 * (whole - n) <= n:
             return [whole]
-        # Two of any smaller size cannot hold n, so this is the only pair that may save rows.
+        # Two calls smaller than `large` cannot hold n rows, so no other pair can save rows.
         large = self.sizes[self.sizes.index(whole) - 1]
         small = self.fit(n - large)
         return [large, small] if large + small < whole else [whole]

@@ -1,8 +1,8 @@
-"""From lanes to the arrays of decode attention: what several lanes hold is found and read once.
+"""Finds the table entries that several lanes hold, so that attention reads them only once.
 
-Nobody declares groups: lanes share a page because their tables name it, and this file looks for it
-there. A prefix that lanes have in common, a base that each sees under its own frame, a base with
-some pages patched: all are the same entries in several tables.
+Groups are never declared. Lanes share a page if their block tables name it, and this module
+compares the tables. A prefix that lanes have in common, a base that each lane reads in its own
+frame, and a base with some pages patched all appear as equal entries in several tables.
 """
 
 import dataclasses
@@ -25,26 +25,27 @@ def group_tables(
     cost: float | None = None,
     least: int = 1,
 ) -> tuple[GroupTables, LaneTables]:
-    """Splits the lanes' block tables into key blocks that several lanes read and the rest.
+    """Splits the lanes' block tables into key blocks that several lanes read, and the rest.
 
-    Entries of several lanes are one if page, first slot and slots agree. In the order in which the
-    lanes name them they fill key blocks, a new one where the frame of a lane changes. A block
-    stands in the groups if it saves more than it costs, else in the lanes' tables. Only slots in
-    front of the rows that read them are shared.
+    Entries of different lanes are equal if page, first slot and number of slots agree. Shared
+    entries fill key blocks in the order in which the lanes first name them; a new block begins
+    where the frame of a lane changes. A block goes into the groups if it saves at least what it
+    costs; otherwise its entries stay in the lanes' tables. Only slots in front of the rows that
+    read them are shared.
 
     Args:
       lanes: the lanes, at least one.
       shapes: the static shapes.
-      behind: for each lane, a position that no row of it which reads the groups lies in front of;
+      behind: for each lane, a lower bound of the positions of its rows that read the groups;
         None: the end of its prompt, for rows that decode.
-      visits: for each lane, how often it would read a key block of its own; None: once.
-      cost: what a shared key block costs, in key blocks that lanes read for themselves; None:
+      visits: for each lane, how often it would read a key block from its own table; None: once.
+      cost: cost of a shared key block, in key blocks that lanes read for themselves; None:
         `shared_block_cost`.
-      least: the tables are of at least so many lanes.
+      least: the returned tables have room for at least this many lanes.
 
     Returns:
-      The shared key blocks, and the tables of all else. Both have the bucket that the lanes' whole
-      tables take, so that no program is compiled for how much lanes share.
+      The shared key blocks, and tables of all other entries. Both have the bucket shape of the
+      lanes' whole tables, so that how much lanes share never leads to another compilation.
 
     Raises:
       ValueError: there are more lanes or entries than the largest buckets hold.
@@ -94,7 +95,7 @@ def group_tables(
 
 
 def empty_groups(*, lanes: int, entries: int, page_size: int) -> GroupTables:
-    """Group tables in which nothing is shared, in bucket shapes."""
+    """Returns group tables that share nothing, in bucket shapes."""
     width = block_pages(page_size)
     blocks = entries // width
     return GroupTables(
@@ -115,10 +116,12 @@ def _shared(
 ) -> tuple[Int[np.ndarray, " held"], Int[np.ndarray, " held"]]:
     """Finds the entries in front of `behind` that several lanes hold.
 
-    Where a lane names one several times, its second time is one with the second time of others.
+    If a lane names an entry several times, its second occurrence equals the second occurrence in
+    other lanes, and so on.
 
     Returns:
-      The entries, and what they share: numbers in the order in which the lanes first name it.
+      Indices of these entries in `table`, and the number of the shared entry that each stands
+      for. Shared entries are numbered in the order in which the lanes first name them.
     """
     page, _, first, slots, start = table
     written = np.flatnonzero(start + slots <= behind[owner])
@@ -149,16 +152,16 @@ def _key_blocks(
     """Fills key blocks with shared entries in order; within a block each lane has one frame.
 
     Returns:
-      The column of each entry, where all blocks stand in one row, and the lanes' frames in each
-      block: a lane that holds nothing of it keeps the one of the blocks before, so that queries are
-      rotated anew as seldom as may be.
+      The column of each entry, with all blocks in one row, and the lanes' frames in each block. A
+      lane that holds no entry of a block keeps its frame from the blocks before, so that its
+      queries are rotated again as rarely as possible.
     """
     index = np.arange(len(frame))
     last = np.maximum.accumulate(np.where(member, index[:, None], -1), axis=0)
     before = np.full_like(last, -1)
     before[1:] = last[:-1]
     moved = member & (frame != np.take_along_axis(frame, np.maximum(before, 0), axis=0))
-    # The newest entry that each one cannot share a block with.
+    # For each entry, the last entry before it that it cannot share a block with.
     clash = np.where(moved, before, -1).max(axis=1, initial=-1)
     begins, begin = [0], 0
     for entry in np.flatnonzero(clash >= 0).tolist():
@@ -183,10 +186,10 @@ def _worthwhile(
     cost: float,
     most: int,
 ) -> Int[np.ndarray, " chosen"]:
-    """The blocks that save more than they cost, at most so many of them, the best first choice."""
+    """Returns blocks that save at least their cost: up to `most`, those that save most."""
     held = np.zeros(frame.shape, np.int64)
     np.add.at(held, block, member)
-    # Entries of another frame than their neighbours' take a key block of their own.
+    # In a lane's table, entries in another frame than their neighbours take a whole key block.
     saved = np.where(frame != 0, np.minimum(held, 1), held / width) @ visits
     chosen = np.flatnonzero(saved >= cost)
     best = np.argsort(-saved[chosen], kind="stable")[:most]
@@ -194,11 +197,11 @@ def _worthwhile(
 
 
 def shared_block_cost(lanes: int) -> float:
-    """The cost of a key block that all lanes meet, in key blocks that one lane reads for itself.
+    """Returns the cost of a shared key block, in key blocks that one lane reads for itself.
 
-    Tuned on a CPU, used on every platform. Fitted to the processor time of decode attention at the
-    sizes of the 0.5B model (24 layers): 17 shared blocks against the same pages in every lane's own
-    table. For 4, 8, 16, 32, 64 and 128 lanes the cost was 2.7, 4.9, 7.0, 10.7, 17.7 and 30.1 blocks
-    in float32, and 2.6, 4.0, 5.2, 10.8, 18.0 and 28.5 in bfloat16.
+    Fitted on a CPU, used on every platform. The fit compares processor times of decode attention
+    at the sizes of the 0.5B model (24 layers): 17 key blocks that all lanes share, against the
+    same pages in every lane's own table. For 4, 8, 16, 32, 64 and 128 lanes the cost was 2.7, 4.9,
+    7.0, 10.7, 17.7 and 30.1 blocks in float32, and 2.6, 4.0, 5.2, 10.8, 18.0 and 28.5 in bfloat16.
     """
     return 2 + lanes / 4

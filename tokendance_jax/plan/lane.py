@@ -1,4 +1,4 @@
-"""A lane: what one sequence computes, and where its context lies."""
+"""A lane: the rows that one sequence computes, and the slots that hold its context."""
 
 import dataclasses
 
@@ -10,9 +10,9 @@ from jaxtyping import Int, Int32
 class LanePlan:
     """One sequence of a round: its tokens, the positions to compute, and its block table.
 
-    The table lists the slots of the whole context in logical order without gaps, room for the
-    answer included. It says where rows write as well as what they read: a row at logical position
-    p writes the slot that the table holds for p.
+    The table lists the slots of the whole context, room for the answer included, in logical order
+    and without gaps. It determines where rows write as well as what they read: a row at logical
+    position p writes the slot that the table holds for p.
 
     Attributes:
       token_ids: the prompt.
@@ -21,8 +21,8 @@ class LanePlan:
       frame: logical minus canonical positions of each entry.
       first: first valid slot of each entry.
       slots: valid slots of each entry.
-      base: the base page that each entry shows or replaces; 0 where it is private. An entry is a
-        patch where its page is another one.
+      base: the base page that each entry reads or replaces; 0 in private entries. An entry with a
+        base page is a patch if `page` is another page.
     """
 
     token_ids: Int32[np.ndarray, " tokens"]
@@ -42,7 +42,7 @@ class LanePlan:
         computed_from: int,
         page_size: int,
     ) -> "LanePlan":
-        """A lane whose pages are its own positions in order: frame 0, every slot valid."""
+        """Returns a lane with the given pages in logical order: frame 0, every slot valid."""
         zeros = np.zeros(len(pages), np.int32)
         return cls(
             token_ids=token_ids,
@@ -57,7 +57,7 @@ class LanePlan:
     def locate(
         self, position: Int32[np.ndarray, "*shape"], page_size: int
     ) -> tuple[Int32[np.ndarray, "*shape"], Int32[np.ndarray, "*shape"]]:
-        """Finds the slot (page * page_size + offset) and the canonical position of positions."""
+        """Returns each position's slot (page * page_size + offset) and canonical position."""
         stop = np.cumsum(self.slots)
         entry = np.searchsorted(stop, position, side="right")
         start = stop[entry] - self.slots[entry]
@@ -65,19 +65,19 @@ class LanePlan:
         return slot.astype(np.int32), (position - self.frame[entry]).astype(np.int32)
 
     def entries(self) -> Int32[np.ndarray, "5 entries"]:
-        """The table as rows page, frame, first, slots, start: logical position of the first."""
+        """Returns rows page, frame, first, slots, start (logical position of the first slot)."""
         start = (np.cumsum(self.slots) - self.slots).astype(np.int32)
         return np.stack([self.page, self.frame, self.first, self.slots, start])
 
     def table(self, block_entries: int) -> Int32[np.ndarray, "5 padded_entries"]:
-        """The entries with one frame to a key block.
+        """Returns the entries in key blocks of one frame each.
 
         Args:
           block_entries: entries of a key block.
 
         Returns:
-          i32 [5, entries], a multiple of `block_entries` long; empty entries fill up a block where
-          the frame changes and at the end.
+          i32 [5, entries], where the number of entries is a multiple of `block_entries`. Empty
+          entries pad a block where the frame changes, and at the end.
         """
         column = key_block_columns(np.zeros_like(self.page), self.frame, block_entries)
         size = -(-(int(column.max(initial=-1)) + 1) // block_entries) * block_entries
@@ -87,10 +87,10 @@ class LanePlan:
 def key_block_columns(
     owner: Int[np.ndarray, " entries"], frame: Int[np.ndarray, " entries"], block_entries: int
 ) -> Int[np.ndarray, " entries"]:
-    """Column of each entry in its owner's table: a new key block where the frame changes.
+    """Returns each entry's column in its owner's table; a new frame begins a new key block.
 
     Args:
-      owner: whose table each entry is of; entries of one owner stand together.
+      owner: number of the table that each entry belongs to, ascending.
       frame: frame of each entry.
       block_entries: entries of a key block.
     """
@@ -109,9 +109,9 @@ def fill_key_blocks(
     size: int,
     block_entries: int,
 ) -> Int32[np.ndarray, "5 size"]:
-    """Puts entries of `LanePlan.entries` into columns of a table of this size.
+    """Writes entries, as `LanePlan.entries` returns them, into columns of a new table.
 
-    An empty entry has the frame of its key block, and is zero but for that.
+    An empty entry has the frame of its key block and is 0 otherwise.
     """
     table = np.zeros((5, size), np.int32)
     table[1].reshape(-1, block_entries)[column // block_entries] = entries[1, :, None]
@@ -120,5 +120,5 @@ def fill_key_blocks(
 
 
 def with_rows(lane: LanePlan, positions: Int[np.ndarray, " computed"]) -> LanePlan:
-    """The same lane, with other positions to compute."""
+    """Returns the same lane with other positions to compute."""
     return dataclasses.replace(lane, computed=positions.astype(np.int32))

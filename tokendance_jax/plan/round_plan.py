@@ -1,4 +1,4 @@
-"""From lanes to the arrays of one jitted prefill: the round as one ragged batch."""
+"""Packs the lanes of a round, as one ragged batch, into the arrays of prefill calls."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tokendance_jax.plan.shared_rows import blank_rows, share_rows
 from tokendance_jax.plan.tiles import row_tiles as row_tiles
 
 
-@no_type_check  # JAX also builds pytrees of stand-ins that are no arrays
+@no_type_check  # JAX also builds this pytree with placeholders that are not arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoundPlan:
@@ -23,12 +23,13 @@ class RoundPlan:
 
     Attributes:
       rows: tokens, logical and canonical positions, write slots.
-      used: number of rows in use, which stand first; the others are padding.
-      lane: lane of each row; the number of lanes for padding.
+      used: number of rows in use; they come first, and the others are padding.
+      lane: lane of each row; for padding, the number of lanes.
       tables: block tables of all lanes.
-      tiles: the rows grouped by lane.
-      out_row: for each seat whose lane computes its last token here, its row; else the number of
-        rows.
+      tiles: the rows, grouped into tiles of one lane each.
+      out_row: for each seat, the row of its lane's last token if this call computes it; else the
+        number of rows.
+      shared: the packed rows and the pages that they read together; None: no rows are packed.
     """
 
     rows: Rows
@@ -41,7 +42,7 @@ class RoundPlan:
 
 
 def lane_tables(lanes: Sequence[LanePlan], shapes: Shapes, *, least: int = 1) -> LaneTables:
-    """Stacks the lanes' block tables into bucket shapes, of at least so many lanes."""
+    """Stacks the lanes' block tables in bucket shapes, with room for at least `least` lanes."""
     block = block_pages(shapes.page_size)
     tables = [lane.table(block) for lane in lanes]
     entries = shapes.entries.fit(max(table.shape[1] for table in tables))
@@ -59,16 +60,16 @@ def pack(
     seats: Sequence[int] | None = None,
     seated: int | None = None,
 ) -> list[RoundPlan]:
-    """Lays the computed rows of all lanes end to end and cuts them into calls.
+    """Lays the computed rows of all lanes end to end and splits them into calls.
 
-    Rows keep the order of the lanes, so a page that one lane writes for a later one is written in
-    the same call or an earlier one.
+    Rows keep the order of the lanes, so a page that a lane writes for a later lane is written in
+    the same call or in an earlier one.
 
     Args:
-      lanes: at least one and at most a bucket of lanes, each with at least one row.
+      lanes: at least one lane and at most the largest bucket; each computes at least one row.
       shapes: the static shapes.
-      seats: the agent of each lane; negative where it belongs to none; None: one after the other.
-      seated: number of agents (a bucket of lanes); None: as many as lanes.
+      seats: seat of each lane's agent; negative for a lane of no agent; None: 0, 1, 2, ...
+      seated: number of seats (a bucket of lanes); None: the bucket of these lanes.
 
     Returns:
       One plan per call, to be run in order.
@@ -124,7 +125,7 @@ def pack(
 
 
 def blank_plan(*, rows: int, lanes: int, seats: int, entries: int, shapes: Shapes) -> RoundPlan:
-    """A plan of padding alone, in the given bucket shapes: to compile for."""
+    """Returns a plan of padding alone in the given bucket shapes, to compile programs for."""
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.int32)

@@ -8,13 +8,14 @@ from tokendance_jax.plan.buckets import Buckets
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Packing:
-    """How plans pack the rows at the ends of many lanes, to meet what these share together.
+    """How plans pack the rows at the ends of lanes, so that they read shared pages together.
 
     Attributes:
-      visit: rows of one lane that read a key block at a time, where they are not packed.
-      tile: packed rows that do, in the time of as many visits as these rows would be.
-      most: most rows at the end of a lane that are packed.
-      least: plans of fewer rows pack none.
+      visit: rows of one lane that read a key block at a time if they are not packed.
+      tile: packed rows that read a key block at a time; they take as long as `tile` / `visit`
+        visits.
+      most: most rows at the end of a lane that are packed; longer ends are not.
+      least: plans of fewer rows do not pack any.
     """
 
     visit: int
@@ -23,9 +24,9 @@ class Packing:
     least: int = 0
 
 
-# By platform (GPUs have two names). The numbers of the CPU were tuned on one: XLA code takes long
-# for a tile, however small. Those of the others are the tiles of their kernels: on a GPU, of up to
-# 8 query heads for each KV head; on a TPU, the smallest.
+# By platform (GPUs have two names). The values for CPUs were tuned on a CPU, where XLA code takes
+# long for a tile, however small. The other values are the tiles of the platform's kernels: on a
+# GPU, those for up to 8 query heads per KV head; on a TPU, the smallest ones.
 PACKING = {
     "cpu": Packing(TILE_ROWS, SHARED_TILE_ROWS, most=2 * TILE_ROWS, least=SHARED_TILE_ROWS),
     "gpu": Packing(visit=8, tile=8, most=64),
@@ -34,8 +35,9 @@ PACKING = {
 }
 
 
-# Key blocks of a table beyond those that a whole context fills in one frame: private text, shared
-# text and the task with room for an answer up to the end of the context each end within one.
+# Key blocks of a table beyond those that a whole context fills in one frame. A prompt has three
+# parts that each can leave their last key block partly empty: private text, shared text, and the
+# task with room for an answer up to the end of the context.
 SPARE_BLOCKS = 2
 
 
@@ -49,7 +51,7 @@ class Shapes:
       entries: buckets of table entries, each a multiple of a key block.
       pages: pages of the pool.
       page_size: token slots in a page.
-      packing: how plans pack rows of many lanes; None: they pack none.
+      packing: how plans pack rows of many lanes; None: they do not.
     """
 
     rows: Buckets
@@ -70,13 +72,13 @@ class Shapes:
         page_size: int,
         packing: Packing | None = None,
     ) -> "Shapes":
-        """Buckets up to the given budgets, for contexts of at most `max_tokens`."""
+        """Returns shapes with buckets up to the given budgets and contexts up to `max_tokens`."""
         block = block_pages(page_size)
         most = cls.most_entries(max_tokens, page_size)
         return cls(
             rows=Buckets(min(64, row_budget), row_budget),
-            # Tuned on a CPU: four lanes decode in the time of one, as products of a single bfloat16
-            # row are slow there.
+            # Tuned on a CPU: four lanes decode in the time of one, because products of a single
+            # bfloat16 row are slow there.
             lanes=Buckets(min(4, max_lanes), max_lanes),
             entries=Buckets(min(4 * block, most), most),
             pages=pages,
@@ -86,21 +88,21 @@ class Shapes:
 
     @staticmethod
     def entries_of(tokens: int, page_size: int) -> int:
-        """Table entries that hold so many tokens in one frame: whole key blocks."""
+        """Returns how many table entries, in whole key blocks, `tokens` need in one frame."""
         block = block_pages(page_size)
         return -(-tokens // (block * page_size)) * block
 
     @staticmethod
     def most_entries(max_tokens: int, page_size: int) -> int:
-        """The largest bucket of table entries for contexts of at most so many tokens."""
+        """Returns the largest bucket of table entries for contexts of at most `max_tokens`."""
         entries = Shapes.entries_of(max_tokens, page_size)
         return entries + SPARE_BLOCKS * block_pages(page_size)
 
     def packing_of(self, rows: int) -> Packing | None:
-        """How a plan of so many rows packs them; None: it packs none."""
+        """Returns how a plan of so many rows packs them; None if it packs none."""
         return self.packing if self.packing and rows >= self.packing.least else None
 
     @property
     def no_slot(self) -> int:
-        """The write slot of rows that write nothing: past the pool."""
+        """The write slot of rows that write nothing; it lies past the pool."""
         return self.pages * self.page_size

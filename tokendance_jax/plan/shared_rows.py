@@ -1,7 +1,7 @@
-"""Which rows of a prefill meet the pages that their lanes share together, and which alone.
+"""Decides which rows of a prefill are packed, to read their lanes' shared pages together.
 
-The rows at the end of many lanes, each behind a base that all of them show, are too few to fill a
-tile: packed end to end they read the base once per tile of lanes.
+Many lanes end with a few rows behind a base that all of these lanes read. Such rows of one lane
+are too few to fill a tile. Packed end to end, those of many lanes read the base once per tile.
 """
 
 import dataclasses
@@ -23,13 +23,14 @@ PACKING_COST = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Sharing:
-    """What the rows at the end of lanes share.
+    """What the rows at the ends of lanes share.
 
     Attributes:
-      behind: i64 [lanes]; where these rows begin; int64's maximum in lanes that share nothing.
-      groups: the key blocks that they share.
+      behind: i64 [lanes]; logical position of each lane's first such row; int64's maximum in lanes
+        that share nothing.
+      groups: the key blocks that these rows share.
       tables: see `SharedRows`.
-      most: most rows of a lane that are packed.
+      most: most rows of one lane that are packed.
     """
 
     behind: np.ndarray
@@ -40,10 +41,10 @@ class Sharing:
     def of_rows(
         self, lane: Int32[np.ndarray, " used"], position: Int32[np.ndarray, " used"], *, rows: int
     ) -> SharedRows:
-        """The rows of one call.
+        """Returns the packed rows of one call, and what they read.
 
         Args:
-          lane: lane of each row; rows of one lane stand together.
+          lane: lane of each row; rows of one lane are neighbours.
           position: logical position of each row.
           rows: rows of the plan, padding included.
         """
@@ -53,7 +54,7 @@ class Sharing:
         row = np.full(min(rows, lanes * self.most), rows, np.int32)
         row_lane = np.zeros_like(row)
         row[: len(used)], row_lane[: len(used)] = used, lane[used]
-        # Pages that only lanes of later calls hold may not be written yet.
+        # Entries that only lanes of later calls hold are left out: they may not be written yet.
         present = np.zeros(lanes, np.bool_)
         present[row_lane[: len(used)]] = True
         member = self.groups.member & present[None, :, None]
@@ -71,11 +72,11 @@ class Sharing:
 def share_rows(
     lanes: Sequence[LanePlan], tables: LaneTables, shapes: Shapes, packing: Packing
 ) -> Sharing:
-    """Finds what the rows at the end of lanes share, if that saves more than it costs.
+    """Finds what the rows at the ends of lanes share, if sharing saves more than it costs.
 
     Args:
       lanes: at least one, each with at least one row.
-      tables: their whole tables.
+      tables: the lanes' whole block tables.
       shapes: the static shapes.
       packing: how rows are packed.
     """
@@ -84,7 +85,7 @@ def share_rows(
     rows = np.array([len(lane.computed) for lane in lanes]) - begin
     behind = np.array([lane.computed[at] for lane, at in zip(lanes, begin, strict=True)])
     few = (rows <= packing.most) & (behind > 0)
-    # Nothing lies in front of position 0.
+    # A lane that is not packed gets position 0, in front of which there is nothing to share.
     behind, rows = behind * few, rows * few
     visits = -(-rows // packing.visit)
 
@@ -105,7 +106,7 @@ def share_rows(
 
 
 def blank_rows(tables: LaneTables, *, rows: int, page_size: int, packing: Packing) -> SharedRows:
-    """Shared rows of a plan of padding alone."""
+    """Returns the shared rows of a plan of padding alone."""
     lanes, entries = tables.page.shape
     groups = empty_groups(lanes=lanes, entries=entries, page_size=page_size)
     nothing = np.zeros(0, np.int32)
@@ -121,6 +122,6 @@ def _stacked(whole: LaneTables, rest: LaneTables) -> LaneTables:
 
 
 def _last_run(computed: Int32[np.ndarray, " computed"]) -> int:
-    """Where the last run of neighbouring positions begins."""
+    """Returns the index at which the last run of consecutive positions begins."""
     breaks = np.flatnonzero(np.diff(computed) != 1)
     return int(breaks[-1]) + 1 if len(breaks) else 0

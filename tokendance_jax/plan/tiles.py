@@ -1,4 +1,4 @@
-"""Rows of one lane that attend together."""
+"""Groups the rows of a lane into tiles, which attend together."""
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,11 +16,12 @@ def row_tiles(
     """Groups rows into tiles of one lane each.
 
     Args:
-      lane: lane of each row; rows of one lane stand together.
-      position: logical position of each row. What lies in front of a lane's widest gap and what
-        lies behind it get tiles of their own, if a key block fits into the gap: rows in front of
-        shared text would keep those behind it from seeing its blocks whole. None: they do not.
-      rows: rows of the plan, padding included: the number that marks an unused place.
+      lane: lane of each row; rows of one lane are neighbours.
+      position: logical position of each row. If a key block fits into a lane's widest gap, the
+        rows before and behind the gap get tiles of their own. In one tile, rows in front of shared
+        text would keep the rows behind it from reading its key blocks whole, without a mask. None:
+        gaps are ignored.
+      rows: number of rows of the plan, padding included; it marks the unused places of a tile.
       lanes: lanes of the plan.
     """
     most = -(-rows // TILE_ROWS) + (lanes if position is None else 2 * lanes)

@@ -13,7 +13,7 @@ from tokendance_jax.plan.lane import LanePlan
 
 
 def content_key(token_ids: Int32[np.ndarray, " tokens"]) -> bytes:
-    """The digest by which equal segments are found: 128 bits over the token ids."""
+    """Returns the digest that identifies a segment: 128 bits over the token ids."""
     return hashlib.blake2b(np.ascontiguousarray(token_ids).tobytes(), digest_size=16).digest()
 
 
@@ -25,7 +25,7 @@ class Placed:
       token_ids: the segment.
       page: pages that hold it, in order; the first and the last may hold other segments too.
       first: its first slot in each page.
-      slots: its slots in each page.
+      slots: number of its slots in each page.
       canonical: canonical position of its first token.
     """
 
@@ -36,7 +36,7 @@ class Placed:
     canonical: int
 
     def slot(self, page_size: int) -> Int32[np.ndarray, " tokens"]:
-        """Slot (page * page_size + offset) of each token."""
+        """Returns the slot (page * page_size + offset) of each token."""
         start = np.cumsum(self.slots) - self.slots
         entry = np.repeat(np.arange(len(self.page)), self.slots)
         offset = np.arange(len(self.token_ids)) - start[entry] + self.first[entry]
@@ -45,16 +45,17 @@ class Placed:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """A base before it has pages: segments that are computed together, one after the other.
+    """A base that has no pages yet: segments that are computed together, one after the other.
 
     Attributes:
-      token_ids: the context and the segments behind it.
+      token_ids: the context, then the segments.
       blocks: the content of each page, as bytes.
-      keys: the key of each page: pages of several bases that have one key are one.
-      slots: slots in use of each page.
-      placed: the place of each segment. Its pages are still numbers below 0, counted down:
-        -1 - (`before` + the page's index in the base).
-      before: pages of the layouts before this one, so that numbers of one round differ.
+      keys: the key of each page. Pages of different bases with the same key are one page.
+      slots: number of slots in use in each page.
+      placed: the place of each segment. Negative numbers stand in for page ids that are not known
+        yet: -1 - (`before` + the page's index in the base).
+      before: number of pages in the round's earlier layouts, so that the negative numbers of one
+        round are distinct.
     """
 
     token_ids: Int32[np.ndarray, " tokens"]
@@ -68,11 +69,11 @@ class Layout:
 def paged(
     number: Int32[np.ndarray, " entries"], page: Int32[np.ndarray, " pages"]
 ) -> Int32[np.ndarray, " entries"]:
-    """Puts pages in place of the numbers of layouts; pages that are known already stay.
+    """Replaces the negative numbers of layouts by page ids; page ids stay as they are.
 
     Args:
-      number: pages, or numbers below 0.
-      page: the pages of all layouts, one after the other.
+      number: page ids, or negative numbers as in `Layout.placed`.
+      page: the page ids of all layouts, one layout after the other.
     """
     known = number.copy()
     known[number < 0] = page[-1 - number[number < 0]]
@@ -80,11 +81,11 @@ def paged(
 
 
 class BaseStore:
-    """Lays segments into base pages, and remembers them for as long as their pages live.
+    """Lays out segments in base pages, and remembers them until their pages are evicted.
 
-    A base is a function of its key alone: the namespace, the kind, the salt, the context and the
-    token ids before. So the pages of equal bases are found again by the chain of their blocks, and
-    no private text of an agent is ever part of one.
+    A base page depends only on what its key is computed from: the namespace, the kind, the salt,
+    the context and the token ids up to its end. So the pages of equal bases are found again by the
+    chain of their blocks, and no base contains private text of an agent.
     """
 
     def __init__(
@@ -93,9 +94,9 @@ class BaseStore:
         """Starts empty.
 
         Args:
-          pool: the pool of the pages; it evicts bases when it runs short.
+          pool: the page pool; it evicts bases when it runs out of free pages.
           page_size: token slots in a page.
-          namespace: what K and V depend on beside the tokens.
+          namespace: what K and V depend on besides the tokens.
           kind: how bases are conditioned; bases of other kinds are never found.
           salt: secret of a tenant.
         """
@@ -109,18 +110,18 @@ class BaseStore:
     ) -> tuple[LanePlan, list[Placed]]:
         """Takes pages for segments that are computed together, one after the other.
 
-        The first segment begins a page, so that no segment shares a page with the context.
+        The first segment begins a new page, so that no segment shares a page with the context.
 
         Args:
           context: tokens before the segments, at positions from 0.
           segments: the segments in order; none is empty.
 
         Returns:
-          The base's lane, which computes what no earlier base holds, and each segment's place. The
-          lane holds a reference to every page until `close`.
+          The base's lane, which computes only tokens that no earlier base holds, and each
+          segment's place. The lane holds a reference to every page until `close`.
 
         Raises:
-          OutOfPages: if the pool cannot give the pages; nothing is held then.
+          OutOfPages: the pool cannot allocate the pages; no reference is held then.
         """
         return self.take(self.lay_out(context, segments))
 
@@ -136,7 +137,7 @@ class BaseStore:
         Args:
           context: see `open`.
           segments: see `open`.
-          before: pages of the round's layouts before this one.
+          before: number of pages in the round's earlier layouts.
         """
         size, whole = self._page_size, np.concatenate(segments)
         runs = [part[i : i + size] for part in (context, whole) for i in range(0, len(part), size)]
@@ -161,7 +162,7 @@ class BaseStore:
         )
 
     def to_compute(self, layouts: Sequence[Layout]) -> list[int]:
-        """Tokens that each lane would compute if these layouts were taken one after the other."""
+        """Returns the tokens that each lane would compute if `take` took the layouts in order."""
         hits = self._cache.count(layout.keys for layout in layouts)
         return [int(layout.slots[hit:].sum()) for layout, hit in zip(layouts, hits, strict=True)]
 
@@ -182,23 +183,24 @@ class BaseStore:
         return lane, placed
 
     def find(self, token_ids: Int32[np.ndarray, " tokens"]) -> Placed | None:
-        """The newest place of a segment whose pages are all still held; no reference is taken."""
+        """Returns a segment's newest place if all its pages are cached, and takes no reference."""
         place, keys = self._placed.get(content_key(token_ids), (None, []))
         if place is None or not self._alive(place, keys):
             return None
         return place if np.array_equal(place.token_ids, token_ids) else None
 
     def key(self, page: int) -> bytes | None:
-        """The key of a page that a place which was found names."""
+        """Returns the key of a page of a place that `find` returned."""
         return self._cache.held(page)
 
     def close(self, lane: LanePlan, *, failed: bool, left: int = 0) -> None:
-        """Gives a base lane's references back; its pages stay findable until they are evicted.
+        """Releases a base lane's references; its pages can be found again until they are evicted.
 
         Args:
-          lane: a lane of `open`.
-          failed: whether its computed pages may hold anything, so that none may be found again.
-          left: leading entries whose pages were given back before.
+          lane: a lane that `open` returned.
+          failed: whether the round failed. The computed pages may then hold anything, and are not
+            found again.
+          left: number of leading entries whose pages were released earlier.
         """
         if failed:
             computed, _ = lane.locate(lane.computed, self._page_size)
@@ -208,7 +210,7 @@ class BaseStore:
         self._placed = alive
 
     def pages(self) -> Int32[np.ndarray, " pages"]:
-        """Pages of all segments that can be found."""
+        """Returns the pages of all segments that can be found."""
         held = [place.page for place, keys in self._placed.values() if self._alive(place, keys)]
         return np.unique(np.concatenate([np.zeros(0, np.int32), *held]))
 

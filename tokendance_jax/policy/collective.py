@@ -1,8 +1,8 @@
-"""The KV Collector: the shared text of a round computed once, and read by everybody.
+"""The KV Collector: computes the shared text of a round once, for all agents to read.
 
-The unit of reuse is the round (TokenDance, arXiv 2604.03143, section 4.2). Its shared segments form
-a bundle, which is computed once behind a neutral preamble; agents read the base through entries
-(page, frame) of their block tables, so no key is rotated again and no page is copied.
+The unit of reuse is the round (TokenDance, arXiv 2604.03143, section 4.2). Its shared segments
+form a bundle, which is computed once behind a neutral preamble. Agents read this base through
+entries (page, frame) of their block tables, so no key is rotated again and no page is copied.
 """
 
 import contextlib
@@ -43,13 +43,13 @@ _NO_PAGES = np.zeros(0, np.int32)
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Lane:
-    """A lane of the collective part of a round, while it is being decided.
+    """An agent's lane that reads from bases, while its patches may still be chosen.
 
     Attributes:
       seat: the agent's place in the round.
-      private: leading tokens of the agent's own text, which are exact.
-      asked: where the prompt ends; markup may follow.
-      run: its shared text.
+      private: number of leading tokens that are the agent's own text; their K and V are exact.
+      asked: position where the prompt's own segments end; markup may follow.
+      run: the lane's shared text.
       at: index of each entry of `run` in the lane's table.
       spare: pages for patches that are chosen later.
     """
@@ -64,16 +64,17 @@ class _Lane:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _OpenCollective(OpenRound):
-    """An open round, the collective ones among its lanes, and pages reserved for a Master."""
+    """An open round, with its collective lanes and pages reserved for a Master's base."""
 
     collective: list[_Lane] = dataclasses.field(default_factory=list)
     reserved: Int32[np.ndarray, " reserved"] = dataclasses.field(default_factory=lambda: _NO_PAGES)
 
 
 class Collective(BaseReuse):
-    """One base for the round, and for every agent what is its own: the policy `tokendance`."""
+    """The policy `tokendance`: agents read shared text from common bases and compute the rest."""
 
-    # Private text, the own block, the blocks before it and behind it, the task.
+    # The frame may change between private text, the agent's own block, the blocks before that
+    # block, those behind it, and the task.
     frames = 4
 
     def __init__(
@@ -94,31 +95,34 @@ class Collective(BaseReuse):
         Args:
           pool: the page pool.
           page_size: token slots in a page.
-          namespace: what K and V depend on beside the tokens.
+          namespace: what K and V depend on besides the tokens.
           base: how bases are conditioned: "joint" (the bundle as one text behind the preamble),
             "alone" (each segment behind the preamble), "isolated" (each segment at position 0),
             "joint-agent" (the bundle behind the private text of the agent whose own K and V deviate
             least from the joint base: the paper's request Master).
           selection: which pages agents compute themselves.
-          preamble: tokens in front of the bases where agents have no leading text in common.
-          least_saving: share of the tokens which the round would compute exactly, from 0 to 1, that
-            sharing must save, preamble and bases counted; else the round is served exactly. None:
-            shares whatever it costs.
+          preamble: tokens in front of the bases if agents have no leading text in common.
+          least_saving: fraction from 0 to 1. Sharing must save at least this fraction of the
+            tokens that an exact round computes, preamble and bases counted; otherwise the round is
+            served exactly. None: shares whatever it costs.
           context: most tokens of a lane, prompt and answer together.
           salt: secret of a tenant.
 
         Raises:
-          ValueError: if there is no such base, it does not go with the selection, or the least
-            saving is no share.
+          ValueError: the base is unknown, the selection cannot be combined with it, or
+            `least_saving` is not from 0 to 1.
         """
         if base not in BASES:
             raise ValueError(f"base: {base!r} is unknown; choose one of {', '.join(BASES)}")
         if base == "joint-agent" and selection.look is not None:
             raise ValueError(
-                "selection: base 'joint-agent' has a look of its own; choose head, none, own or all"
+                "selection: base 'joint-agent' needs a selection without scores; "
+                "choose head, none, own or all"
             )
         if least_saving is not None and not 0 <= least_saving <= 1:
-            raise ValueError(f"least_saving: {least_saving} is no share; give a number from 0 to 1")
+            raise ValueError(
+                f"least_saving: {least_saving} is not a fraction; give a number from 0 to 1"
+            )
         kind = "joint" if base == "joint-agent" else base
         super().__init__(pool, page_size, namespace, kind=kind, salt=salt)
         self._base = base
@@ -141,7 +145,7 @@ class Collective(BaseReuse):
     def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
         """Takes the bases' pages, then every agent's; see `Policy.open`.
 
-        A round that the pool does not hold with its bases is served exactly.
+        If the pool cannot hold the round with its bases, the round is served exactly.
         """
         draft = self._drafter.draft(prompts, rooms)
         if draft.shares:
@@ -152,10 +156,11 @@ class Collective(BaseReuse):
     def _open(
         self, draft: Draft, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]
     ) -> OpenRound:
-        """Takes the pages of a draft; holds nothing if the pool cannot give them."""
+        """Takes the pages of a draft; if the pool cannot allocate them, no reference is held."""
         opened = _OpenCollective([], [], [], draft.preamble_tokens, no_steps())
-        # Quoted bases may be evictable: they are held while new pages are taken, those that patches
-        # replace as well, as no patch is the page that it replaces.
+        # Pages of quoted bases may be evictable, so they are held while new pages are allocated.
+        # This includes the pages that patches replace: a patch must not get the page that it
+        # replaces.
         pages = [lane.run.page for lane in draft.lanes if lane is not None]
         quoted = np.concatenate([_NO_PAGES, *pages])
         quoted = quoted[quoted > 0]
@@ -184,7 +189,7 @@ class Collective(BaseReuse):
             self._pool.release(quoted)
 
     def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
-        """Keeps bases and exact pages findable, and gives every reference back."""
+        """Releases every reference; later rounds can still find bases and exact pages."""
         assert isinstance(opened, _OpenCollective)
         for lane in opened.collective:
             self._pool.release(lane.spare)
@@ -212,7 +217,7 @@ class Collective(BaseReuse):
         hit = self._cache.match_blocks(draft.blocks)
 
         own = sum(part.stop - part.start for part in parts if part.placed is None) + room
-        # A partial page that is found again is not written: own text goes on in a new page.
+        # A partial page that is found again is not written; own text continues in a new page.
         gap = size - rest if rest and len(hit) > full else 0
         own_hits = min(len(hit), full + (gap > 0))
         own_pages = pages_for(own + gap, size)
@@ -240,24 +245,24 @@ class Collective(BaseReuse):
         opened.collective.append(_Lane(seat, private, asked_until(prompt), run, at, spare_page))
         opened.exact_hits.append(hit_tokens)
         page, frame, first, slots, base = table
-        # Own text that goes on behind shared text begins in the page where it ended before: a
-        # second entry of the page, and a second reference.
+        # Own text behind shared text continues in the page where own text ended before. This page
+        # then has a second entry, and needs a second reference.
         own_entries = page[base == 0]
         self._pool.retain(own_entries[1:][own_entries[1:] == own_entries[:-1]])
         computed = np.flatnonzero(computed).astype(np.int32)
         return LanePlan(ids, computed, page, frame, first, slots, base=base)
 
     def _plan(self, opened: _OpenCollective) -> Steps:
-        """All steps; then the preamble is given back, which only the bases' own rows read."""
+        """Yields all steps, then releases the preamble, which only the rows of bases read."""
         yield from self._steps(opened)
-        if self._base != "joint-agent":  # a Master's base stands behind private text instead
+        if self._base != "joint-agent":  # a Master's base continues private text instead
             opened.left = pages_for(opened.preamble_tokens, self._page_size)
             for lane in opened.bases:
                 self._pool.release(lane.page[: opened.left])
 
     def _steps(self, opened: _OpenCollective) -> Steps:
         lanes, collective = opened.lanes, opened.collective
-        # Bases beyond those that programs are compiled for are computed one by one.
+        # Programs are compiled for up to `self.bases` bases; any others are computed one by one.
         for base in opened.bases[: -self.bases]:
             yield Compute([base], [NOBODY])
         bases = opened.bases[-self.bases :]
@@ -268,20 +273,20 @@ class Collective(BaseReuse):
         if look is None or not collective:
             yield Compute([*bases, *lanes], [*nobody, *range(len(lanes))])
             return
-        # First what does not depend on the choice: bases, private text, exact agents.
+        # Compute first what does not depend on the choice: bases, private text and exact agents.
         first = list(lanes)
         for lane in collective:
             plan = lanes[lane.seat]
             first[lane.seat] = with_rows(plan, plan.computed[plan.computed < lane.private])
         yield Compute([*bases, *first], [*nobody, *range(len(lanes))])
         seats = [lane.seat for lane in collective]
-        if look == "deviation":  # everything up to the end of the shared text, over bases alone
+        if look == "deviation":  # all rows up to the end of shared text, reading base pages only
             looked = [
                 with_rows(plan, np.arange(lane.private, lane.run.stop))
                 for lane in collective
                 for plan in [_without_patches(lanes[lane.seat])]
             ]
-        else:  # the agent's own text behind the first shared text
+        else:  # the agent's own text behind its first shared text
             looked = [
                 with_rows(plan, rows[(rows >= lane.private) & (rows < lane.asked)])
                 for lane in collective
@@ -310,7 +315,7 @@ class Collective(BaseReuse):
         yield Compute([*before, *rest], [*[NOBODY] * len(before), *seats])
 
     def _patch(self, opened: _OpenCollective, scores: Scores) -> None:
-        """Chooses pages by their scores, and puts patches into the lanes' tables."""
+        """Chooses pages by their scores, and puts their patches into the lanes' tables."""
         assert isinstance(self._selection, Scored)
         runs = [lane.run for lane in opened.collective]
         if self._selection.look == "deviation":
@@ -333,11 +338,14 @@ class Collective(BaseReuse):
             lane.spare = lane.spare[count:]
 
     def _rebase(self, opened: _OpenCollective, scores: Scores) -> list[LanePlan]:
-        """Makes the agent of the lowest summed deviation the Master; gives its base's lane.
+        """Makes the agent with the lowest summed deviation the Master.
 
-        The Master's base goes on where the Master's private text ends. Everybody's entries move
-        over to its pages, in the frames of its positions. There is no Master, and no lane, where
-        the context holds nobody's private text and the bundle.
+        The Master's base continues the Master's private text. The base entries of all agents move
+        to the pages of this base, with frames for its positions. If the context cannot hold the
+        private text of any agent together with the bundle, there is no Master.
+
+        Returns:
+          The lane of the Master's base; an empty list without a Master.
         """
         bundle = opened.bases[0].token_ids[opened.preamble_tokens :]
         most = self._context - len(bundle)
@@ -348,7 +356,7 @@ class Collective(BaseReuse):
         ]
         if not fitting:
             return []
-        # Of equal sums the lowest seat's (papers leave it open).
+        # Of equal sums, the lowest seat wins; the papers leave this open.
         sums = [math.fsum(score.tolist()) for score, _ in fitting]
         _, master = fitting[int(np.argmin(sums))]
         plan, neutral = opened.lanes[master.seat], opened.bases[0]
@@ -383,5 +391,5 @@ class Collective(BaseReuse):
 
 
 def _without_patches(plan: LanePlan) -> LanePlan:
-    """The same lane as it reads bases alone."""
+    """Returns the same lane with base pages in place of patches."""
     return dataclasses.replace(plan, page=np.where(plan.base > 0, plan.base, plan.page))

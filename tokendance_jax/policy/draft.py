@@ -1,4 +1,4 @@
-"""What the agents of a round share, decided before any page is taken."""
+"""Decides what the agents of a round share, before any page is taken."""
 
 import dataclasses
 from collections import Counter
@@ -16,25 +16,26 @@ from tokendance_jax.policy.selection import Selection
 from tokendance_jax.policy.table import fitting_parts
 from tokendance_jax.prompt.tokenized import TokenizedPrompt, TokenSpan
 
-# Fewer tokens in common than this are no preamble: they name the first agent or quote a template.
+# The fewest common leading tokens that serve as a preamble; fewer tokens name the first agent or
+# quote a template.
 _LEAST_PREAMBLE = 16
 _NO_TOKENS = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LaneDraft:
-    """An agent that reads shared text from bases.
+    """The draft for an agent that reads shared text from bases.
 
     Attributes:
-      parts: its prompt.
-      run: its shared text, in numbers of layouts where its pages are not taken yet.
+      parts: the agent's prompt.
+      run: its shared text; negative numbers (see `Layout`) stand in for pages not taken yet.
       chosen: entries of `run` that the agent computes itself, chosen before anything is computed.
-      private: leading tokens of the agent's own text, which are exact.
-      blocks: what can be found as an exact prefix: pages of the private text, then patches that go
-        on where it ends.
-      keys: their keys.
+      private: number of leading tokens that are the agent's own text; their K and V are exact.
+      blocks: the content of the pages that can be found as an exact prefix: pages of the private
+        text, then patches that continue it.
+      keys: the keys of the blocks.
       head: how many of the blocks are patches.
-      later: most entries of `run` that are chosen later, by scores.
+      later: most entries of `run` that may be chosen later, by scores.
     """
 
     parts: list[Part]
@@ -47,14 +48,17 @@ class LaneDraft:
     later: int
 
     def hit_tokens(self, hits: int, page_size: int) -> int:
-        """Leading tokens in the first `hits` blocks."""
+        """Returns the number of leading tokens in the first `hits` blocks."""
         full, rest = divmod(self.private, page_size)
         if hits <= full:
             return hits * page_size
         return self.private + int(self.run.slots[: hits - full - (rest > 0)].sum())
 
     def most_computed(self, hits: int, page_size: int) -> int:
-        """Most tokens that the agent computes behind so many hits, those chosen later included."""
+        """Returns the most tokens that the agent computes behind `hits` blocks.
+
+        Entries that are chosen later are included.
+        """
         read = int(self.run.slots[~self.chosen].sum())
         own = self.parts[-1].stop - self.hit_tokens(hits, page_size) - read
         return own + min(self.later * page_size, read)
@@ -66,8 +70,8 @@ class Draft:
 
     Attributes:
       lanes: what each agent reads from bases; None: the agent is served exactly.
-      bases: the bases that they read.
-      preamble_tokens: tokens of the preamble in front of the bases.
+      bases: the bases that the agents read.
+      preamble_tokens: number of tokens of the preamble in front of the bases.
     """
 
     lanes: list[LaneDraft | None]
@@ -81,7 +85,7 @@ class Draft:
 
 
 class Drafter:
-    """Decides for each round what is shared; takes nothing and registers nothing."""
+    """Decides for each round what is shared, without taking pages or changing caches."""
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class Drafter:
         least_saving: float | None,
         context: int,
     ):
-        """Sets what drafts depend on beside the round; see `Collective`."""
+        """Sets what drafts depend on besides the round; see `Collective`."""
         self._store = store
         self._cache = cache
         self._page_size = page_size
@@ -105,21 +109,22 @@ class Drafter:
         self._least_saving = least_saving
         self._context = context
         self._entries = Shapes.most_entries(context, page_size)
-        # Behind its head a run must leave half as much again, else its agent computes all of it.
+        # Shared text behind the head of a run must be longer than half the head; otherwise the
+        # agent computes the whole run.
         head = 0 if least_saving is None else selection.head
         self._least_run = (head + head // 2) * page_size + 1
 
     def draft(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> Draft:
         """Decides what a round shares.
 
-        An agent is served exactly where sharing saves it nothing, and the whole round where it
-        saves less than the least saving. Counted are the tokens that agents, bases and preamble
-        compute, with what the caches hold now: a pool that runs short while the round opens may
-        evict some of it.
+        An agent is served exactly if sharing saves it nothing. The whole round is served exactly
+        if sharing saves less than the least saving. The count covers the tokens that agents, bases
+        and preamble compute, given what the caches hold now. If the pool runs out of free pages
+        while the round opens, it may evict cached pages that were counted.
 
         Args:
           prompts: the agents' prompts.
-          rooms: how many more tokens each lane must have room for.
+          rooms: for each lane, how many more tokens it must have room for.
         """
         sharing = [prompt.fidelity == "collective" for prompt in prompts]
         if self._least_saving is None:
@@ -144,9 +149,9 @@ class Drafter:
                 break
         return best if exact - least >= self._least_saving * exact else nothing
 
-    # Decisions must not depend on the order of agents, though what is computed may: a prompt that
-    # fills its pages computes the last of them even if an agent before it did. Exact rounds are
-    # counted in the best order, and others in the worst.
+    # Decisions must not depend on the order of agents, but the number of computed tokens may: a
+    # prompt that fills its last page computes this page even if an agent before it did. So exact
+    # rounds are counted in their best order, and other rounds in their worst.
 
     def _exact_tokens(
         self,
@@ -154,11 +159,11 @@ class Drafter:
         chains: Sequence[Sequence[bytes]],
         order: Sequence[int],
     ) -> tuple[int, list[int]]:
-        """Tokens that an exact round computes at least, and those of each agent by itself.
+        """Returns the fewest tokens that an exact round computes, and those of each agent alone.
 
         Args:
           prompts: the agents' prompts.
-          chains: keys of the full pages of each.
+          chains: for each prompt, the keys of its full pages.
           order: the seats in the order in which they are counted.
         """
         hits = self._cache.count(chains[seat] for seat in order)
@@ -175,9 +180,9 @@ class Drafter:
         chains: Sequence[Sequence[bytes]],
         order: Sequence[int],
     ) -> int:
-        """Most tokens that a round computes, those of its bases included; see `_exact_tokens`."""
+        """Returns the most tokens that a round computes, bases included; see `_exact_tokens`."""
         tokens = sum(self._store.to_compute(draft.bases))
-        if self._base == "joint-agent" and draft.bases:  # once more, behind the Master
+        if self._base == "joint-agent" and draft.bases:  # computed again, behind the Master
             tokens += len(draft.bases[0].token_ids) - draft.preamble_tokens
         pairs = [(prompts[seat], draft.lanes[seat]) for seat in order]
         hits = self._cache.count(
@@ -192,7 +197,7 @@ class Drafter:
         return tokens
 
     def _exact(self, prompt: TokenizedPrompt, hits: int) -> int:
-        """Tokens that an exact agent computes behind so many pages that could be found."""
+        """Returns the tokens that an exact agent computes if `hits` leading pages are cached."""
         tokens = len(prompt.token_ids)
         findable = (tokens - prompt.answer_tokens - 1) // self._page_size
         return tokens - min(hits, findable) * self._page_size
@@ -200,7 +205,7 @@ class Drafter:
     def _draft(
         self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int], sharing: Sequence[bool]
     ) -> Draft:
-        """Lets some agents share what they can; bases hold what somebody reads from them."""
+        """Drafts a round in which some agents share. Bases hold only segments that are read."""
         together = [prompt for prompt, shares in zip(prompts, sharing, strict=True) if shares]
         sequences = shared_keys(together)
         while True:
@@ -219,10 +224,10 @@ class Drafter:
     def _lay_out(
         self, prompts: Sequence[TokenizedPrompt], sequences: Sequence[Sequence[bytes]]
     ) -> tuple[int, list[Layout], dict[bytes, Placed]]:
-        """Lays the round's bundle into bases, none of them longer than the context.
+        """Lays out the round's bundle in bases, none of them longer than the context.
 
         Returns:
-          Tokens of the preamble, the bases, and the place of each segment that fits.
+          Number of tokens of the preamble, the bases, and the place of each segment that fits.
         """
         order = canonical_order(sequences)
         if not order:
@@ -258,10 +263,10 @@ class Drafter:
         return len(preamble) if bases else 0, bases, placed
 
     def _preamble_of(self, prompts: Sequence[TokenizedPrompt]) -> Int32[np.ndarray, " preamble"]:
-        """The leading system text that all agents have in common, else the configured one.
+        """Returns the leading system text that all agents share, or the configured preamble.
 
-        Nothing stands in front of the bases where all prompts begin with shared text: then they
-        are computed where the agents have them.
+        If all prompts begin with shared text, nothing stands in front of the bases: they are then
+        computed at the positions where the agents have them.
         """
         leading = [_leading_system(prompt) for prompt in prompts]
         if all(prompt.spans[0].kind == "shared" for prompt in prompts):
@@ -269,7 +274,7 @@ class Drafter:
         least = min(map(len, leading))
         equal = np.all([ids[:least] == leading[0][:least] for ids in leading], axis=0)
         common = least if equal.all() else int(np.argmin(equal))
-        # The leading text of one agent is not neutral.
+        # The leading text of a single agent is not neutral.
         if len(prompts) > 1 and common >= _LEAST_PREAMBLE:
             return leading[0][:common]
         return self._preamble
@@ -281,20 +286,20 @@ class Drafter:
         placed: Mapping[bytes, Placed],
         keys: Sequence[bytes],
     ) -> LaneDraft | None:
-        """What an agent reads from bases, and which part of it the agent computes all the same.
+        """Drafts what an agent reads from bases, and which part of it the agent computes anyway.
 
         Args:
           prompt: the agent's prompt.
-          room: how many more tokens its lane must have room for.
+          room: how many more tokens the agent's lane must have room for.
           placed: where the segments of the bundle lie.
-          keys: the keys of the pages that the layouts number.
+          keys: the keys of the layouts' pages, in the order of their negative numbers.
         """
         size, ids = self._page_size, prompt.token_ids
 
         def place(span: TokenSpan, key: bytes, token_ids: Int32[np.ndarray, " _"]) -> Placed | None:
             if span.kind in ("shared", "task"):
                 return placed.get(key)
-            if span.kind == "history":  # a quote of what was shared, in this round or an older one
+            if span.kind == "history":  # quotes text shared in this round or an older one
                 return placed.get(key) or self._store.find(token_ids)
             return None
 
@@ -310,8 +315,8 @@ class Drafter:
         private = parts[0].stop if parts[0].placed is None else 0
         run = run_of(parts)
         chosen = self._selection.pick(run, size)
-        # Patches that go on where the private text ends are exact, and may be found again.
-        # Behind more of the agent's own text, or where a Master moves them, they are not found.
+        # Patches that continue the private text are exact and may be found again. Patches behind
+        # further own text are not found, and neither are patches that a Master moves.
         first = np.cumsum(run.offset == 0) == 1
         head = 0 if self._base == "joint-agent" else _leading(chosen[first])
         blocks = self._cache.split(ids[:private])
@@ -320,7 +325,7 @@ class Drafter:
             blocks += [ids[private - rest : private].tobytes()] * (rest > 0)
             blocks += [_patch_block(ids, run, entry) for entry in range(head)]
         later = 0
-        if self._selection.look is not None:  # a page may be shown several times
+        if self._selection.look is not None:  # several entries may read one page
             pages = run.page.tolist()
             times = Counter(keys[-1 - p] if p < 0 else self._store.key(p) for p in pages)
             later = sum(count for _, count in times.most_common(self._selection.pages))
@@ -329,12 +334,12 @@ class Drafter:
 
 
 def _ascending(prompts: Sequence[TokenizedPrompt]) -> list[int]:
-    """Seats in the order of the prompts' content: a prompt before those that go on from it."""
+    """Returns the seats sorted by prompt; a prompt comes before prompts that continue it."""
     return sorted(range(len(prompts)), key=lambda seat: prompts[seat].token_ids.tobytes())
 
 
 def _leading_system(prompt: TokenizedPrompt) -> Int32[np.ndarray, " leading"]:
-    """A prompt's tokens up to the first that is neither system text nor markup."""
+    """Returns a prompt's tokens up to the first that is neither system text nor markup."""
     stop = 0
     for span in prompt.spans:
         if span.kind not in ("system", "markup"):
@@ -344,12 +349,12 @@ def _leading_system(prompt: TokenizedPrompt) -> Int32[np.ndarray, " leading"]:
 
 
 def _leading(chosen: Bool[np.ndarray, " entries"]) -> int:
-    """How many entries at the beginning are chosen."""
+    """Returns how many leading entries are chosen."""
     return len(chosen) if chosen.all() else int(np.argmin(chosen))
 
 
 def _patch_block(ids: Int32[np.ndarray, " tokens"], run: Run, entry: int) -> bytes:
-    """What a patch of the exact head depends on beside the tokens before it."""
+    """Returns all that a patch of the exact head depends on besides the tokens before it."""
     start, slots = int(run.start[entry]), int(run.slots[entry])
     where = np.array([run.frame[entry], run.first[entry]], np.int32)
     return b"patch" + where.tobytes() + ids[start : start + slots].tobytes()

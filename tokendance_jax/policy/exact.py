@@ -1,4 +1,4 @@
-"""The exact policies: no page is read in another context than it was computed in."""
+"""The exact policies: a page is read only in the context in which it was computed."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
 
 class Exact(Policy):
-    """Exact lanes, one by one: the round is all of them."""
+    """A policy that opens and closes the lanes of a round one by one; all lanes are exact."""
 
     def open_lane(
         self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
@@ -23,15 +23,15 @@ class Exact(Policy):
         Args:
           token_ids: the prompt.
           room: how many more tokens the lane must have room for.
-          answer_tokens: tokens at the end that are computed, whatever could be read.
+          answer_tokens: number of tokens at the end that are computed even if they are cached.
 
         Raises:
-          OutOfPages: if the pool cannot give them; nothing is held then.
+          OutOfPages: the pool cannot allocate them; no reference is held then.
         """
         raise NotImplementedError
 
     def close_lane(self, lane: LanePlan, written: Int32[np.ndarray, " written"] | None) -> None:
-        """Gives a lane's pages back.
+        """Releases a lane's pages.
 
         Args:
           lane: an open lane.
@@ -85,11 +85,11 @@ class Dense(Exact):
 
 
 class Prefix(Exact):
-    """Exact reuse of full pages by their whole prefix, across agents and rounds.
+    """Reuses full pages whose whole prefix is equal, across agents and rounds.
 
-    As in vLLM's automatic prefix caching. Blocks are registered when a lane opens, before they are
-    computed: an agent of the same round may point its table at a page that an earlier agent's rows
-    write in the same call, for at each layer all rows write before any row attends.
+    This works like vLLM's automatic prefix caching. Blocks are registered when a lane opens,
+    before they are computed. So the table of an agent may name a page that an earlier agent's rows
+    write in the same call: at each layer, all rows write before any row attends.
     """
 
     def __init__(self, pool: PagePool, cache: PrefixCache, page_size: int):
@@ -122,5 +122,5 @@ class Prefix(Exact):
 
 
 def pages_for(tokens: int, page_size: int) -> int:
-    """Pages that hold so many tokens."""
+    """Returns the number of pages that hold so many tokens."""
     return -(-tokens // page_size)

@@ -8,11 +8,12 @@ from itertools import pairwise
 def canonical_order(sequences: Sequence[Sequence[bytes]]) -> list[bytes]:
     """Merges the orders in which agents see shared segments into one order for all.
 
-    Segments that most agents see one after the other stand one after the other: then their pages
-    have one frame in the prompts of these agents, and each was computed behind the text that most
-    of them see before it. Pairs of neighbours are joined greedily, the most frequent first, unless
-    one of the two has that neighbour already or a circle would close; the chains then stand by
-    their mean place. The result depends on what the sequences are, not on their order.
+    Segments that most agents see one after the other are neighbours in this order. Their pages
+    then have one frame in the prompts of these agents, and each segment is computed behind the
+    text that most of these agents see before it. Pairs of neighbours are joined greedily, the most
+    frequent first. A pair is skipped if one of its segments already has another neighbour on that
+    side, or if the pair would close a cycle. The chains are then sorted by their mean place. The
+    result does not depend on the order of the sequences.
 
     Args:
       sequences: keys of the segments that each agent sees, in its order; repeats are allowed.
@@ -28,7 +29,7 @@ def canonical_order(sequences: Sequence[Sequence[bytes]]) -> list[bytes]:
         for left, right in pairwise(sequence):
             if left != right:
                 pairs[left, right] += 1
-    # Sums of integers: a mean of floats would depend on the order of the agents.
+    # Sum integers: the mean of floats would depend on the order of the agents.
     mean = {key: sum(found) / len(found) for key, found in places.items()}
 
     chain_of = {key: [key] for key in places}

@@ -17,13 +17,13 @@ TAIL_TOKENS = 8
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Some neighbouring tokens of a prompt.
+    """Consecutive tokens of a prompt.
 
     Attributes:
       start: logical position of its first token.
       stop: logical position after its last token.
       placed: where it lies in a base; None: the agent's own text.
-      mine: whether it is the agent's own block of the round before.
+      mine: whether it is the agent's own block of the previous round.
     """
 
     start: int
@@ -41,9 +41,9 @@ class Run:
       frame: logical minus canonical positions.
       first: first slot in use.
       slots: slots in use.
-      start: logical position of the first of them.
-      offset: tokens between the entry and the beginning of its run: shared text without text of the
-        agent's own in between.
+      start: logical position of the first slot in use.
+      offset: tokens between the beginning of the entry's run and the entry. A run is shared text
+        without text of the agent's own in between.
       mine: whether the entry holds tokens of the agent's own block.
     """
 
@@ -63,7 +63,7 @@ class Run:
     def positions(
         self, pick: Bool[np.ndarray, " entries"] | None = None
     ) -> Int32[np.ndarray, " tokens"]:
-        """Logical positions of all tokens, or of those of some entries."""
+        """Returns the logical positions of all tokens, or of the tokens of picked entries."""
         start, slots = (
             (self.start, self.slots) if pick is None else (self.start[pick], self.slots[pick])
         )
@@ -72,10 +72,11 @@ class Run:
 
 
 def shared_keys(prompts: Sequence[TokenizedPrompt]) -> list[list[bytes]]:
-    """Keys of the segments of each prompt that belong into the round's bundle, in its order.
+    """Returns the keys of each prompt's segments for the round's bundle, in the prompt's order.
 
-    These are its shared segments, and task segments that another agent has word for word, as far as
-    its agent does not compute them anyway.
+    These are the shared segments, and the task segments that another agent has word for word.
+    Segments that begin in the last `TAIL_TOKENS` tokens are left out: the agent computes them
+    anyway.
     """
     found = [
         [
@@ -98,10 +99,12 @@ def parts_of(
 
     Args:
       prompt: the prompt.
-      place: where a span's segment lies, given its key and its tokens; None: nowhere.
+      place: returns where a span's segment lies, given the span, its key and its tokens; None if
+        it lies nowhere.
 
     Returns:
-      Parts that cover the prompt; no two neighbours are both the agent's own. The last part is.
+      Parts that cover the prompt. No two neighbours are both the agent's own text; the last part
+      is the agent's own text.
     """
     end = asked_until(prompt) - TAIL_TOKENS
     parts: list[Part] = []
@@ -126,7 +129,7 @@ def parts_of(
 
 
 def asked_until(prompt: TokenizedPrompt) -> int:
-    """Where a prompt's own segments end; markup or the beginning of an answer may follow."""
+    """Returns where a prompt's segments end; markup or the beginning of an answer may follow."""
     return max(span.stop for span in prompt.spans if span.kind != "markup")
 
 

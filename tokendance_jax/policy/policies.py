@@ -1,4 +1,4 @@
-"""The policies by their names."""
+"""Builds policies by name."""
 
 import dataclasses
 
@@ -20,16 +20,16 @@ POLICIES = ("dense", "prefix", "blend", "blend-batched", "epic", "tokendance")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PolicyOptions:
-    """What can be chosen within policies.
+    """Options of the policies.
 
     Attributes:
       base: how `tokendance` conditions its bases: one of `BASES`.
       selection: which shared pages its agents compute themselves: one of `SELECTIONS`.
-      head_pages: how many pages that are, where the selection is limited.
-      least_saving: share of the tokens which a round would compute exactly, from 0 to 1, that
-        `tokendance` must save by sharing, preamble and bases counted; else it serves the round as
-        `prefix` does. None: it shares whatever that costs, for studies of reuse.
-      blend_ratio: share of the shared tokens that `blend` recomputes.
+      head_pages: number of pages that its agents compute themselves, if the selection is limited.
+      least_saving: fraction from 0 to 1. Sharing must save at least this fraction of the tokens
+        that an exact round computes, preamble and bases counted; otherwise `tokendance` serves the
+        round as `prefix` does. None: it shares whatever that costs, for studies of reuse.
+      blend_ratio: fraction of the shared tokens that `blend` recomputes.
       epic_tokens: tokens of each segment that `epic` recomputes.
     """
 
@@ -58,14 +58,14 @@ def make_policy(
       name: one of `POLICIES`.
       pool: the page pool.
       page_size: token slots in a page.
-      namespace: what K and V depend on beside the tokens (model, precision, rotary embedding).
-      options: choices within the policies.
-      preamble: tokens in front of bases where agents have no leading text in common.
+      namespace: what K and V depend on besides the tokens (model, precision, rotary embedding).
+      options: options of the policies; None: the defaults.
+      preamble: tokens in front of bases if agents have no leading text in common.
       context: most tokens of a lane, prompt and answer together.
       salt: secret of a tenant, whose pages no other tenant finds.
 
     Raises:
-      ValueError: if there is no such policy, or an option is out of its range.
+      ValueError: the policy is unknown, or an option is out of its range.
     """
     options = options or PolicyOptions()
     where = (pool, page_size, namespace)

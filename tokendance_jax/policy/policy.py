@@ -1,4 +1,4 @@
-"""What every policy is: it opens a round as lanes and steps, and closes it."""
+"""The interface of policies: a policy opens a round as lanes and steps, and closes it."""
 
 import abc
 import dataclasses
@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int32
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
-# The seat of a lane that belongs to no agent: a base's.
+# The seat of a base's lane, which belongs to no agent.
 NOBODY = -1
 
 
@@ -20,8 +20,8 @@ class Compute:
     """Computes the rows of lanes, through all layers.
 
     Attributes:
-      lanes: in an order in which they may read each other: a lane reads pages that it writes
-        itself or that lanes before it write.
+      lanes: the lanes, in an order in which they may read each other: of the pages written in this
+        step, a lane reads those that it writes itself or that earlier lanes write.
       seats: the agent of each lane, or `NOBODY`.
     """
 
@@ -31,7 +31,7 @@ class Compute:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Link:
-    """Copies K and V between slots, keys rotated to the position of the copy.
+    """Copies K and V between slots, and rotates keys to the position of the copy.
 
     Attributes:
       source: slot (page * page_size + offset) to read.
@@ -46,20 +46,20 @@ class Link:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Look:
-    """Scores rows before it is decided which of them are computed.
+    """Scores rows, so that the policy can choose which of them to compute.
 
-    The rows run through the first layers and are then compared with the pages that their lanes
-    show. Those that stand in pages of the lane's own write their K and V of these layers; those
-    that stand in base pages do not. The scores are sent back into the policy's steps: one array for
-    each lane.
+    The rows run through the first layers and are then compared with the pages in their lanes'
+    tables. Rows whose slots are in pages of the lane's own write their K and V of these layers;
+    rows whose slots are in base pages do not. The scores are sent back into the policy's steps,
+    one array per lane.
 
     Attributes:
-      what: "deviation": the squared changes of each row's K and V at layer 1, f32 [2, rows];
-        "attention": how much the rows attend to each table entry, in a layer in the middle, f32
-        [entries].
+      what: the kind of scores. "deviation": the squared changes of each row's K and V at layer 1,
+        f32 [2, rows]. "attention": how much the rows attend to each table entry in a middle layer,
+        f32 [entries].
       lanes: the lanes; `computed` names the rows.
       seats: the agent of each lane.
-      resume: whether `Rest` takes the rows up after layer 0.
+      resume: whether a `Rest` step continues the rows after layer 0.
     """
 
     what: Literal["deviation", "attention"]
@@ -70,10 +70,10 @@ class Look:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rest:
-    """Takes some rows of the `Look` before through the layers from 1 on.
+    """Runs some rows of the preceding `Look` through layer 1 and the layers after it.
 
     Attributes:
-      lanes: the lanes of that step in the same order; `computed` names the rows to go on with.
+      lanes: the lanes of that `Look` in the same order; `computed` names the rows to continue.
       seats: the agent of each lane.
     """
 
@@ -87,7 +87,7 @@ Steps = Generator[Step, Scores | None, None]
 
 
 def no_steps() -> Steps:
-    """Nothing to do."""
+    """Yields no steps."""
     yield from ()
 
 
@@ -96,16 +96,18 @@ class OpenRound:
     """A round whose pages are taken.
 
     Attributes:
-      lanes: the agents' lanes, in the round's order. While steps run their tables may still change;
-        then they hold the prompt, and room for the answer.
+      lanes: the agents' lanes, in the round's order. Their tables may change until all steps are
+        done; after that they hold the prompt and room for the answer.
       bases: lanes of bases that the round holds.
-      exact_hits: leading tokens of each prompt that are read from exact pages.
-      preamble_tokens: tokens of the neutral preamble in front of the bases.
-      steps: what the device has to do, in order. The generator is sent the scores of each `Look`.
-      left: leading entries of the bases' tables whose pages were given back when all steps were
-        done: a preamble's. They stay findable, but nobody reads them in this round any more.
-      written: for each agent, the tokens whose K and V were written, in logical order; None as long
-        as the round has not succeeded, and its pages may hold anything.
+      exact_hits: number of leading tokens of each prompt that are read from exact pages.
+      preamble_tokens: number of tokens of the neutral preamble in front of the bases.
+      steps: what the device has to do, in order. The scores of each `Look` are sent into the
+        generator.
+      left: number of leading entries of the bases' tables whose pages were released when all steps
+        were done; these entries hold a preamble. Later rounds can still find the pages, but this
+        round no longer reads them.
+      written: for each agent, the tokens whose K and V were written, in logical order; None until
+        the round succeeds, as its pages may hold anything until then.
     """
 
     lanes: list[LanePlan]
@@ -118,7 +120,7 @@ class OpenRound:
 
     @property
     def base_pages(self) -> Int32[np.ndarray, " references"]:
-        """Pages that the bases hold, each as often as they hold it."""
+        """Pages that the bases hold, with one occurrence per reference."""
         pages = [lane.page[self.left :] for lane in self.bases]
         return np.concatenate(pages) if pages else np.zeros(0, np.int32)
 
@@ -127,9 +129,9 @@ class Policy(abc.ABC):
     """Decides which pages a round takes and which rows it computes; host only.
 
     Attributes:
-      programs: names of the programs that its steps may need, so that they are compiled beforehand.
-      bases: most lanes of bases that it computes with the agents'.
-      frames: most changes of the frame that an agent's table is expected to have.
+      programs: names of the programs that its steps may need, which are compiled in advance.
+      bases: most lanes of bases that it computes together with the agents' lanes.
+      frames: most changes of frame that an agent's table is expected to have.
     """
 
     programs: tuple[str, ...] = ("prefill",)
@@ -142,15 +144,15 @@ class Policy(abc.ABC):
 
         Args:
           prompts: the agents' prompts.
-          rooms: how many more tokens each lane must have room for.
+          rooms: for each lane, how many more tokens it must have room for.
 
         Raises:
-          OutOfPages: if the pool cannot give them; nothing is held then.
+          OutOfPages: the pool cannot allocate them; no reference is held then.
         """
 
     @abc.abstractmethod
     def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
-        """Gives the pages of a round back.
+        """Releases the pages of a round.
 
         Args:
           opened: an open round.
@@ -159,5 +161,5 @@ class Policy(abc.ABC):
         """
 
     def base_pages(self) -> Int32[np.ndarray, " pages"]:
-        """Pages of the bases that later rounds may read."""
+        """Returns the pages of the bases that later rounds may read."""
         return np.zeros(0, np.int32)

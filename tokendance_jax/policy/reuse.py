@@ -1,4 +1,4 @@
-"""What policies have in common that keep shared text in bases, whoever reads them and how."""
+"""The common part of all policies that keep shared text in bases."""
 
 import abc
 from collections.abc import Collection, Sequence
@@ -14,7 +14,7 @@ from tokendance_jax.policy.policy import OpenRound, Policy
 
 
 class BaseReuse(Policy):
-    """Bases for shared text, a prefix cache for exact text, and how a round gives them back."""
+    """Keeps bases for shared text and a prefix cache for exact text, and closes rounds."""
 
     def __init__(
         self, pool: PagePool, page_size: int, namespace: str, *, kind: str, salt: bytes = b""
@@ -24,7 +24,7 @@ class BaseReuse(Policy):
         Args:
           pool: the page pool.
           page_size: token slots in a page.
-          namespace: what K and V depend on beside the tokens.
+          namespace: what K and V depend on besides the tokens.
           kind: how bases are conditioned; see `BaseStore`.
           salt: secret of a tenant.
         """
@@ -35,7 +35,7 @@ class BaseReuse(Policy):
         self._store = BaseStore(pool, page_size, namespace, kind=kind, salt=salt)
 
     def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
-        """Keeps bases and exact pages findable, and gives every reference back."""
+        """Releases every reference; later rounds can still find bases and exact pages."""
         reusing = self._reusing(opened)
         for seat, lane in enumerate(opened.lanes):
             if seat not in reusing:
@@ -49,9 +49,9 @@ class BaseReuse(Policy):
             self._store.close(lane, failed=written is None, left=opened.left)
 
     def base_pages(self) -> Int32[np.ndarray, " pages"]:
-        """Pages of the bases that later rounds may read; see `Policy.base_pages`."""
+        """Returns the pages of the bases that later rounds may read; see `Policy.base_pages`."""
         return self._store.pages()
 
     @abc.abstractmethod
     def _reusing(self, opened: OpenRound) -> Collection[int]:
-        """Seats whose lanes read shared text from bases, or from copies of them."""
+        """Returns the seats whose lanes read shared text from bases or from copies of bases."""

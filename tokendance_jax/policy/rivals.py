@@ -1,8 +1,8 @@
 """Per-request position-independent caching, as published: CacheBlend and EPIC.
 
-Both cache the KV of every shared segment computed alone at position 0, found again by content. For
-each request they copy it to where the prompt needs it, keys rotated by the offset, recompute some
-of it, and keep a dense cache per agent.
+Both compute every shared segment alone at position 0, cache its KV and find it again by content.
+For each request they copy this KV to where the prompt needs it, rotate the copied keys by the
+offset, and recompute some of the copied tokens. Each agent keeps a dense cache of its own.
 """
 
 import abc
@@ -36,18 +36,18 @@ _NO_TOKENS = np.zeros(0, np.int32)
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _OpenRequests(OpenRound):
-    """An open round, and what each agent's lane copies; None: the lane is exact."""
+    """An open round, and the copies that each agent's lane needs; None: the lane is exact."""
 
     links: list[Link | None] = dataclasses.field(default_factory=list)
 
     @property
     def linked(self) -> list[int]:
-        """Seats of the agents whose lanes copy something."""
+        """Seats of the agents whose lanes need copies."""
         return [seat for seat, link in enumerate(self.links) if link is not None]
 
 
 class PerRequest(BaseReuse):
-    """What both have in common: isolated bases, dense lanes, links from the one to the other."""
+    """The common part of `Blend` and `Epic`: isolated bases, dense lanes, links between them."""
 
     programs = ("prefill", "link")
     bases = sys.maxsize
@@ -58,7 +58,7 @@ class PerRequest(BaseReuse):
         Args:
           pool: the page pool.
           page_size: token slots in a page.
-          namespace: what K and V depend on beside the tokens.
+          namespace: what K and V depend on besides the tokens.
           salt: secret of a tenant.
         """
         super().__init__(pool, page_size, namespace, kind="isolated", salt=salt)
@@ -73,7 +73,8 @@ class PerRequest(BaseReuse):
                     if key not in placed:
                         lane, (placed[key],) = self._store.open(_NO_TOKENS, [ids])
                         opened.bases.append(lane)
-            # Exact agents first, as they are computed first: lanes find pages of those before them.
+            # Open exact agents first, because they are computed first: a lane finds pages of lanes
+            # that were opened before it.
             seats = sorted(range(len(prompts)), key=lambda seat: any(_shared(prompts[seat])))
             for prompt, room in ((prompts[seat], rooms[seat]) for seat in seats):
                 if any(_shared(prompt)):
@@ -101,7 +102,12 @@ class PerRequest(BaseReuse):
     def _open_lane(
         self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
     ) -> tuple[LanePlan, int, Link]:
-        """A dense lane that computes its own text, and the copies of its shared text."""
+        """Opens a dense lane that computes its own text.
+
+        Returns:
+          The lane, the number of its leading tokens that are read from exact pages, and the copies
+          of its shared text.
+        """
         ids = prompt.token_ids
         spans = [span for span in prompt.spans if span.kind == "shared"]
         blocks = self._cache.split(ids[: spans[0].start])
@@ -127,7 +133,7 @@ class PerRequest(BaseReuse):
         return with_rows(lane, np.flatnonzero(own)), hits, link
 
     def _exact_steps(self, opened: _OpenRequests) -> Steps:
-        """What comes before the links: bases, and agents that are exact."""
+        """Yields the step before the links, which computes bases and exact agents."""
         exact = [seat for seat, link in enumerate(opened.links) if link is None]
         seats = [*[NOBODY] * len(opened.bases), *exact]
         yield Compute([*opened.bases, *(opened.lanes[seat] for seat in exact)], seats)
@@ -137,7 +143,7 @@ class PerRequest(BaseReuse):
 
 
 class Epic(PerRequest):
-    """EPIC's LegoLink-k (arXiv 2410.15332): the first k tokens of every segment are recomputed.
+    """EPIC's LegoLink-k (arXiv 2410.15332): recomputes the first k tokens of every segment.
 
     All requests of the round are linked and computed together.
     """
@@ -150,8 +156,8 @@ class Epic(PerRequest):
         Args:
           pool: the page pool.
           page_size: token slots in a page.
-          namespace: what K and V depend on beside the tokens.
-          tokens: how many tokens of each segment are recomputed.
+          namespace: what K and V depend on besides the tokens.
+          tokens: number of leading tokens of each segment that are recomputed.
           salt: secret of a tenant.
 
         Raises:
@@ -183,10 +189,11 @@ class Epic(PerRequest):
 
 
 class Blend(PerRequest):
-    """CacheBlend (arXiv 2405.16444): tokens whose K and V deviate at layer 1 are recomputed.
+    """CacheBlend (arXiv 2405.16444): recomputes tokens whose K and V deviate at layer 1.
 
-    Layer 0 is computed for all tokens of a request, and their K and V at layer 1. The shared tokens
-    that deviate most from the cached ones go on through the layers with the request's own text.
+    All tokens of a request run through layer 0, and their K and V at layer 1 are computed. The
+    shared tokens that deviate most from the cached ones then continue through the layers, together
+    with the request's own text.
     """
 
     programs = ("prefill", "link", "deviation", "rest")
@@ -206,16 +213,16 @@ class Blend(PerRequest):
         Args:
           pool: the page pool.
           page_size: token slots in a page.
-          namespace: what K and V depend on beside the tokens.
-          ratio: share of a request's shared tokens that are recomputed.
-          batched: whether the round's requests are computed together, not one after another.
+          namespace: what K and V depend on besides the tokens.
+          ratio: fraction of a request's shared tokens that are recomputed.
+          batched: whether the round's requests are computed together instead of one after another.
           salt: secret of a tenant.
 
         Raises:
           ValueError: the ratio is not from 0 to 1.
         """
         if not 0 <= ratio <= 1:
-            raise ValueError(f"blend_ratio: {ratio} is no share; give a number from 0 to 1")
+            raise ValueError(f"blend_ratio: {ratio} is not a fraction; give a number from 0 to 1")
         super().__init__(pool, page_size, namespace, salt=salt)
         self._ratio = ratio
         self._batched = batched
@@ -228,7 +235,7 @@ class Blend(PerRequest):
                 yield from self._blend(opened, seats)
 
     def _blend(self, opened: _OpenRequests, seats: Sequence[int]) -> Steps:
-        """Links some requests, and recomputes what deviates."""
+        """Links some requests, and recomputes the shared tokens that deviate most."""
         links = [link for seat in seats for link in [opened.links[seat]] if link is not None]
         yield join_links(links)
         lanes = [opened.lanes[seat] for seat in seats]
@@ -242,20 +249,20 @@ class Blend(PerRequest):
         for seat, lane, start, square in zip(seats, lanes, starts, scores, strict=True):
             shared = np.setdiff1d(np.arange(start, len(lane.token_ids)), lane.computed)
             (score,) = deviations([square[:, shared - start]])
-            # Stable: of equal scores the token that stands first.
+            # A stable sort prefers the earlier of two tokens with equal scores.
             most = np.argsort(-score, kind="stable")[: int(self._ratio * len(shared))]
             opened.lanes[seat] = with_rows(lane, np.union1d(lane.computed, shared[most]))
         yield Rest([opened.lanes[seat] for seat in seats], seats)
 
 
 def join_links(links: Sequence[Link]) -> Link:
-    """All copies as one step."""
+    """Joins several links into one step."""
     columns = zip(*((link.source, link.target, link.shift) for link in links), strict=True)
     return Link(*(np.concatenate(column) for column in columns))
 
 
 def _shared(prompt: TokenizedPrompt) -> Iterator[tuple[bytes, Int32[np.ndarray, " _"]]]:
-    """The shared segments that a prompt links; none of an agent that asks to be exact."""
+    """Yields keys and tokens of the segments that a prompt links; none if its agent is exact."""
     for span in prompt.spans:
         if span.kind == "shared" and prompt.fidelity == "collective":
             ids = prompt.token_ids[span.start : span.stop]

@@ -1,4 +1,4 @@
-"""Which pages of the shared text an agent computes itself."""
+"""Selects the pages of shared text that an agent computes itself."""
 
 import abc
 import math
@@ -13,12 +13,12 @@ from tokendance_jax.policy.parts import Run
 
 
 class Selection(abc.ABC):
-    """Picks entries of shared text to be patched, page by page.
+    """Chooses which entries of shared text, page by page, are replaced by patches.
 
     Attributes:
-      look: what the device has to score before the choice; None: the choice needs no scores.
-      pages: pages that each agent computes, as far as the selection is limited.
-      head: pages that each agent computes at the beginning of every run of shared text.
+      look: the kind of scores that the choice needs (see `Look`); None: it needs no scores.
+      pages: number of pages that each agent computes, if the selection is limited.
+      head: number of pages that each agent computes at the beginning of every run of shared text.
     """
 
     look: Literal["deviation", "attention"] | None = None
@@ -33,19 +33,19 @@ class Selection(abc.ABC):
 
 
 class Nothing(Selection):
-    """Nothing: every shared token is read from the base."""
+    """Selects nothing: every shared token is read from the base."""
 
     def pick(self, run: Run, page_size: int) -> Bool[np.ndarray, " entries"]:
-        """No entry; see `Selection.pick`."""
+        """Chooses no entry; see `Selection.pick`."""
         del page_size
         return np.zeros(len(run.page), np.bool_)
 
 
 class Head(Selection):
-    """The first pages of every run of shared text, next to the agent's own text.
+    """Selects the first pages of every run of shared text, behind the agent's own text.
 
-    That is where a base differs most from what the agent would have computed. The first run's head
-    continues the agent's own prefix, so it is exact.
+    A base differs most there from what the agent itself would have computed. The head of the first
+    run continues the agent's own prefix, so it is exact.
     """
 
     def __init__(self, pages: int):
@@ -53,42 +53,45 @@ class Head(Selection):
         self.head = pages
 
     def pick(self, run: Run, page_size: int) -> Bool[np.ndarray, " entries"]:
-        """The entries that begin within so many pages; see `Selection.pick`."""
+        """Chooses entries that begin in the first `pages` pages of a run; see `Selection.pick`."""
         return run.offset < self.pages * page_size
 
 
 class Own(Head):
-    """The head, and the agent's own block of the round before."""
+    """Selects the head, and the agent's own block of the previous round."""
 
     def pick(self, run: Run, page_size: int) -> Bool[np.ndarray, " entries"]:
-        """The head's entries and the own block's; see `Selection.pick`."""
+        """Chooses the entries of the head and of the own block; see `Selection.pick`."""
         return super().pick(run, page_size) | run.mine
 
 
 class All(Selection):
-    """Everything: as dense, over the same tables."""
+    """Selects everything.
+
+    Agents compute as in `dense`, over the same tables as with other selections.
+    """
 
     def pick(self, run: Run, page_size: int) -> Bool[np.ndarray, " entries"]:
-        """Every entry; see `Selection.pick`."""
+        """Chooses every entry; see `Selection.pick`."""
         del page_size
         return np.ones(len(run.page), np.bool_)
 
 
 class Scored(Selection):
-    """The pages of the highest scores, the same for all agents of the round."""
+    """Selects the pages with the highest scores, the same for all agents of the round."""
 
     def pick(self, run: Run, page_size: int) -> Bool[np.ndarray, " entries"]:
-        """No entry yet; see `Selection.pick`."""
+        """Chooses no entry yet; see `Selection.pick`."""
         del page_size
         return np.zeros(len(run.page), np.bool_)
 
     def pick_scored(
         self, runs: Sequence[Run], scores: Sequence[Float32[np.ndarray, " _"]]
     ) -> list[Bool[np.ndarray, " entries"]]:
-        """Chooses for all agents together.
+        """Chooses entries for all agents together.
 
-        A page's score is its mean over the agents that see it, whatever their order. Of equal
-        pages the first in the base is taken.
+        A page's score is the mean over the agents that read it, and does not depend on their
+        order. Of pages with equal scores, the first in the base is chosen.
 
         Args:
           runs: the agents' shared text.
@@ -103,14 +106,18 @@ class Scored(Selection):
                 canonical[page] = min(at, canonical.get(page, at))
         # Sums without rounding do not depend on the order of the agents.
         mean = {page: math.fsum(values) / len(values) for page, values in found.items()}
-        # Bases of single segments begin at the same position: of their pages the first is taken.
+        # Bases of single segments begin at the same position; ties between their pages go to the
+        # lowest page id.
         ranked = sorted(mean, key=lambda page: (-mean[page], canonical[page], page))
         chosen = np.array(ranked[: self.pages], np.int32)
         return [np.isin(run.page, chosen) for run in runs]
 
 
 def deviations(squares: Sequence[Float32[np.ndarray, "2 _"]]) -> list[Float32[np.ndarray, " _"]]:
-    """One score for each row out of the squared changes of its K and V, each over its mean."""
+    """Returns one score for each row, from the squared changes of its K and V.
+
+    The score is the sum of both changes, each divided by its mean over all rows.
+    """
     whole = np.concatenate(squares, axis=1)
     # Sums without rounding do not depend on the order of the agents.
     mean = np.array([[math.fsum(part.tolist()) / max(1, len(part))] for part in whole], np.float32)
@@ -119,13 +126,13 @@ def deviations(squares: Sequence[Float32[np.ndarray, "2 _"]]) -> list[Float32[np
 
 
 class Deviation(Scored):
-    """The pages whose K and V differ most from the agents' own at layer 1, as in CacheBlend."""
+    """Selects pages whose K and V differ most from agents' own at layer 1, as in CacheBlend."""
 
     look = "deviation"
 
 
 class Query(Scored):
-    """The pages that the agents' own text behind them attends to most."""
+    """Selects the pages that the agents' own text behind them attends to most."""
 
     look = "attention"
 
@@ -148,7 +155,7 @@ def make_selection(name: str, pages: int) -> Selection:
       pages: pages that each agent computes.
 
     Raises:
-      ValueError: if there is no such selection, or the number of pages is negative.
+      ValueError: the selection is unknown, or the number of pages is negative.
     """
     if name not in SELECTIONS:
         raise ValueError(f"selection: {name!r} is unknown; choose one of {', '.join(SELECTIONS)}")

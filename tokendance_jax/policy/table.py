@@ -1,4 +1,4 @@
-"""The block table of an agent whose prompt is its own text and text of a base in turns."""
+"""The block table of an agent whose prompt alternates between own text and text of bases."""
 
 from collections.abc import Collection, Sequence
 from itertools import chain, pairwise
@@ -13,22 +13,23 @@ from tokendance_jax.policy.parts import Part, Run
 def fitting_parts(
     parts: Sequence[Part], *, room: int, least: int, entries: int, page_size: int
 ) -> list[Part]:
-    """Leaves shared text to the agent that is too short to be read from a base.
+    """Turns shared text that is too short to be read from a base into the agent's own text.
 
-    First these are the runs of fewer than `least` tokens. Then, as every frame takes key blocks of
-    its own, they are the shortest texts of one frame, until the table fits. That is always
-    possible: what an agent computes itself has one frame.
+    First it turns runs of fewer than `least` tokens into own text. Then, because every frame takes
+    key blocks of its own, it turns the shortest texts of one frame into own text until the table
+    fits. A table of own text alone always fits, because own text has one frame.
 
     Args:
       parts: the prompt.
       room: further tokens behind the last part.
-      least: tokens of the shortest run that is read from a base.
-      entries: entries of the largest table, whole key blocks.
+      least: number of tokens of the shortest run that is read from a base.
+      entries: number of entries of the largest table, in whole key blocks.
       page_size: token slots in a page.
 
     Returns:
-      Parts of the same prompt: those that are read from a base were so before. If there are any, no
-      table of these parts has more entries, wherever its own text begins in a page.
+      Parts of the same prompt. Parts that are read from a base were read from it before. If there
+      are any, the table of the returned parts never has more than `entries` entries, wherever in a
+      page its own text begins.
     """
     most = entries // block_pages(page_size)
     while True:
@@ -38,13 +39,13 @@ def fitting_parts(
         texts = _neighbours(parts, one_frame=True)
         if not texts or over <= 0:
             return parts
-        # Each of them frees two key blocks at most: one, and one where own text grows together.
+        # A text frees at most two key blocks: one itself, and one by joining own text around it.
         texts.sort(key=lambda text: _tokens(parts, text))
         parts = _without(parts, texts[: -(-over // 2)])
 
 
 def _neighbours(parts: Sequence[Part], *, one_frame: bool) -> list[range]:
-    """Where parts of bases stand side by side, or those of one frame."""
+    """Returns ranges of neighbouring parts that lie in bases, of one frame each if `one_frame`."""
 
     def frame(part: Part) -> int | None:
         return None if part.placed is None else part.start - part.placed.canonical
@@ -64,7 +65,7 @@ def _tokens(parts: Sequence[Part], run: range) -> int:
 
 
 def _without(parts: Sequence[Part], runs: Collection[range]) -> list[Part]:
-    """The same prompt, some parts of bases the agent's own; no two neighbours are both its own."""
+    """Returns the same prompt with some parts as own text; neighbouring own parts are joined."""
     own = set(chain.from_iterable(runs))
     kept: list[Part] = []
     for index, part in enumerate(parts):
@@ -78,12 +79,12 @@ def _without(parts: Sequence[Part], runs: Collection[range]) -> list[Part]:
 
 
 def _most_blocks(parts: Sequence[Part], room: int, page_size: int) -> int:
-    """Key blocks of the largest table of these parts."""
+    """Returns the most key blocks that the table of these parts can have."""
     width, blocks = block_pages(page_size), 0
     for part in parts:
         if part.placed is None:
             tokens = part.stop - part.start + (room if part is parts[-1] else 0)
-            # It may begin anywhere in a page.
+            # Own text may begin anywhere in a page.
             blocks += -(-((tokens + 2 * page_size - 2) // page_size) // width)
     for text in _neighbours(parts, one_frame=True):
         places = [parts[index].placed for index in text]
@@ -102,7 +103,7 @@ def agent_table(
     gap: int,
     page_size: int,
 ) -> tuple[Int32[np.ndarray, "5 all"], Int32[np.ndarray, " entries"]]:
-    """Lays out a lane's table: own text in own pages one after the other, between it the run.
+    """Lays out a lane's table: own text in successive own pages, and the run's entries in between.
 
     Args:
       parts: the prompt.
@@ -110,12 +111,12 @@ def agent_table(
       shown: the page of each entry of `run`: the base page or a patch.
       own_page: the agent's own pages.
       room: further tokens behind the last part, which is the agent's own.
-      gap_at: own tokens before the gap.
-      gap: slots that own text leaves out.
+      gap_at: number of own tokens before the gap.
+      gap: number of slots that own text skips.
       page_size: token slots in a page.
 
     Returns:
-      Rows page, frame, first, slots, base, and the index of each entry of `run`.
+      Rows page, frame, first, slots and base of the table, and the index of each entry of `run`.
     """
     pieces: list[np.ndarray] = []
     own, entry, count = 0, 0, 0

@@ -1,10 +1,11 @@
-"""Whose answer a shared block of a recording is, where the trace does not say so.
+"""Finds whose answer each shared block of a recording is, where the trace does not name an author.
 
-A block is taken for an answer by its id, if it names round and agent as those of `gather` do, else
-by its text, which is compared without the white space around it. An id that ends in an agent's name
-tells equal answers apart; where ids do not, the order of the agents does, provided that all of them
-have a block. A block that was there before an answer was given is not that answer. Whatever can't
-be told is an error: a live run must never show a recorded answer as its own.
+A block is identified as an answer by its id, if the id names a round and an agent in the format of
+`gather`, otherwise by its text, compared without the white space around it. If several agents gave
+the same answer, an id that ends in an agent's name tells the blocks apart. Without such ids the
+order of the agents does, provided that every one of them has a block. A block that stood in a
+prompt before an answer was given is not that answer. A block whose author cannot be determined is
+an error, because a live run must never show a recorded answer as its own.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from tokendance_jax.prompt.round import AgentPrompt, Author, PromptError, Round, Segment
 from tokendance_jax.prompt.trace import Trace
 
-# An answer of fewer characters may stand in another text by chance.
+# An answer with fewer characters may occur in another text by chance.
 _TELLING = 12
 _GATHERED = re.compile(r"(?:.*/)?out/r(\d+)/(.+)", re.DOTALL)
 _REMEDY = "name its author in the trace (the field 'author' of a segment)"
@@ -26,13 +27,13 @@ def name_authors(trace: Trace) -> Trace:
     """Names the author of every shared block that is an answer of an earlier round.
 
     Args:
-      trace: a recording; authors that it names are kept.
+      trace: a recording. Authors that it already names are kept.
 
     Returns:
-      The trace with the authors. Blocks that have none are nobody's answer.
+      The trace with authors. A block without an author is nobody's answer.
 
     Raises:
-      PromptError: the author of a block can't be told; names round, block and remedy.
+      PromptError: the author of a block cannot be determined; names round, block and remedy.
     """
     contents: dict[str, set[object]] = {}
     for round_ in trace.rounds:
@@ -44,14 +45,14 @@ def name_authors(trace: Trace) -> Trace:
 
 
 class Namer:
-    """Names the authors of blocks, one round after the other."""
+    """Names the authors of blocks. Expects the rounds in order, one per call of `name`."""
 
     def __init__(self, recorded: Recorded, *, reused_ids: bool = False):
-        """Takes what is known of the recording.
+        """Stores the recorded answers.
 
         Args:
-          recorded: the recorded answers of each round by agent; None where one is not known.
-          reused_ids: whether an id may stand for another answer in every round.
+          recorded: the recorded answers of each round by agent; None for an unknown answer.
+          reused_ids: whether one id may stand for different answers in different rounds.
         """
         self._recorded = recorded
         self._reused_ids = reused_ids
@@ -61,7 +62,7 @@ class Namer:
         """Names the authors of a round's blocks.
 
         Raises:
-          PromptError: one of them can't be told.
+          PromptError: one of the authors cannot be determined.
         """
         found = _RoundNamer(round_, self._recorded, self._reused_ids, self._seen).authors()
         for block in _blocks(round_):
@@ -88,14 +89,14 @@ class _RoundNamer:
         seen: Mapping[tuple[str, object], Author | None],
     ):
         self._moment = round_
-        # What was said before this round, by round.
+        # The answers of each earlier round.
         self._recorded = recorded[: round_.index]
         self._reused_ids = reused_ids
         self._seen = seen
         self._found: dict[str, Author | None] = {}
 
     def authors(self) -> dict[str, Author | None]:
-        """The author of each block by its id; None: it is nobody's answer."""
+        """Returns the author of each block by its id, or None for nobody's answer."""
         blocks = _blocks(self._moment)
         if not self._recorded:
             return dict.fromkeys((block.id for block in blocks), None)
@@ -105,7 +106,8 @@ class _RoundNamer:
         rest = [block for block in blocks if block.id not in self._found]
         old = [block for block in rest if (block.id, _content(block)) in self._seen]
         self._deduce([block for block in rest if block not in old])
-        # Only now is it known which of the last answers have blocks of their own.
+        # Blocks of earlier rounds come last: by now it is known which of the last round's answers
+        # have new blocks.
         self._deduce([block for block in old if not self._stays(block)])
         for block in blocks:
             if block.id not in self._found:
@@ -114,7 +116,7 @@ class _RoundNamer:
         return self._found
 
     def _by_id(self, block: Segment) -> Author | None:
-        """The author whom an id as those of `gather` names, if the trace has the answer."""
+        """Returns the author that an id in `gather`'s format names, if the recording has both."""
         match = _GATHERED.fullmatch(block.id)
         if match is None:
             return None
@@ -132,7 +134,7 @@ class _RoundNamer:
         return Author(index, agent)
 
     def _deduce(self, blocks: Iterable[Segment]) -> None:
-        """Finds the authors of blocks that equal answers, or are named after one not known."""
+        """Finds authors by text, or by id if the last answer of the agent it names is unknown."""
         equal: dict[str, list[Segment]] = {}
         last = len(self._recorded) - 1
         for block in blocks:
@@ -146,7 +148,7 @@ class _RoundNamer:
                 self._share_out(group, authors)
 
     def _who_said(self, text: str) -> list[Author]:
-        """Who gave an answer, in the latest round in which somebody did."""
+        """Returns all authors of an answer, in the latest round in which anyone gave it."""
         for index in reversed(range(len(self._recorded))):
             answers = self._recorded[index].items()
             authors = [
@@ -159,7 +161,7 @@ class _RoundNamer:
         return []
 
     def _share_out(self, blocks: Sequence[Segment], authors: Sequence[Author]) -> None:
-        """Finds the authors of blocks of one text, given all who are known to have said it."""
+        """Assigns blocks of one text to authors, given all who are known to have answered so."""
         agents = {author.agent: author for author in authors}
         left = []
         for block in blocks:
@@ -177,7 +179,7 @@ class _RoundNamer:
         unknown = self._unknown()
         free = [author for author in authors if author not in self._found.values()]
         if len(authors) == 1 and not unknown:
-            free = [authors[0]] * len(left)  # nobody else said it, however often it stands there
+            free = [authors[0]] * len(left)  # the only author, of however many blocks
         self._found |= {block.id: author for block, author in zip(left, free, strict=False)}
         told = len(authors) == 1 or (not unknown and (len(left) == 1 or self._in_order(left)))
         if len(free) != len(left) or not told:
@@ -187,7 +189,11 @@ class _RoundNamer:
             )
 
     def _in_order(self, blocks: Sequence[Segment]) -> bool:
-        """Whether a prompt holds all of these answers, and all prompts the order of the agents."""
+        """Whether the order of the agents tells blocks of equal text apart.
+
+        It does if some prompt holds all of these blocks, and each prompt that holds any of them
+        shows the answers in the order of the agents.
+        """
         agents = [Author(i, agent) for i, said in enumerate(self._recorded) for agent in said]
         order = {author: number for number, author in enumerate(agents)}
         held = []
@@ -201,9 +207,9 @@ class _RoundNamer:
         return any(held)
 
     def _stays(self, block: Segment) -> bool:
-        """Whether a block that an earlier round had is what it was there; then notes its author.
+        """Whether a block of an earlier round still has its author from there; if so, records it.
 
-        Under the same id may stand another answer, of the same text.
+        The same id and text may also stand for a new answer that happens to be equal.
         """
         before = self._seen[block.id, _content(block)]
         last = len(self._recorded) - 1
@@ -212,7 +218,7 @@ class _RoundNamer:
         name = _named(block.id, self._recorded[last])
         if name is not None and self._recorded[last][name] is None:
             again.append(Author(last, name))
-        if before is None:  # it was there before anybody said it
+        if before is None:  # it was nobody's answer then; only its id can make it one now
             again = [author for author in again if author.agent == name]
         again = [author for author in again if author not in self._found.values()]
         if again and not self._reused_ids:
@@ -224,9 +230,9 @@ class _RoundNamer:
         return not again
 
     def _check_nobodys(self, block: Segment) -> None:
-        """Refuses a block that looks like an answer, or holds one, but is none that is known."""
+        """Raises if a block without an author looks like an answer or contains one."""
         if block.text is None:
-            raise self._error(block, "holds token ids, which no answer is compared with")
+            raise self._error(block, "holds token ids, which can't be compared with answers")
         if _GATHERED.fullmatch(block.id):
             raise self._error(block, "is named as an answer, but the trace has no such answer")
         if unknown := self._unknown():
@@ -240,7 +246,7 @@ class _RoundNamer:
                     raise self._error(block, f"quotes {author}, but is not that answer alone")
 
     def _unknown(self) -> list[Author]:
-        """Who gave answers that are not known, and have no block yet."""
+        """Returns the agents and rounds of unknown answers that have no block yet."""
         taken = {*self._seen.values(), *self._found.values()}
         given = [
             Author(index, agent)
@@ -267,12 +273,12 @@ def _content(block: Segment) -> object:
 
 
 def _bare(text: str) -> str:
-    """An answer without what `gather`, or whoever recorded it, may have changed."""
+    """Normalises an answer: `gather` and recordings may change NUL and outer white space."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").strip()
 
 
 def _named(segment_id: str, agents: Iterable[str]) -> str | None:
-    """The agent whose name ends an id; of several, the longest."""
+    """Returns the agent whose name the id ends in; if several fit, the longest name."""
     fits = [
         agent
         for agent in agents
@@ -282,7 +288,7 @@ def _named(segment_id: str, agents: Iterable[str]) -> str | None:
 
 
 def _quotes(text: str, answer: str) -> bool:
-    """Whether a text holds an answer, or its beginning, too long to stand there by chance."""
+    """Whether a text contains an answer, or begins one, at a length that rules out chance."""
     if min(len(answer), len(text)) < _TELLING:
         return False
     whole = rf"(?<!\w){re.escape(answer)}(?!\w)"

@@ -1,9 +1,9 @@
 """Chat markup: what a model's template writes around and between an agent's segments.
 
-A template is untrusted input, and it must not see the segments either: it renders random words in
-their place, and what it wrote around these words is the markup. So no text of an agent is ever
-parsed as markup, and the markup depends on nothing but the number of segments. The sandbox keeps a
-template from the machine, not from wasting time: a nested loop may run for long.
+A template is untrusted input, and it never sees the segments. It renders random words in their
+place, and the text around these words is the markup. So an agent's text is never parsed as markup,
+and the markup depends only on the number of segments. The sandbox protects the machine from a
+template, but does not limit its running time: a nested loop may run for a long time.
 """
 
 import datetime
@@ -22,7 +22,7 @@ import jinja2.sandbox
 
 from tokendance_jax.prompt.round import PromptError
 
-# A token's string, or those of a list such as `additional_special_tokens`.
+# The string of one token, or the strings of a list such as `additional_special_tokens`.
 SpecialToken = str | tuple[str, ...]
 
 
@@ -31,11 +31,12 @@ def chat_markup(
 ) -> tuple[str, ...]:
     """Finds the markup around the segments of one prompt.
 
-    The prompt is a system message, if it has system segments (else the template does its default),
-    one user turn of all other segments, and the opening of the assistant's answer. The template
-    sees what it sees in transformers: `messages`, `add_generation_prompt`, `tools` and `documents`,
-    which are None, and the special tokens by their names. Markup is rendered once in a process and
-    kept, also where it shows the time.
+    The prompt consists of a system message with the system segments, one user turn with all other
+    segments, and the opening of the assistant's answer. Without system segments, the template
+    writes its default system message, if it has one. The template sees the variables that
+    transformers passes: `messages`, `add_generation_prompt`, `tools` and `documents` (both None),
+    and the special tokens by name. Each markup is rendered once per process and cached, even if it
+    shows the time.
 
     Args:
       template: source of the Jinja chat template.
@@ -44,7 +45,8 @@ def chat_markup(
       special_tokens: strings that the template writes by name, such as `bos_token`.
 
     Returns:
-      `system + user + 1` strings: before the first segment, between each two, after the last.
+      `system + user + 1` strings: the markup before the first segment, between each two segments,
+      and after the last.
 
     Raises:
       PromptError: the template fails, leaves the sandbox, or drops, repeats or reorders segments.
@@ -56,7 +58,7 @@ def chat_markup(
 def _markup(
     template: str, system: int, user: int, special_tokens: tuple[tuple[str, SpecialToken], ...]
 ) -> tuple[str, ...]:
-    # 128 random bits cannot occur in the template; letters and digits survive filters that escape.
+    # 128 random bits cannot occur in the template. Escaping filters leave letters and digits alone.
     secret = secrets.token_hex(16)
     words = [f"segment{secret}n{index}end" for index in range(system + user)]
     messages = [{"role": "user", "content": "".join(words[system:])}]
@@ -88,7 +90,7 @@ def _markup(
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The sandbox with what transformers offers to chat templates."""
+    """Returns a sandbox with the extensions that transformers offers to chat templates."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -100,12 +102,12 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the assistant's text for training, renders as its body."""
+    """Renders the body of `{% generation %}`, which marks the assistant's text for training."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Takes the body as a scope of its own, as transformers does."""
+        """Parses the body as a scope of its own, as transformers does."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=line)

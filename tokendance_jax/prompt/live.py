@@ -1,4 +1,4 @@
-"""From answers to the shared segments of the next round."""
+"""Turns answers into the shared segments of the next round."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ def gather(outputs: Mapping[str, str], round_index: int) -> tuple[Segment, ...]:
     """Makes the shared segments of the next round out of the answers of a round.
 
     Args:
-      outputs: agent name to answer, in the order in which the blocks shall stand.
-      round_index: number of the round that gave the answers; part of the ids and of the authors.
+      outputs: agent name to answer, in the order of the blocks.
+      round_index: number of the round of these answers; part of the ids and of the authors.
 
     Returns:
-      One shared segment per agent, each ended by exactly one newline.
+      One shared segment per agent. Each ends with exactly one newline.
 
     Raises:
       PromptError: an empty name, a negative number, or text that no prompt may hold.
@@ -32,14 +32,14 @@ def gather(outputs: Mapping[str, str], round_index: int) -> tuple[Segment, ...]:
 
 
 def put_answers(round_: Round, answers: Sequence[Mapping[str, str]]) -> Round:
-    """Puts the answers of a live run in the place of recorded ones.
+    """Replaces the recorded answers in a round by those of a live run.
 
-    Every shared segment that has an author gets what this agent answered in the live run. Its id
-    gets the prefix "live/", so that one id keeps one text. All other segments stay: histories are
-    the recording's.
+    The text of a shared segment with an author becomes this author's live answer. Its id gets the
+    prefix "live/", so that one id always has one text. All other segments stay as recorded,
+    including histories.
 
     Args:
-      round_: the recorded round; `name_authors` names the authors of a trace.
+      round_: the recorded round, with authors (see `name_authors`).
       answers: agent name to live answer, for each round before this one.
 
     Returns:
@@ -70,21 +70,21 @@ def put_answers(round_: Round, answers: Sequence[Mapping[str, str]]) -> Round:
 
 
 def relive(round_: Round, previous: Mapping[str, str], recorded: Mapping[str, str | None]) -> Round:
-    """Puts the answers of a live run into a recorded round, given the round before alone.
+    """Replaces the recorded answers in a round, given the answers of the previous round only.
 
-    Whole traces are better served with `name_authors` and `put_answers`, which also know who wrote
-    the blocks of older rounds.
+    For whole traces, prefer `name_authors` and `put_answers`: they also find the authors of blocks
+    from older rounds.
 
     Args:
       round_: the recorded round.
-      previous: agent name to live answer of the round before.
-      recorded: agent name to recorded answer of the round before; None where it is not known.
+      previous: agent name to live answer of the previous round.
+      recorded: agent name to recorded answer of the previous round; None for an unknown answer.
 
     Returns:
-      The round with live shared blocks, as of `put_answers`.
+      The round with live shared blocks, like `put_answers`.
 
     Raises:
-      PromptError: it can't be told whose answer a block is, or `previous` lacks the author.
+      PromptError: the author of a block cannot be determined, or `previous` lacks its answer.
     """
     if round_.index == 0:
         if previous or recorded:
@@ -96,5 +96,5 @@ def relive(round_: Round, previous: Mapping[str, str], recorded: Mapping[str, st
 
 
 def _block(output: str) -> str:
-    """An answer as a block: one newline at its end, and no NUL, which a model may well emit."""
+    """Returns an answer as a block: one newline at the end, and no NUL, which models may emit."""
     return output.replace("\0", "\N{REPLACEMENT CHARACTER}").rstrip("\n") + "\n"

@@ -1,7 +1,8 @@
-"""The text that bases are computed behind where prompts begin with nothing in common."""
+"""The default preamble: the text in front of a base when the prompts share no beginning."""
 
-# Reads like the private text of an invented agent: a base behind it is nearer to what agents
-# compute behind their own. Texts that say less, or only what follows, are further from dense.
+# Reads like the private text of an invented agent, so that a base behind it is closer to what the
+# agents compute behind their own private text. With texts that say less, or with the last line
+# alone, the results are further from dense.
 DEFAULT_PREAMBLE = """\
 You are one of several people who live in the same town.
 Name: Alex Reed

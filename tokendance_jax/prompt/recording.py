@@ -1,7 +1,7 @@
-"""From a plain recording of agents to a trace of rounds.
+"""Converts a plain recording of agents to a trace of rounds.
 
-The recording says who the agents are, and for every round what each of them remembers, is asked and
-answers. Everybody's answers of a round become shared blocks of the next one:
+The recording names the agents and, for every round, each agent's new memories, its task and its
+answer. All answers of a round become shared blocks of the next round:
 
   {
     "name": "harbour",
@@ -13,10 +13,10 @@ answers. Everybody's answers of a round become shared blocks of the next one:
     ]
   }
 
-`history` is what is new in a round; it stays in the agent's later prompts. A `task` of a round
-replaces the agent's own. An agent that a round does not name takes no part in it. The `output` is a
-shared block of the next round. All keys of an agent are optional, but it needs a task in every
-round.
+`history` is what is new in a round; it stays in the agent's later prompts. A `task` in a round
+replaces the agent's own task for that round. An agent that a round does not name does not take part
+in it. The `output` becomes a shared block of the next round. All keys of an agent are optional, but
+it needs a task in every round, from the agent or from the round.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,15 +33,16 @@ _TURN = {"history": str, "task": str, "output": str}
 
 
 def trace_of(recording: Any, *, blocks: str = "all") -> Trace:
-    """Makes the trace of a recording.
+    """Converts a recording to a trace.
 
     Args:
-      recording: the parsed JSON, as this module describes it.
-      blocks: which shared blocks an agent sees, one of `BLOCKS`: all in one order, its own one
-        first, or all but its own.
+      recording: the parsed JSON in this module's format.
+      blocks: which shared blocks an agent sees, one of `BLOCKS`. "all": all blocks, in the same
+        order for every agent; "own_first": all blocks, the agent's own first; "others": all but
+        the agent's own.
 
     Raises:
-      PromptError: the recording is not as described; names round, agent and key.
+      PromptError: the recording does not have this format; names round, agent and key.
     """
     known = {"name": str, "max_new_tokens": int, "agents": dict, "rounds": list}
     _check(recording, known, "recording", needed=("name", "agents", "rounds"))
@@ -80,14 +81,14 @@ def trace_of(recording: Any, *, blocks: str = "all") -> Trace:
 
 
 def _seen(shown: Sequence[Segment], agent: str, blocks: str) -> list[Segment]:
-    """The blocks that an agent sees, in its order."""
+    """Returns the blocks that an agent sees, in the order in which it sees them."""
     own = [block for block in shown if block.author and block.author.agent == agent]
     others = [block for block in shown if block not in own]
     return {"all": list(shown), "own_first": own + others, "others": others}[blocks]
 
 
 def _line(text: str) -> str:
-    """The text with exactly one newline at its end, so that segments join as they are encoded."""
+    """Ends a text with exactly one newline, so that texts have the same tokens apart and joined."""
     return text.rstrip("\n") + "\n"
 
 
@@ -99,9 +100,9 @@ def _check(
     needed: Sequence[str] = (),
     what: str = "key",
 ) -> None:
-    """Refuses what is no object of these keys and kinds."""
+    """Raises a `PromptError` unless `value` is a JSON object with these keys and types."""
     if not isinstance(value, dict):
-        raise PromptError(f"{where}: {value!r:.60} is no JSON object")
+        raise PromptError(f"{where}: {value!r:.60} is not a JSON object")
     for key in needed:
         if key not in value:
             raise PromptError(f"{where}: {key} is missing")
@@ -109,4 +110,4 @@ def _check(
         if key not in kinds:
             raise PromptError(f"{where}: unknown {what} {key!r}; known are {', '.join(kinds)}")
         if type(found) is not kinds[key]:
-            raise PromptError(f"{where}: {key}: {found!r:.60} is no {kinds[key].__name__}")
+            raise PromptError(f"{where}: {key}: {found!r:.60} is not of type {kinds[key].__name__}")

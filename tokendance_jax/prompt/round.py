@@ -1,7 +1,7 @@
-"""What a caller hands in: one round of agents, each with a prompt in segments.
+"""The caller's input: one round of agents, each with a prompt in segments.
 
-Everything here is checked when it is made, so the later stages never see a prompt that cannot be
-served. Every error is a `PromptError` that names the agent, segment or field and the remedy.
+All classes here validate their fields on construction, so later stages never see malformed input.
+Every error is a `PromptError` that names the agent, segment or field and the remedy.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ class PromptError(ValueError):
 
 
 def check_text(text: object, what: str) -> None:
-    """Refuses what no prompt may hold: non-strings, NUL characters and lone surrogates.
+    """Raises if a value cannot be part of a prompt: non-strings, NUL and lone surrogates.
 
     Args:
       text: the value to check.
-      what: how the error names it, e.g. "segment 'a' of agent 'b'".
+      what: name of the value in the error message, e.g. "segment 'a' of agent 'b'".
 
     Raises:
       PromptError: `text` is not a string, or holds a NUL character or a lone surrogate.
@@ -46,14 +46,14 @@ def check_text(text: object, what: str) -> None:
 
 
 def check_name(name: object, what: str) -> None:
-    """Refuses an empty name, and whatever `check_text` refuses.
+    """Raises if a name is empty, or if `check_text` raises for it.
 
     Args:
       name: the value to check.
-      what: how the error names it.
+      what: name of the value in the error message.
 
     Raises:
-      PromptError: `name` is empty or not clean text.
+      PromptError: `name` is empty, or `check_text` raises for it.
     """
     check_text(name, what)
     if not name:
@@ -61,13 +61,13 @@ def check_name(name: object, what: str) -> None:
 
 
 def check_integer(value: object, what: str, low: int, high: int | None = None) -> None:
-    """Refuses everything but an `int` from `low` to `high`; a `bool` is no integer here.
+    """Raises unless a value is an `int` from `low` to `high`; a `bool` does not count as one.
 
     Args:
       value: the value to check.
-      what: how the error names it.
+      what: name of the value in the error message.
       low: smallest allowed value.
-      high: largest allowed value; None: no bound.
+      high: largest allowed value; None for no bound.
 
     Raises:
       PromptError: `value` is not such an integer.
@@ -90,10 +90,10 @@ def _check_tuple(value: object, element: type, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Author:
-    """Whose answer a shared block is.
+    """The agent and round whose answer a shared block is.
 
     Attributes:
-      round: number of the round that gave the answer, from 0.
+      round: number of the round in which the answer was given, from 0.
       agent: name of the agent.
 
     Raises:
@@ -115,15 +115,17 @@ class Segment:
     Attributes:
       kind: "system" (persona) and "history" (memory) are private to the agent, "shared" is a block
         that other agents of the round may hold too, "task" is the agent's own question.
-      id: name of the segment. Within a round, shared segments of one id have one content.
-      text: the content as text; control strings in it are ordinary characters.
-      token_ids: the content as token ids, used as they are. Exactly one of both is given.
-      author: of a shared block that is an answer of an earlier round: whose. Live runs put the
-        author's live answer in its place.
+      id: name of the segment. Within a round, shared segments with the same id have the same
+        content.
+      text: the content as text; strings of control tokens in it are ordinary characters. Pass
+        exactly one of `text` and `token_ids`.
+      token_ids: the content as token ids, used unchanged.
+      author: whose answer a shared block is; None if it is nobody's. Live runs replace the block by
+        the author's live answer.
 
     Raises:
-      PromptError: unknown kind, empty id, both or neither content, NUL or lone surrogate, an id
-        out of range, an author of a segment that is not shared.
+      PromptError: unknown kind, empty id, both or neither of text and token ids, NUL or lone
+        surrogate, a token id out of range, an author of a segment that is not shared.
     """
 
     kind: Kind
@@ -150,7 +152,8 @@ class Segment:
                 raise PromptError(f"{where}: author must be an Author, got {self.author!r:.80}")
             if self.kind != "shared":
                 raise PromptError(
-                    f"{where}: a {self.kind} segment has no author; make it shared, or leave it out"
+                    f"{where}: a {self.kind} segment has no author; make it shared, or leave out "
+                    "the author"
                 )
 
     @property
@@ -165,14 +168,14 @@ class AgentPrompt:
 
     Attributes:
       agent: name of the agent, the key of its output.
-      segments: the prompt; one or more non-empty task segments stand at its end and nowhere else.
-      max_new_tokens: limit for this agent's answer; None: the round's.
-      recorded_output: what the agent answered in a recording, for replays.
-      fidelity: "collective": as the policy has it; "exact": nothing that the agent reads was
-        computed in another context than its own, as judges and callers of tools need it.
+      segments: the prompt. It ends with one or more non-empty task segments and has none elsewhere.
+      max_new_tokens: limit for this agent's answer; None for the round's limit.
+      recorded_output: the agent's answer in a recording, for replays.
+      fidelity: "collective": the policy decides what the agent reads. "exact": everything that the
+        agent reads was computed in its own context, for agents such as judges and callers of tools.
 
     Raises:
-      PromptError: empty name, a prompt that does not end with its task, a limit below 1, another
+      PromptError: empty name, a prompt that does not end with its task, a limit below 1, an unknown
         fidelity.
     """
 
@@ -210,15 +213,16 @@ class AgentPrompt:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a round's answers are drawn and when they end.
+    """How a round's answers are sampled and when they end.
 
     Attributes:
-      temperature: 0 takes the most probable token, above it scales the draw.
-      top_k: draw from this many most probable tokens; 0: from all.
-      top_p: draw from the smallest set of tokens with this probability, in (0, 1].
-      seed: from 0 to 2**32 - 1; the same seed and round give the same answers.
+      temperature: 0 selects the most probable token; above 0, logits are divided by it.
+      top_k: sample from this many most probable tokens; 0 for all tokens.
+      top_p: sample from the smallest set of tokens with this total probability, in (0, 1].
+      seed: from 0 to 2**32 - 1. The same seed and round produce the same answers.
       stop: an answer ends before the first of these strings.
-      stop_token_ids: an answer ends at the first of these tokens, beside the model's own.
+      stop_token_ids: an answer ends at the first of these tokens, in addition to the model's own
+        stop tokens.
 
     Raises:
       PromptError: a value out of its range.
@@ -256,13 +260,13 @@ class Round:
 
     Attributes:
       agents: the prompts; names are unique, the order is the caller's.
-      max_new_tokens: limit for the answers of agents that have none of their own.
-      sampling: how all answers of the round are drawn.
+      max_new_tokens: limit for the answers of agents without a limit of their own.
+      sampling: how all answers of the round are sampled.
       index: number of the round, from 0.
 
     Raises:
-      PromptError: no agents, two agents of one name, a limit below 1, two contents or authors of a
-        shared id.
+      PromptError: no agents, two agents with the same name, a limit below 1, two contents or
+        authors for one shared id.
     """
 
     agents: tuple[AgentPrompt, ...]

@@ -1,8 +1,8 @@
-r"""Prompts from one string: the separator `<TTSEP>` marks where shared blocks begin and end.
+r"""Prompts from one string, in which the separator `<TTSEP>` marks the borders of shared blocks.
 
-A literal separator inside a piece is written with a backslash after its first character, as
-`<\TTSEP>`, like `<\/script>` in HTML; one more backslash gives one more. The separator itself stays
-whole in the text, so a backslash right before one is never taken for an escape.
+To write a literal separator inside a piece, put a backslash after its first character: `<\TTSEP>`,
+like `<\/script>` in HTML. Each further backslash there stands for one backslash. The escape is
+inside the separator, so a backslash right before a separator never escapes it.
 """
 
 import hashlib
@@ -14,22 +14,23 @@ SEPARATOR = "<TTSEP>"
 
 
 def split_prompt(agent: str, text: str, separator: str = SEPARATOR) -> AgentPrompt:
-    """Cuts one string into an agent's segments.
+    """Splits one string into an agent's segments.
 
-    The last piece is the task, the first one private history, and those between are shared. History
-    and not system: in chat markup it stays at the head of the user's turn, so the model reads the
-    string as it was written. A string without separators is a task and nothing else.
+    The last piece is the task, the first is private history, and the pieces between are shared. The
+    first piece is history, not system, so that chat markup leaves it at the head of the user's turn
+    and the model reads the string as it was written. A string without separators is a task only.
 
     Args:
       agent: name of the agent.
       text: the prompt.
-      separator: what stands between the pieces.
+      separator: the string between the pieces.
 
     Returns:
-      The prompt. Shared ids come from a hash of the content, so equal blocks have equal ids.
+      The prompt. The id of a shared segment is a hash of its content, so equal blocks have equal
+      ids.
 
     Raises:
-      PromptError: an unfit separator, an empty task, NUL or lone surrogate.
+      PromptError: an unsuitable separator, an empty task, NUL or lone surrogate.
     """
     check_text(text, f"agent {agent!r}: the prompt")
     escaped = _escaped(separator)
@@ -45,30 +46,30 @@ def split_prompt(agent: str, text: str, separator: str = SEPARATOR) -> AgentProm
 
 
 def escape(text: str, separator: str = SEPARATOR) -> str:
-    """Writes a piece so that `split_prompt` reads it back unchanged.
+    """Escapes a piece so that `split_prompt` reads it back unchanged.
 
     Args:
-      text: a piece that may hold the separator.
-      separator: what will stand between the pieces.
+      text: a piece that may contain the separator.
+      separator: the string between the pieces.
 
     Returns:
-      The piece with its separators escaped; pieces joined by the separator make a prompt.
+      The piece with its separators escaped. Join such pieces with the separator to get a prompt.
 
     Raises:
-      PromptError: an unfit separator.
+      PromptError: an unsuitable separator.
     """
     return _escaped(separator, at_least=0).sub(lambda match: f"{match[0][0]}\\{match[0][1:]}", text)
 
 
 def _escaped(separator: str, at_least: int = 1) -> re.Pattern[str]:
-    """Matches the separator with at least so many backslashes after its first character."""
+    """Matches the separator with `at_least` or more backslashes after its first character."""
     check_text(separator, "separator")
     borders = any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
     # With a border, as in "--", the end of a piece could be read as the start of the separator.
     if len(separator) < 2 or "\\" in separator or borders:
         raise PromptError(
-            f"separator {separator!r} is unfit; take two or more characters, no backslash, and an "
-            "end that does not repeat the start"
+            f"separator {separator!r} is unfit; choose two or more characters without a backslash, "
+            "whose end does not repeat the start"
         )
     return re.compile(rf"{re.escape(separator[0])}\\{{{at_least},}}{re.escape(separator[1:])}")
 

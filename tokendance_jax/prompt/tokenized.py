@@ -18,8 +18,8 @@ class TokenSpan:
     """A segment's place in a prompt.
 
     Attributes:
-      kind: the segment's kind, or "markup", which is the chat template's and private.
-      id: the segment's id; markup is numbered from "markup/0".
+      kind: the segment's kind, or "markup" for text of the chat template, which is private.
+      id: the segment's id. Markup is numbered "markup/0", "markup/1", ...
       start: index of its first token.
       stop: index after its last token.
     """
@@ -39,8 +39,8 @@ class TokenizedPrompt:
       token_ids: int32 [tokens], not writable.
       spans: cover the tokens in order and without gaps; none is empty.
       fidelity: what the agent may read; see `AgentPrompt`.
-      answer_tokens: tokens at the end that are an answer to follow: they are computed, whatever
-        could be read.
+      answer_tokens: number of tokens at the end that belong to a given answer. They are always
+        computed, even if pages with them exist.
     """
 
     agent: str
@@ -50,7 +50,7 @@ class TokenizedPrompt:
     answer_tokens: int = 0
 
     def followed_by(self, token_ids: Int32[np.ndarray, " more"]) -> "TokenizedPrompt":
-        """The prompt with an answer, or the beginning of one, behind it as markup is."""
+        """Returns the prompt with an answer, or the beginning of one, appended as markup."""
         start = len(self.token_ids)
         more = TokenSpan("markup", "answer", start, start + len(token_ids))
         spans = (*self.spans, more) if len(token_ids) else self.spans
@@ -61,21 +61,22 @@ class TokenizedPrompt:
 
 
 def tokenize_round(round_: Round, tokenizer: Tokenizer, *, chat: bool) -> list[TokenizedPrompt]:
-    """Tokenizes the prompts of a round; every distinct text is encoded once.
+    """Tokenizes the prompts of a round and encodes every distinct text once.
 
     Args:
       round_: the round.
       tokenizer: the model's tokenizer.
-      chat: whether to set the segments into the model's chat markup: the system segments make the
-        system message, all others one user turn, then the assistant's answer is opened. Otherwise
-        the prompt is the segments and nothing else.
+      chat: whether to wrap the segments in the model's chat markup: the system segments form the
+        system message, all others one user turn, and the markup then opens the assistant's answer.
+        Otherwise the prompt consists of the segments only.
 
     Returns:
       One prompt per agent, in the round's order.
 
     Raises:
-      PromptError: a token id outside the vocabulary; no tokens in the tasks; with `chat`: no chat
-        template, one that does not work, or a system segment behind another kind.
+      PromptError: a token id is outside the vocabulary, or the tasks have no tokens. With `chat`
+        also: the model has no chat template or one that fails, or a system segment follows another
+        kind.
     """
     encoder = _Encoder(tokenizer)
     return [encoder.prompt(prompt, chat) for prompt in round_.agents]
@@ -87,11 +88,11 @@ def tokenize_prompt(prompt: AgentPrompt, tokenizer: Tokenizer, *, chat: bool) ->
     Args:
       prompt: the agent's prompt.
       tokenizer: the model's tokenizer.
-      chat: whether to set the segments into the model's chat markup.
+      chat: whether to wrap the segments in the model's chat markup.
 
     Returns:
-      The ids and spans. Segments are encoded one by one and joined as ids, so that a shared
-      segment has the same ids in every prompt.
+      The ids and spans. Segments are encoded one by one and their ids concatenated, so that a
+      shared segment has the same ids in every prompt.
 
     Raises:
       PromptError: as `tokenize_round`.
@@ -100,7 +101,7 @@ def tokenize_prompt(prompt: AgentPrompt, tokenizer: Tokenizer, *, chat: bool) ->
 
 
 class _Encoder:
-    """Encodes texts and markup, each distinct one once."""
+    """Encodes texts and markup, each distinct string once."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -124,13 +125,13 @@ class _Encoder:
                 segment = segments[number]
                 append(segment.kind, segment.id, self._content(segment, prompt.agent))
         if not any(span.kind == "task" for span in spans):
-            raise PromptError(f"agent {prompt.agent!r}: the tokenizer leaves nothing of the task")
+            raise PromptError(f"agent {prompt.agent!r}: the task tokenizes to no tokens")
         token_ids = np.array(ids, np.int32)
         token_ids.flags.writeable = False
         return TokenizedPrompt(prompt.agent, token_ids, tuple(spans), prompt.fidelity)
 
     def _around(self, prompt: AgentPrompt) -> tuple[str, ...]:
-        """The markup before, between and after the segments."""
+        """Returns the markup before, between and after the segments."""
         where = f"agent {prompt.agent!r}"
         template = self._tokenizer.chat_template
         if template is None:
@@ -148,7 +149,7 @@ class _Encoder:
                 self._texts[segment.text] = self._tokenizer.encode_text(segment.text)
             return self._texts[segment.text]
         ids = segment.token_ids or ()
-        # The device would clamp such an id without a word.
+        # The device would silently clamp such an id.
         if ids and max(ids) >= self._tokenizer.vocab_size:
             raise PromptError(
                 f"agent {agent!r}: segment {segment.id!r}: token id {max(ids)} is outside the "

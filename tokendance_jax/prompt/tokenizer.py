@@ -1,4 +1,4 @@
-"""Text to token ids and back, with a hard line between what agents say and chat markup."""
+"""Converts text to token ids and back, with agents' texts strictly separate from chat markup."""
 
 import json
 from collections.abc import Iterable, Mapping, Set
@@ -11,25 +11,25 @@ from tokendance_jax.prompt.chat import SpecialToken
 from tokendance_jax.prompt.round import PromptError, check_integer, check_text
 
 _BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
-# Fields of a BPE that make tokens beside those of its merges.
+# BPE fields that produce tokens other than bytes and the results of merges.
 _WHOLE_VOCABULARY = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 # Characters of one to four bytes.
 _PROBE = "a é\n漁 🐟"
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer, with the model's chat template and stop tokens beside it.
+    """A byte-level BPE tokenizer with the model's chat template and stop tokens.
 
-    Agents' texts may hold `<|im_end|>`, `<tool_call>` or any other added token's string. Were it
-    parsed there, one agent could end its own turn inside the prompt of another. So texts go through
-    `encode_text`, whose tokenizer has no added tokens at all, and only markup, written by the chat
-    template, goes through `encode_markup`.
+    Agents' texts may contain `<|im_end|>`, `<tool_call>` or the string of any other added token. If
+    such a string became its token, an agent could end its own turn inside another agent's prompt.
+    So texts go through `encode_text`, whose tokenizer has no added tokens, and only markup from the
+    chat template goes through `encode_markup`.
 
     Attributes:
-      chat_template: source of the Jinja template; None: the model has none.
-      stop_ids: tokens at which the model ends its answer.
-      special_tokens: strings of tokens by the names under which the chat template writes them.
-      control_ids: ids of all added tokens, special or not; `encode_text` never gives one of them.
+      chat_template: source of the Jinja template; None if the model has none.
+      stop_ids: tokens that end the model's answer.
+      special_tokens: strings of special tokens, by the names that the chat template uses.
+      control_ids: ids of all added tokens, special or not; `encode_text` never returns one of them.
       vocab_size: the highest id plus one.
     """
 
@@ -51,19 +51,19 @@ class Tokenizer:
         Args:
           tokenizer_json: the text of a `tokenizer.json`.
           chat_template: source of the model's Jinja chat template.
-          stop_ids: tokens at which the model ends its answer.
-          special_tokens: strings of tokens by the names under which the chat template writes them.
+          stop_ids: tokens that end the model's answer.
+          special_tokens: strings of special tokens, by the names that the chat template uses.
 
         Raises:
-          PromptError: no valid JSON; no byte-level BPE; a control token that plain text could
-            become; a stop id outside the vocabulary.
+          PromptError: the JSON is invalid or not a byte-level BPE, plain text could become a
+            control token, or a stop id is outside the vocabulary.
         """
         model = _bpe_model(tokenizer_json)
         try:
             self._full = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # The library raises bare Exception.
             raise PromptError(f"tokenizer JSON: {error}; give a whole tokenizer.json") from None
-        # Every text is encoded whole and always alike, whatever the file says.
+        # Encoding is complete and deterministic, even if the file asks for truncation or dropout.
         self._full.no_truncation()
         self._full.no_padding()
         self._full.model.dropout = None
@@ -74,7 +74,9 @@ class Tokenizer:
         self.control_ids = frozenset(self._full.get_added_tokens_decoder())
         self.vocab_size = 1 + max(*model["vocab"].values(), *self.control_ids)
         if self.decode(self.encode_text(_PROBE)) != _PROBE:
-            raise PromptError("tokenizer JSON: text does not come back; give a byte-level BPE")
+            raise PromptError(
+                "tokenizer JSON: text does not come back unchanged; give a byte-level BPE"
+            )
         for token in _reachable(model):
             if model["vocab"].get(token) in self.control_ids:
                 raise PromptError(
@@ -88,7 +90,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
 
     def encode_text(self, text: str) -> list[int]:
-        """Encodes an agent's text; strings of control tokens in it are ordinary characters.
+        """Encodes an agent's text. Strings of control tokens in it are ordinary characters.
 
         Args:
           text: any text without lone surrogates.
@@ -103,10 +105,10 @@ class Tokenizer:
         return self._text.encode(text, add_special_tokens=False).ids
 
     def encode_markup(self, text: str) -> list[int]:
-        """Encodes chat markup; strings of control tokens in it become these tokens.
+        """Encodes chat markup. Strings of control tokens in it become these tokens.
 
         Args:
-          text: trusted text, never an agent's.
+          text: trusted text, never from an agent.
 
         Returns:
           The ids.
@@ -118,13 +120,14 @@ class Tokenizer:
         return self._full.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes ids, control tokens to their strings.
+        """Decodes ids, with control tokens as their strings.
 
         Args:
-          ids: token ids; bytes that are no UTF-8 become U+FFFD, ids without a token nothing.
+          ids: token ids. Invalid UTF-8 bytes become U+FFFD; ids without a token are skipped.
 
         Returns:
-          The text. After `encode_text` it is the text in the tokenizer's normal form.
+          The text. For ids from `encode_text` it is the encoded text in the tokenizer's normal
+          form.
         """
         return self._full.decode(list(ids), skip_special_tokens=False)
 
@@ -134,23 +137,23 @@ class Tokenizer:
 
 
 class TextStream:
-    """One answer as pieces of text, token by token. The pieces joined are the decoded answer."""
+    """Decodes one answer token by token. The pieces of text add up to the decoded answer."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
-        # By its name: the first argument is another one since tokenizers 0.22.
+        # By keyword, because the first positional argument changed in tokenizers 0.22.
         self._stream = decoders.DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
         self._given = 0
 
     def push(self, token_id: int) -> str:
-        """Takes the next token.
+        """Decodes the next token.
 
         Args:
           token_id: its id.
 
         Returns:
-          The text that is complete now; empty while the bytes of a character are missing.
+          The text that this token completes; empty while bytes of a character are missing.
         """
         self._ids.append(token_id)
         piece = self._stream.step(self._tokenizer, token_id) or ""
@@ -161,20 +164,20 @@ class TextStream:
         """Ends the answer.
 
         Returns:
-          What was held back: U+FFFD for the bytes of a character that never became complete.
+          The remaining text: U+FFFD for the bytes of a character that was never completed.
         """
         return self._tokenizer.decode(self._ids, skip_special_tokens=False)[self._given :]
 
 
 def _bpe_model(tokenizer_json: str) -> dict[str, Any]:
-    """The model in a `tokenizer.json`, if it has a token for every byte."""
+    """Returns the model in a `tokenizer.json`; raises unless it has a token for every byte."""
     try:
         fields = json.loads(tokenizer_json)
     except (ValueError, RecursionError) as error:
         raise PromptError(f"tokenizer JSON: {error}; give a tokenizer.json's text") from None
     match fields:
         case {"model": {"vocab": dict(vocabulary), "merges": list()} as model}:
-            # The library drops characters that it has no token for, without a word.
+            # The library silently drops characters that it has no token for.
             if missing := sorted(_BYTES - vocabulary.keys()):
                 raise PromptError(
                     f"tokenizer JSON: {len(missing)} of 256 bytes have no token, {missing[0]!r} "
@@ -185,7 +188,7 @@ def _bpe_model(tokenizer_json: str) -> dict[str, Any]:
 
 
 def _reachable(model: dict[str, Any]) -> Set[str]:
-    """The tokens that plain text may become: bytes and what merges make of them."""
+    """Returns the tokens that plain text may become: the bytes and the results of merges."""
     if any(model.get(field) for field in _WHOLE_VOCABULARY):
         return model["vocab"].keys()
     # Old files write a merge as one string.

@@ -1,9 +1,9 @@
-"""Traces of rounds as JSON lines: one line per agent and round, in the order round, then agent.
+"""Traces of rounds as JSON lines: one line per agent and round, ordered by round, then by agent.
 
 A line holds `trace`, `round`, `agent`, `segments` (a list of `kind`, `id`, `text`) and
-`max_new_tokens`; for replays `recorded_output`; and `fidelity` where it is not the default. A
-shared segment that is an answer may name its `author` by `round` and `agent`. How answers are drawn
-is not part of a trace.
+`max_new_tokens`, for replays also `recorded_output`, and `fidelity` if it is not the default. A
+shared segment that is an answer may name its `author` by `round` and `agent`. Sampling settings are
+not part of a trace.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ _AUTHOR_FIELDS = ("round", "agent")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trace:
-    """A sequence of rounds under one name.
+    """A named sequence of rounds.
 
     Attributes:
       name: name of the trace.
       rounds: the rounds; their indices are 0, 1, 2, ...
 
     Raises:
-      PromptError: empty name, no rounds, indices out of order, an author of a shared segment who
-        takes part in no earlier round of that number.
+      PromptError: empty name, no rounds, indices out of order, or an author of a shared segment
+        who takes no part in an earlier round of the named number.
     """
 
     name: str
@@ -72,16 +72,16 @@ def read_traces(path: str | os.PathLike[str]) -> dict[str, Trace]:
       path: a JSON lines file, compressed if its name ends in ".gz".
 
     Returns:
-      The traces by name, in the order in which the file names them first.
+      The traces by name, in the order of their first lines in the file.
 
     Raises:
-      PromptError: the file cannot be read or a line is not as the format wants it; names file, line
-        and trace.
+      PromptError: the file cannot be read or a line does not have the format; names file, line and
+        trace.
     """
     lines: dict[str, list[_Line]] = {}
     for line in _lines(path):
         if line.trace is None:
-            _parse(line)  # says what is wrong with it
+            _parse(line)  # raises the error with the cause
         else:
             lines.setdefault(line.trace, []).append(line)
     if not lines:
@@ -90,25 +90,25 @@ def read_traces(path: str | os.PathLike[str]) -> dict[str, Trace]:
 
 
 def read_trace(path: str | os.PathLike[str], name: str | None = None) -> Trace:
-    """Reads one trace of a file, whatever the lines of other traces hold.
+    """Reads one trace of a file; errors in the lines of other traces do not matter.
 
-    A line that does not say which trace it is of, such as one that was cut off, may belong to the
-    trace of the lines beside it: it is an error where one of them is of the wanted trace.
+    A line that does not name its trace, such as one that was cut off, may belong to the trace of
+    the line before or after it. It is an error if one of these belongs to the requested trace.
 
     Args:
       path: a JSON lines file, compressed if its name ends in ".gz".
-      name: which trace; None: the file's first.
+      name: name of the trace; None for the first one in the file.
 
     Returns:
       The trace.
 
     Raises:
-      PromptError: the file cannot be read, has no trace of that name, or a line of the trace is not
-        as the format wants it; names file, line and trace.
+      PromptError: the file cannot be read, has no trace of that name, or a line of the trace does
+        not have the format; names file, line and trace.
     """
     known: list[str] = []
     wanted: list[_Line] = []
-    strays: list[_Line] = []  # behind the last line that names its trace
+    strays: list[_Line] = []  # lines after the last one that names its trace
     before = None
     for line in _lines(path):
         if line.trace is None:
@@ -133,11 +133,11 @@ def read_trace(path: str | os.PathLike[str], name: str | None = None) -> Trace:
 
 
 def write_trace(path: str | os.PathLike[str], trace: Trace) -> None:
-    """Writes a trace; the file appears complete or not at all.
+    """Writes a trace atomically: the file appears complete or not at all.
 
     Args:
       path: the file, compressed if its name ends in ".gz"; replaced if it exists.
-      trace: what to write. Each round's `sampling` is not part of the format.
+      trace: the trace. The format does not include each round's `sampling`.
 
     Raises:
       PromptError: a segment holds token ids instead of text.
@@ -166,8 +166,8 @@ class _Line:
 
     Attributes:
       where: file and number of the line, from 1.
-      trace: the trace that it is of; None: it does not say so.
-      value: what its JSON holds; a `PromptError` if it is no JSON.
+      trace: name of its trace; None if the line does not name one.
+      value: the parsed JSON; a `PromptError` if the line is not valid JSON.
     """
 
     where: str
@@ -176,7 +176,7 @@ class _Line:
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[_Line]:
-    """Reads the lines of a file; only a newline ends a line, not U+2028 and its kin."""
+    """Reads the lines of a file. Only a newline ends a line, not U+2028 or similar characters."""
     number = 0
     try:
         opener = gzip.open if os.fspath(path).endswith(".gz") else open
@@ -204,10 +204,10 @@ def _json(line: bytes) -> object:
 
 
 def _parse(line: _Line) -> tuple[int, AgentPrompt]:
-    """One line as round index and prompt.
+    """Converts one line to its round index and prompt.
 
     Raises:
-      PromptError: it is not as the format wants it; names file, line and trace.
+      PromptError: the line does not have the format; names file, line and trace.
     """
     try:
         if isinstance(line.value, PromptError):
@@ -239,14 +239,14 @@ def _segment(value: object, number: int) -> Segment:
 
 
 def _located(line: _Line, error: PromptError) -> PromptError:
-    """An error with the place and the trace of a line."""
+    """Returns the error with the place and the trace of the line added to its message."""
     trace = "" if line.trace is None else f"trace {line.trace!r}: "
     return PromptError(f"{line.where}: {trace}{error}")
 
 
 def _trace(name: str, lines: Sequence[_Line]) -> Trace:
-    """A trace of its lines."""
-    drafts: list[tuple[_Line, dict[str, AgentPrompt]]] = []  # of each round its first line
+    """Builds a trace from its lines."""
+    drafts: list[tuple[_Line, dict[str, AgentPrompt]]] = []  # first line, prompts
     for line in lines:
         index, prompt = _parse(line)
         last = len(drafts) - 1
@@ -254,10 +254,10 @@ def _trace(name: str, lines: Sequence[_Line]) -> Trace:
             drafts.append((line, {}))
         elif index != last:
             follows = (
-                f"round {index} follows round {last}; rounds start at 0 and each one's lines stand "
-                "together"
+                f"round {index} follows round {last}; number rounds from 0 and keep the lines "
+                "of each round together"
             )
-            starts = f"starts with round {index}; rounds start at 0"
+            starts = f"starts with round {index}; number rounds from 0"
             raise _located(line, PromptError(follows if drafts else starts))
         prompts = drafts[-1][1]
         if prompt.agent in prompts:
@@ -279,7 +279,7 @@ def _trace(name: str, lines: Sequence[_Line]) -> Trace:
 
 
 def _check_authors(round_: Round, before: Sequence[Round]) -> None:
-    """Refuses a block whose author takes part in no earlier round of that number."""
+    """Raises if a block's author takes no part in an earlier round of the named number."""
     agents = [{prompt.agent for prompt in earlier.agents} for earlier in before]
     for prompt in round_.agents:
         for segment in prompt.segments:
@@ -290,14 +290,14 @@ def _check_authors(round_: Round, before: Sequence[Round]) -> None:
                 continue
             raise PromptError(
                 f"round {round_.index}: shared segment {segment.id!r}: its author {author.agent!r} "
-                f"takes no part in an earlier round {author.round}; name another, or none"
+                f"takes no part in an earlier round {author.round}; name another, or leave it out"
             )
 
 
 def _object(
     value: object, what: str, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """A JSON object with these fields and no others."""
+    """Returns `value` if it is a JSON object with these fields and no others; else raises."""
     if not isinstance(value, dict):
         raise PromptError(f"{what} must be a JSON object, got {type(value).__name__}")
     if missing := [field for field in required if field not in value]:
@@ -310,7 +310,7 @@ def _object(
 
 
 def _fields(trace: Trace, round_: Round, prompt: AgentPrompt) -> dict[str, object]:
-    """One line's fields, in the order of the format."""
+    """Returns the fields of one line, in the order of the format."""
     for segment in prompt.segments:
         if segment.text is None:
             raise PromptError(

@@ -1,4 +1,4 @@
-"""Audits: damage that a measure of quality must see."""
+"""Audits: deliberate damage that a measure of quality must detect."""
 
 import jax
 import numpy as np
@@ -8,18 +8,18 @@ from tokendance_jax.paged.kv import PagedKV, pool_format
 
 
 def shuffle_bases(engine: RoundEngine, seed: int) -> int:
-    """Puts cached base pages into a wrong order, keys into one and values into another.
+    """Shuffles the cached base pages: keys in one order, values in another.
 
-    What agents read from bases afterwards is wrong, and a measure of quality that does not see that
-    does not see the cache. In one order for both, attention would still find most of what it looks
-    for.
+    Afterwards, what agents read from bases is wrong. A measure of quality that does not show this
+    does not depend on the cache. With one order for both, attention would still find most of what
+    it looks for.
 
     Args:
-      engine: whose pages are shuffled.
-      seed: of the orders.
+      engine: the engine whose pages are shuffled.
+      seed: seed of the orders.
 
     Returns:
-      Number of pages.
+      Number of shuffled pages.
     """
     pages, runner = engine.base_pages(), engine.runner
     draw = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""How often answers to probes of the town are right, under policies and in settings of rounds."""
+"""Grades answers to probes of the town, under policies and in settings of rounds."""
 
 import dataclasses
 import itertools
@@ -29,15 +29,16 @@ _DRAWS, _BOUNDS = 1000, (0.025, 0.975)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
-    """A kind of rounds.
+    """How rounds of probes are drawn.
 
     Attributes:
-      agents: how many.
-      own: whether agents see their own block.
-      keep: share of the other blocks that each sees.
-      shuffled: whether each sees them in an order of its own.
-      chunk_words: if positive, blocks are so many words, in the middle of sentences.
-      rounds: how many rounds go on from each other; what one shares is history in the next.
+      agents: number of agents.
+      own: whether each agent sees its own block.
+      keep: share of the other blocks that each agent sees.
+      shuffled: whether each agent sees the blocks in an order of its own.
+      chunk_words: if positive, blocks are chunks of this many words, cut in the middle of
+        sentences.
+      rounds: number of consecutive rounds; text shared in one round is history in the next.
     """
 
     agents: int
@@ -50,7 +51,7 @@ class Setting:
     def draw(
         self, seed: int, kinds: Sequence[ProbeKind], guide: str
     ) -> list[tuple[Round, tuple[Probe, ...]]]:
-        """Draws rounds that go on from each other, and their probes, of held-out names."""
+        """Draws consecutive rounds, with held-out names, and their probes."""
         if self.rounds > 1:
             return drifting_rounds(seed, self.agents, self.rounds, kinds, guide=guide)
         return [
@@ -80,7 +81,7 @@ SETTINGS = {
 
 
 class Graded:
-    """Answers to probes, counted by kind and draw, and the work of their prompts.
+    """Graded answers to probes, by kind and draw, and the work of their prompts.
 
     Attributes:
       token_layers: computed tokens times the share of the layers that each ran through.
@@ -99,18 +100,18 @@ class Graded:
         self.token_layers += token_layers
 
     def asked(self, kind: ProbeKind) -> int:
-        """The number of probes of a kind."""
+        """Returns the number of probes of a kind."""
         return sum(len(draw[kind]) for draw in self._draws)
 
     def accuracy(self, kind: ProbeKind) -> float:
-        """The share of right answers to a kind; NaN where nothing was asked."""
+        """Returns the share of right answers to a kind; NaN if there are no probes of it."""
         asked = self.asked(kind)
         return sum(sum(draw[kind]) for draw in self._draws) / asked if asked else float("nan")
 
     def interval(self, kind: ProbeKind) -> tuple[float, float]:
-        """The middle 95 % of the accuracy when rounds are drawn again from these (bootstrap).
+        """Returns the middle 95 % of the accuracy over bootstrap samples of the draws.
 
-        Whole rounds are drawn: probes of one round rest on the same text.
+        The bootstrap resamples whole rounds, because probes of one round depend on the same text.
         """
         counts = np.array([(sum(draw[kind]), len(draw[kind])) for draw in self._draws])
         drawn = np.random.default_rng(0).integers(len(counts), size=(_DRAWS, len(counts)))
@@ -131,15 +132,15 @@ def ask(
     """Serves rounds of probes and grades the answers.
 
     Args:
-      engine: its policy answers.
-      setting: what kind of rounds.
-      seeds: one for each draw of rounds.
+      engine: the engine that answers, with its policy.
+      setting: how rounds are drawn.
+      seeds: one seed per draw of rounds.
       kinds: kinds of probes.
       guide: text in front of every prompt.
-      shuffle: whether the bases' pages are in a wrong order when answers are given (an audit).
+      shuffle: whether to shuffle the bases' pages before the answers are generated (an audit).
 
     Returns:
-      What was graded of every round of the setting, over all draws.
+      The graded answers of every round of the setting, over all draws.
     """
     found = [Graded() for _ in range(setting.rounds)]
     for seed in seeds:
@@ -166,19 +167,19 @@ def measure_variants(
     audit: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Grades variants in settings, one engine for each.
+    """Grades every variant in every setting, with a new engine for each pair.
 
     Args:
       model: the model.
-      variants: what to measure; `dense` is measured first in any case.
+      variants: the variants to measure; `dense` is always measured first.
       settings: names of `SETTINGS`.
-      draws: how many draws of rounds.
-      guided: whether prompts explain the town, for a model that was not trained in it.
-      audit: whether the first variant that reads bases answers from shuffled ones too.
-      progress: is told what is measured next.
+      draws: number of draws of rounds.
+      guided: whether prompts explain the town, for a model that was not trained on it.
+      audit: whether to measure the first variant that reads bases again, with shuffled bases.
+      progress: called with a description of each measurement before it starts.
 
     Yields:
-      After each variant and setting, a row for each variant, setting and round so far.
+      After each variant and setting, the rows so far: one per variant, setting and round.
     """
     dense = Variant("dense")
     others = [variant for variant in variants if variant.policy != "dense"]
@@ -191,7 +192,7 @@ def measure_variants(
     for (name, variant), setting in itertools.product(todo, settings):
         if progress:
             progress(f"{setting}: {name}")
-        # Settings ask in the same towns: an engine of its own finds nothing of another's.
+        # Settings share their towns: with a new engine, none finds pages of another setting.
         engine = RoundEngine(
             model,
             policy=variant.policy,

@@ -1,4 +1,4 @@
-"""How far the next-token distributions of two ways to compute a text are apart."""
+"""Compares the next-token distributions of two ways to compute a text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float32, Float64
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """One lane, position by position.
+    """The comparison of one lane, position by position.
 
     Attributes:
       kl: Kullback-Leibler divergence from the reference, in nats.
-      same: whether the most probable token is the reference's.
+      same: whether both have the same most probable token.
     """
 
     kl: Float64[np.ndarray, " positions"]
@@ -27,11 +27,11 @@ class Agreement:
     Attributes:
       positions: number of distributions compared.
       kl_mean: mean Kullback-Leibler divergence from the reference, in nats.
-      kl_p95: its 95th percentile.
+      kl_p95: 95th percentile of the same divergence.
       top1: share of positions whose most probable token is the reference's.
-      first_divergence: mean over the lanes of the tokens before the first one whose most probable
-        token is not the reference's. Along the reference's own greedy text, that is where a greedy
-        text of the other way leaves it.
+      first_divergence: number of tokens before the first one whose most probable token is not the
+        reference's; mean over the lanes. Along the reference's own greedy text, greedy decoding
+        the other way leaves the text at this token.
     """
 
     positions: int
@@ -51,18 +51,18 @@ def compare(
     """
     for name, logits in (("reference", reference), ("other", other)):
         if not np.isfinite(logits).all():
-            raise ValueError(f"{name}: logits are NaN or infinite; check the weights it comes from")
+            raise ValueError(f"{name}: logits are NaN or infinite; check the model's weights")
     p, q = _log_softmax(reference), _log_softmax(other)
-    # Rounding can bring a divergence of zero below zero.
+    # Rounding can make a divergence of zero negative.
     kl = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
     return Comparison(kl, reference.argmax(axis=-1) == other.argmax(axis=-1))
 
 
 def summarise(lanes: Sequence[Comparison]) -> Agreement:
-    """Sums comparisons up; all positions count alike.
+    """Summarises comparisons; all positions have the same weight.
 
     Raises:
-      ValueError: if there are none.
+      ValueError: if `lanes` is empty.
     """
     if not lanes:
         raise ValueError("lanes: nothing was compared; give at least one lane")

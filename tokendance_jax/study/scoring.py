@@ -1,4 +1,4 @@
-"""What an engine's policy would say along given answers (teacher forcing)."""
+"""Teacher forcing: computes logits along given answers under an engine's policy."""
 
 from collections.abc import Sequence
 
@@ -18,17 +18,17 @@ def follow(
 ) -> tuple[list[Float32[np.ndarray, "_ width"]], Cost]:
     """Computes the residual stream along given answers.
 
-    The policy reads and computes what it would in a round of these prompts, and the answers behind
-    them; it keeps what it would keep of the prompts.
+    The policy reads and computes what it would in a round of these prompts, and also computes the
+    answers. Afterwards it keeps the pages that it would keep after a round.
 
     Args:
-      engine: what computes.
+      engine: the engine that computes.
       prompts: the agents' prompts.
       answers: token ids i32 [tokens] of each answer; may be empty.
 
     Returns:
       For each agent, the residual stream f32 [1 + tokens, width] at the end of the prompt and at
-      every token of the answer; and what was computed, answers included.
+      every token of the answer; and the cost, answers included.
 
     Raises:
       PromptError: if a prompt and its answer are longer than the model's context; nothing has been
@@ -56,7 +56,7 @@ def follow(
 def logits(
     engine: RoundEngine, hidden: Float32[np.ndarray, "rows width"]
 ) -> Float32[np.ndarray, "rows vocab"]:
-    """Next-token logits of residual-stream rows.
+    """Returns the next-token logits of residual-stream rows.
 
     Raises:
       NotFiniteError: if they are NaN or infinite.
@@ -75,13 +75,13 @@ def logits(
 def score(
     engine: RoundEngine, prompts: Sequence[TokenizedPrompt], answers: Sequence[np.ndarray]
 ) -> tuple[list[Float32[np.ndarray, "_ vocab"]], Cost]:
-    """As `follow`, with next-token logits f32 [1 + tokens, vocab] for each agent."""
+    """As `follow`, but returns next-token logits f32 [1 + tokens, vocab] for each agent."""
     streams, cost = follow(engine, prompts, answers)
     return [logits(engine, x) for x in streams], cost
 
 
 def _check_finite(x: np.ndarray, where: str, what: str) -> None:
-    """Refuses [rows, columns] with numbers that are not finite."""
+    """Raises an error if a row of `x` [rows, columns] has numbers that are not finite."""
     broken = np.flatnonzero(~np.isfinite(x).all(axis=-1))
     if len(broken):
         raise NotFiniteError(

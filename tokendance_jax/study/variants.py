@@ -1,4 +1,4 @@
-"""What is compared: policies and their choices, with names for tables."""
+"""The variants that studies compare: policies and their options, with names for tables."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ from typing import Any
 from tokendance_jax.policy.policies import PolicyOptions
 
 UNLIMITED = ("none", "all")
-# Names of what checks a measurement: an audit, and the noise floor.
+# Names of the checks of a measurement: an audit, and the noise floor.
 SHUFFLED, NOISE = "shuffled bases", "dense, other buckets"
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A policy and its choices."""
+    """A policy and its options."""
 
     policy: str
     options: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
 
     @property
     def name(self) -> str:
-        """For tables: the policy, and what distinguishes this variant of it."""
+        """The name in tables: the policy, and the options that distinguish this variant of it."""
         if self.policy != "tokendance":
             return self.policy
         pages = "" if self.options.selection in UNLIMITED else f" {self.options.head_pages}"
@@ -29,7 +29,7 @@ class Variant:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """For results: the name, the policy, and those of its choices that it has."""
+        """The fields in results: name, policy and options; None for options that do not apply."""
         own = self.policy == "tokendance"
         limited = own and self.options.selection not in UNLIMITED
         return {
@@ -42,9 +42,9 @@ class Variant:
 
 
 def audited(variants: Sequence[Variant]) -> Variant | None:
-    """The variant that an audit repeats with shuffled bases: the first that keeps bases.
+    """Returns the variant that an audit repeats with shuffled bases: the first that keeps bases.
 
-    Those of `joint-agent` are pages of a request, and gone with it.
+    The bases of `joint-agent` are pages of a request and are released with it.
     """
     kept = (v for v in variants if v.policy == "tokendance" and v.options.base != "joint-agent")
     return next(kept, None)

@@ -43,7 +43,7 @@ def test_loads(tmp_path: Path, dtype: str):
     tiny.assert_params(checkpoint.params, PARAMS, dtype)
 
 
-@pytest.mark.parametrize("step", [-1, 1])  # other values, the same
+@pytest.mark.parametrize("step", [-1, 1])  # unlike the embedding; equal to it
 def test_output_matrix_is_the_head(tmp_path: Path, step: int):
     output = PARAMS["embed_tokens.weight"][::step]
     tensors = tiny.gguf_tensors(PARAMS | {"lm_head.weight": output})
@@ -56,7 +56,7 @@ def test_output_matrix_is_the_head(tmp_path: Path, step: int):
 @pytest.mark.parametrize(("name", "kind"), FLOATS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_float_types(tmp_path: Path, name: str, kind: Any, dtype: str):
-    # Beyond bfloat16's precision, so that a wrong order of roundings would show.
+    # The values exceed bfloat16's precision, so that a wrong order of roundings would show.
     values = np.random.default_rng(1).standard_normal((256, 256)).astype(kind)
     tensors = tiny.gguf_tensors(PARAMS)
     tensors[gguf_name(MATRIX)] = values.view(np.uint8), gguf.GGMLQuantizationType[name]
@@ -71,7 +71,7 @@ def test_quantised_types(
 ):
     monkeypatch.setattr(stored, "_SLICE_VALUES", 1024)  # many slices
     width, size = gguf.GGML_QUANT_SIZES[kind]
-    # Bytes below 60 are finite float16 scales wherever they stand in a block.
+    # Bytes below 60 form finite float16 scales at any place in a block.
     data = np.random.default_rng(2).integers(0, 60, (256, 256 // width * size), np.uint8)
     tensors = tiny.gguf_tensors(PARAMS)
     tensors[gguf_name(MATRIX)] = data, kind
@@ -115,7 +115,7 @@ def test_tokenizer(tmp_path: Path):
         tiny.TOOL_CALL: False,
     }
     assert tokenizer.token_to_id("[PAD263]") is None
-    # NFC: the decomposed letter is the composed one.
+    # NFC turns the decomposed letter into the composed one.
     assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
 
 
@@ -126,7 +126,7 @@ def test_other_names_of_the_pre_tokenizer(name: str):
 
 
 def tokenizer_fields(changes: dict[str, int], **ids: int) -> dict[str, Any]:
-    """Metadata in which tokens have other types, and ids like `eot` are given."""
+    """Returns metadata with changed token types and the given special ids, such as `eot`."""
     types = [changes.get(token, kind) for token, kind in zip(tiny.TOKENS, tiny.TYPES, strict=True)]
     given = {f"tokenizer.ggml.{name}_token_id": value for name, value in ids.items()}
     return tiny.TOKENIZER_FIELDS | {"tokenizer.ggml.token_type": types} | given
@@ -212,11 +212,11 @@ def without(fields: dict, key: str) -> dict:
         ),
         (
             tiny.GGUF_FIELDS | {"tokenizer.ggml.merges": ["h zz"]},
-            "tokenizer.ggml.merges: no valid BPE",
+            "tokenizer.ggml.merges: not a valid BPE",
         ),
         (
             tiny.GGUF_FIELDS | {"tokenizer.ggml.merges": ["hz"]},
-            "tokenizer.ggml.merges: no valid BPE",
+            "tokenizer.ggml.merges: not a valid BPE",
         ),
         (
             tiny.GGUF_FIELDS | {"tokenizer.ggml.token_type": [1, 3]},
@@ -304,7 +304,7 @@ def test_harmless_extra_tensor(tmp_path: Path):
 
 
 def test_unsupported_row_width(tmp_path: Path):
-    # The writer would refuse, so the type's number is changed in the written header.
+    # The writer refuses such a tensor, so the test changes the type's number in the written file.
     file = tmp_path / "a.gguf"
     tiny.write_gguf(file, tiny.gguf_tensors(PARAMS))
     data = bytearray(file.read_bytes())
@@ -346,7 +346,7 @@ def test_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, b"GGML", "magic: this is no GGUF file"),
+        (0, b"GGML", "magic: not a GGUF file"),
         (4, (1).to_bytes(4, "little"), "version: is 1; little-endian GGUF of version 2 or 3"),
         (4, (3).to_bytes(4, "big"), "version: is 50331648"),
         (8, (2**60).to_bytes(8, "little"), "header: "),

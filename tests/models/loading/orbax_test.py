@@ -179,7 +179,7 @@ def test_script_reports_a_missing_source(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut data", "no data"])
 def test_script_reports_damaged_data(saved: Path, tmp_path: Path, damage: str):
-    # In a process of its own: Orbax leaves its other reads to fail in threads, at any later time.
+    # Loads in a separate process, as Orbax's other reads fail in threads at any later time.
     params = saved / "params"
     if damage == "cut data":
         for file in params.rglob("d/*"):

@@ -18,8 +18,8 @@ from tokendance_jax.models.loading import Checkpoint
 
 pytestmark = pytest.mark.real_model
 
-# Growth of the resident high-water mark during the load, in a process of its own. Linux counts a
-# forked child's mark from its parent's, so the mark is reset first.
+# Prints how much the load raises the resident high-water mark; runs in a separate process. On Linux
+# a forked child inherits its parent's mark, so the script resets the mark first.
 _MEASURE = """
 import json, re, sys
 import jax
@@ -49,7 +49,7 @@ def checkpoint() -> Checkpoint:
 def huggingface_folder(
     checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """The real weights in one bfloat16 safetensors file; the other files are tiny's."""
+    """A folder with the real weights in one bfloat16 safetensors file and the files of `tiny`."""
     folder = tmp_path_factory.mktemp("real") / "folder"
     params = {path: np.asarray(array) for path, array in checkpoint.params.items()}
     tiny.write_folder(folder, checkpoint.config, [tiny.hf_tensors(params, ml_dtypes.bfloat16)])
@@ -87,5 +87,5 @@ def test_peak_memory(source: str, dtype: str, request: pytest.FixtureRequest):
     )
     memory = json.loads(result.stdout)
     assert memory["growth"] < 1.3 * memory["size"]
-    # The measure sees the arrays at all.
+    # The measured growth includes the arrays.
     assert memory["growth"] > 0.9 * memory["size"]

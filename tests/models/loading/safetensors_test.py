@@ -224,7 +224,7 @@ def test_unsupported_tensor_type(folder: Path):
 
 
 def assert_unreadable(folder: Path) -> None:
-    # The package's own words, in the parentheses, differ between its releases.
+    # The text in parentheses comes from the package and differs between its releases.
     message = load_error(folder)
     assert message.startswith(
         f"{folder / 'model.safetensors'}: safetensors: the file cannot be read ("
@@ -420,7 +420,7 @@ def test_writes_what_it_reads(tmp_path: Path):
         assert getattr(again, field) == getattr(checkpoint, field)
     with safetensors.safe_open(tmp_path / "again" / "model.safetensors", "numpy") as content:
         assert {content.get_slice(name).get_dtype() for name in content.keys()} == {"BF16"}  # noqa: SIM118
-    # Other loaders take the template, and the token that ends an answer, from here.
+    # Other loaders read the template and the end token from this file.
     fields = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
     assert fields["chat_template"] == tiny.TEMPLATE
     assert fields["eos_token"] == "<|im_end|>"

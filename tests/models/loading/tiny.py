@@ -16,7 +16,7 @@ from tokendance_jax.models.loading.gguf_tokenizer import tokenizer_from_gguf
 from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.models.qwen2.parameters import gguf_name, hf_name, parameter_shapes
 
-# 256 wide: the block of the k-quants and i-quants.
+# Rows of 256 values, the block size of k-quants and i-quants.
 CONFIG = Qwen2Config(
     vocab_size=272,
     hidden_size=256,
@@ -110,7 +110,7 @@ def write_gguf(
     architecture: str = "qwen2",
     fields: Mapping[str, Any] = GGUF_FIELDS,
 ) -> None:
-    """Writes a GGUF file; a tensor with a type holds that type's bytes."""
+    """Writes a GGUF file. If a tensor has a type, its array holds the raw bytes of that type."""
     writer = gguf.GGUFWriter(file, architecture)
     for key, value in fields.items():
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a folder's files say about tokens; ids and names are those of transformers 5.24."""
+"""Tokens read from a folder's files; the expected ids and names are those of transformers 5.24."""
 
 import dataclasses
 import json
@@ -21,9 +21,9 @@ DECODER = {
 
 
 def write(folder: Path, *, known: int = 1, **files: dict[str, Any]) -> Path:
-    """Writes a folder whose `tokenizer.json` knows the first of the four tokens; and other files.
+    """Writes a folder whose `tokenizer.json` holds the first `known` of the four added tokens.
 
-    Files are `settings`, `special`, `added`, `config` and `generation`.
+    The keywords `settings`, `special`, `added`, `config` and `generation` write other files.
     """
     fields = json.loads(tiny.tokenizer_json())
     fields["added_tokens"] = fields["added_tokens"][:known]
@@ -119,12 +119,12 @@ def test_a_token_of_the_vocabulary_keeps_its_id(tmp_path: Path):
         ),
         (
             {"settings": {"added_tokens_decoder": DECODER}},
-            "tokenizer_config.json: <tool_call>: the token has id 262 behind those of "
+            "tokenizer_config.json: <tool_call>: the token has id 262 after those of "
             "tokenizer.json; the embedding has 262 rows",
         ),
         (
             {"special": {"additional_special_tokens": ["<1>", "<2>", "<3>"]}},
-            "special_tokens_map.json: <3>: the token has id 262 behind ",
+            "special_tokens_map.json: <3>: the token has id 262 after ",
         ),
         ({"settings": {"added_tokens_decoder": []}}, "tokenizer_config.json: added_tokens_decoder"),
         ({"settings": {"added_tokens_decoder": {"a": {}}}}, "tokenizer_config.json: added_tokens"),

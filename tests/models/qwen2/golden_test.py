@@ -1,4 +1,4 @@
-"""The real model against reference activations of an independent implementation."""
+"""Compares the real model with reference activations of an independent implementation."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ PROMPTS = ("public_short", "public_round")
 @pytest.fixture(scope="module")
 def model():
     checkpoint = shared_data.real_checkpoint("float32")
-    # The reference goes on past end tokens: take them from the model.
+    # The reference generates past end tokens, so the model must not stop at them.
     return Model.from_checkpoint(dataclasses.replace(checkpoint, stop_ids=()), jnp.float32)
 
 
@@ -98,7 +98,7 @@ def test_greedy_continuation_is_equal(model, programs, name, policy):
     ids = tuple(int(token) for token in z["input_ids"])
     prompt = AgentPrompt("a", (Segment("task", "t", token_ids=ids),))
     engine = RoundEngine(model, policy=policy, kv_memory=64 << 20, programs=programs)
-    for _ in range(1 if policy == "dense" else 2):  # `prefix` then reads the prompt from its pages
+    for _ in range(1 if policy == "dense" else 2):  # the second `prefix` round reads cached pages
         result = engine.serve(Round((prompt,), max_new_tokens=32), chat=False)
         assert result.agents[0].token_ids == tuple(z["greedy_ids"].tolist())
     assert (result.ledger.reused_tokens > 0) == (policy == "prefix")

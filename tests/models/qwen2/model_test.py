@@ -39,7 +39,7 @@ def contiguous(token_ids, *, first_page, room=0):
 
 
 def leaves(state):
-    """Path -> array of a state."""
+    """Returns the arrays of a state by path."""
     paths, _ = jax.tree.flatten_with_path(state)
     return {
         ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path): leaf
@@ -87,7 +87,7 @@ def test_wrong_parameters_are_named(change, message):
 
 
 def textbook(config, params, token_ids):
-    """Logits of the last token by a plain float64 transformer over one dense sequence."""
+    """Computes the last token's logits with a plain float64 transformer over one dense sequence."""
     p = {path: np.asarray(x).astype(np.float64) for path, x in params.items()}
     heads, kv_heads, width = (
         config.num_attention_heads,
@@ -139,7 +139,8 @@ def textbook(config, params, token_ids):
     [(False, "float32", 1e-5), (True, "float32", 1e-5), (False, "bfloat16", 3e-2)],
 )
 def test_logits_are_those_of_a_float64_transformer(tied, dtype, error):
-    # bfloat16 rounds the inputs of every product, keys and values by 2**-9: some 1 % at the end.
+    # bfloat16 rounds the inputs of every product, keys and values by 2**-9, which adds up to about
+    # 1 % in the logits.
     model = tiny.tiny_model(dtype, tied=tied)
     programs = Programs(model, tiny.tiny_shapes(64))
     prompts = [tiny.tokens(29, seed=1), tiny.tokens(35, seed=2)]
@@ -152,7 +153,7 @@ def test_logits_are_those_of_a_float64_transformer(tied, dtype, error):
 
 
 def test_layer_0_depends_on_the_token_alone(served):
-    # Invariant 3. The second lane computes the same tokens behind others, in frame 5.
+    # The second lane computes the same tokens behind five others, in frame 5.
     common = tiny.tokens(27)
     alone = contiguous(common, first_page=1)
     token_ids = np.concatenate([tiny.tokens(5, seed=1), common])
@@ -179,7 +180,7 @@ def test_layer_0_depends_on_the_token_alone(served):
 
 
 def decode_arguments(programs, lanes, steps, *, temperature=0.0):
-    """State, tables, groups, slots and sampling of lanes whose first token is 7."""
+    """Returns state, tables, groups, slots and sampling of lanes whose first answer token is 7."""
     shapes = programs.shapes
     seats = shapes.lanes.fit(len(lanes))
     position, live = np.zeros(seats, np.int32), np.zeros(seats, np.bool_)
@@ -225,7 +226,7 @@ def test_decode_continues_as_prefill_would(served):
     runner, _ = tiny.prefill(programs, [lane])
     tokens = runner.run(device.decode, *decode_arguments(programs, [lane], 8))
     generated = np.asarray(tokens)[0]
-    # A prefill of everything that decode saw: its greedy tokens and its K and V are the same.
+    # A prefill of the same tokens yields the same greedy tokens and the same K and V.
     whole = np.concatenate([prompt, [7], generated[:-1]]).astype(np.int32)
     for end in range(len(prompt) + 1, len(whole) + 1):
         _, hidden = tiny.prefill(programs, [contiguous(whole[:end], first_page=1, room=8)])
@@ -239,7 +240,7 @@ def test_decode_continues_as_prefill_would(served):
 @DTYPES
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_programs_work_in_the_donated_pool(program, dtype):
-    """Temporaries stay below a tenth of a pool that is large beside the batch."""
+    """Temporaries stay below a tenth of the pool, which is large compared with the batch."""
     model = tiny.tiny_model(dtype)
     size = 128 << 20
     pages = size // model.kv_spec(pages=1, page_size=PAGE_SIZE).page_bytes

@@ -21,7 +21,7 @@ from tokendance_jax.plan.shapes import Shapes
 
 
 def tiny_model(dtype: DTypeLike = "float32", *, tied: bool = False) -> Model:
-    """Two layers of 4 query and 2 KV heads of 16."""
+    """Returns a model of two layers, with 4 query heads and 2 KV heads of width 16."""
     config = dataclasses.replace(
         SMALL_CONFIG,
         hidden_size=64,
@@ -36,17 +36,21 @@ def tiny_model(dtype: DTypeLike = "float32", *, tied: bool = False) -> Model:
 
 
 def tiny_shapes(row_budget: int) -> Shapes:
-    """Up to 4 lanes of 512 tokens over 64 pages of 16."""
+    """Returns shapes of up to 4 lanes of 512 tokens, over 64 pages of 16 slots."""
     return Shapes.of(row_budget=row_budget, max_lanes=4, max_tokens=512, pages=64, page_size=16)
 
 
 def tokens(count: int, seed: int = 0) -> np.ndarray:
-    """Random token ids."""
+    """Returns random token ids."""
     return np.random.default_rng(seed).integers(0, SMALL_CONFIG.vocab_size, count).astype(np.int32)
 
 
 def prefill(programs: Programs, lanes: Sequence[LanePlan]) -> tuple[Runner, jax.Array]:
-    """Computes the lanes into an empty pool; returns the residual stream at their ends too."""
+    """Prefills the lanes into an empty pool.
+
+    Returns:
+      The runner, and the residual stream of each lane's last row.
+    """
     shapes = programs.shapes
     spec = programs.model.kv_spec(pages=shapes.pages, page_size=shapes.page_size)
     runner = Runner(programs, spec)

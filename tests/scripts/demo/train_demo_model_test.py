@@ -1,4 +1,4 @@
-"""A training of the demo model: data, gradients, steps, resuming, and the model that comes out."""
+"""Training the demo model: data, gradients, steps, resuming, and the exported model."""
 
 import dataclasses
 import json
@@ -99,7 +99,7 @@ def test_drills_ask_for_what_was_said_before():
         asked = np.flatnonzero(weight).tolist()
         right = 0
         for at in asked:
-            # The longest ending that occurred before says what comes.
+            # The longest suffix that occurred before predicts the next token.
             lengths = [
                 next(
                     n
@@ -111,7 +111,7 @@ def test_drills_ask_for_what_was_said_before():
             best = max(lengths)
             follows = {token[i + 1] for i, n in enumerate(lengths) if n == best}
             right += token[at] in follows
-        # Where an echo begins again, nothing says how.
+        # Where an echo starts over, nothing predicts its first tokens.
         assert right > 0.9 * len(asked) > 0
 
 
@@ -157,7 +157,7 @@ def test_gradients_of_products():
     x, weight = draw(5, 8), draw(6, 8)
     expected = gradients(lambda x, w: x @ w.T, x, weight)
     close(gradients(matmul, x, weight), expected, 1e-4)
-    # In bfloat16 they are rounded like their inputs.
+    # In bfloat16 the gradients are rounded like their inputs.
     found = gradients(matmul, x, weight.astype(jnp.bfloat16))
     assert [array.dtype for array in found] == [jnp.float32, jnp.bfloat16]
     close(found, expected, 1.0)

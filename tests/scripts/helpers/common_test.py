@@ -1,4 +1,4 @@
-"""What the scripts share, without a script: sizes, traces that are cut, results on disk."""
+"""Helpers that the scripts share: sizes, cut traces, results on disk."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_blocks_of_agents_that_are_left_out():
     assert len(shared(live)) == 3 * 3
     names = {prompt.agent for prompt in live.rounds[0].agents}
     assert authors(live) == names
-    # A replay needs no authors, but keeps those that there are.
+    # A replay needs no authors, but keeps those that the trace names.
     named = cut(name_authors(demo_trace()))
     assert len(shared(named)) == 3 * 8
     assert authors(named) == {*names, None}
@@ -141,10 +141,10 @@ def test_files_that_cannot_be_written_are_refused_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
     (tmp_path / "folder").mkdir()
     for path, message in (
-        ("folder", "out: .*/folder' is no file"),
+        ("folder", "out: .*/folder' is not a file"),
         ("absent/r.json", "out: the folder .*/absent does not exist; make it first"),
     ):
         with pytest.raises(PromptError, match=message):
             common.check_file(str(tmp_path / path), "out")
-    with pytest.raises(PromptError, match="out: '' is no file"):
+    with pytest.raises(PromptError, match="out: '' is not a file"):
         common.check_file("", "out")

@@ -1,4 +1,4 @@
-"""Text of others on the terminal."""
+"""Untrusted text on the terminal."""
 
 import io
 import sys

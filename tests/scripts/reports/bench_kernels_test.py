@@ -26,7 +26,7 @@ KERNELS = [
     "attention_mass",
 ]
 SIZES = "--agents=3", "--shared=256", "--own=256", "--rows=20", "--layers=2", "--turns=2"
-# Runs the script with a kernel that gives wrong values.
+# Runs the script with a kernel that returns wrong values.
 _WRONG = """
 import sys
 from absl import app
@@ -70,7 +70,7 @@ def test_times_what_gives_the_values_of_the_reference(tmp_path):
             assert len(row["seconds"]) == 2
             assert row["bytes_per_s"] > 0
             assert row["error"] <= 1e-2
-    # Of JAX's ops, which run elsewhere, it says why there is no time.
+    # The script says why it has no times of JAX's ops, which run on other devices.
     assert (
         "decode_attention, jax gpu.paged_attention: it is for a gpu, this is a cpu" in done.stdout
     )
@@ -98,9 +98,9 @@ def work(heads, kv_heads, head_dim, dtype="bfloat16"):
 
 
 def check(work, call, arguments, rows, position, lane):
-    """A rival gives what the reference gives, over everybody's copy of the base."""
+    """Compares a rival with the reference, over a copy of the base for each agent."""
     q = work.queries(rows)
-    expected = work.expected(round_attention_reference, work.pools, q, 1, position, lane)
+    expected = work.expected(round_attention_reference, q, 1, position, lane)
     assert abs(call(q, *arguments, layer=1) - expected).max() < 1e-2 * abs(expected).max()
 
 
@@ -125,7 +125,7 @@ def test_jax_attention_for_tpus_reads_the_same_round():
 
 @pytest.mark.sweep
 def test_jax_prefill_attention_for_tpus_reads_the_same_round(monkeypatch):
-    # Its reference stands for it: the simulator of TPU kernels cannot run it.
+    # Calls the reference of JAX's op, because the simulator of TPU kernels cannot run the op.
     reference = ragged_paged_attention.ref_ragged_paged_attention
     monkeypatch.setattr(ragged_paged_attention, "ragged_paged_attention", reference)
     round_ = work(heads=4, kv_heads=2, head_dim=128)

@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize("target", ["h100", "tpu-v5e"])
 def test_reports_what_the_compilers_say(tmp_path, target):
     path = tmp_path / "report.json"
-    # Heads of 128: narrower ones are copied on TPUs.
+    # The 1.5B model has heads of 128. TPUs copy pools with narrower heads.
     command = "--model=1.5B", "--agents=2", f"--target={target}", f"--json={path}"
     done = subprocess.run(
         [sys.executable, "-m", "scripts.reports.kernel_report", *command],

@@ -1,4 +1,4 @@
-"""A small town that people of our own grammar live in: rounds, stories, and probes of what is said.
+"""A small town with a grammar of its own: rounds, stories, and probes about what people say.
 
 Host only. Every round, story and probe is drawn from a seed.
 """

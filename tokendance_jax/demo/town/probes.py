@@ -1,7 +1,7 @@
 """Questions to one agent of the town, each with exactly one right answer.
 
-Answers repeat the words of the text that they rest on, so they can be given by looking up and
-copying. One that depends on two blocks says both, one after the other.
+An answer repeats the words of the text that it depends on, so lookup and copying suffice. An answer
+that depends on two blocks repeats both, one after the other.
 """
 
 import dataclasses
@@ -21,12 +21,13 @@ class Probe:
     """A question and its answer.
 
     Attributes:
-      kind: "retrieve": in one shared block; "combine": in two of them; "recall": in the agent's own
-        private text; "abstain": nowhere; "repeat": a block, word for word; "tell": the agent
-        speaks, of private plans or of what it heard, as the stories of the town need it.
+      kind: where the answer is. "retrieve": in one shared block; "combine": in two of them;
+        "recall": in the agent's own private text; "abstain": nowhere; "repeat": it is a block, word
+        for word; "tell": the agent tells its private plans or what it heard, to make up stories.
       question: the text of the task.
       answer: the right answer, without a newline.
-      target: what a right answer names: a place, that nobody said it, or the clauses of a block.
+      target: the part that every right answer contains: a place, that nobody said it, or the
+        clauses of a block.
     """
 
     kind: ProbeKind
@@ -35,7 +36,7 @@ class Probe:
     target: str
 
     def right(self, text: str) -> bool:
-        """Whether the first line of an answer names the target; the words around it are free."""
+        """Whether the first line of an answer contains the target, among any other words."""
         first, *_ = text.strip().split("\n")
         return self.target.lower() in first.lower()
 
@@ -46,7 +47,7 @@ def probes(view: View, kind: ProbeKind, rng: random.Random) -> list[Probe]:
     Args:
       view: what the agent sees.
       kind: the kind.
-      rng: draws the order, and of the many questions without an answer a few.
+      rng: draws the order, and a few of the many questions without an answer.
     """
     found = _MAKERS[kind](view, rng)
     rng.shuffle(found)
@@ -54,9 +55,10 @@ def probes(view: View, kind: ProbeKind, rng: random.Random) -> list[Probe]:
 
 
 def answer_where(view: View, person: str, time: str) -> str:
-    """What the statements, and an agent's secrets, say of a person at a time, followed to the end.
+    """Answers where a person is at a time, from the statements and the agent's own secrets.
 
-    Followed plans have a place, so there is no circle.
+    If the person joins a leader, the answer continues with the leader's plan. A leader's plan has a
+    place, so there is no cycle.
     """
     plan = _known(view).get((person, time))
     if plan is None:
@@ -67,7 +69,7 @@ def answer_where(view: View, person: str, time: str) -> str:
 
 
 def tell_plans(view: View, plans: tuple[Plan, ...]) -> Probe:
-    """The agent says one or two of its secrets, and how it feels."""
+    """Makes a probe in which the agent tells one or two of its secrets and how it feels."""
     times = " and ".join(plan.time for plan in plans)
     name = view.person.name
     parts = [plan.text for plan in plans]
@@ -75,14 +77,14 @@ def tell_plans(view: View, plans: tuple[Plan, ...]) -> Probe:
 
 
 def tell_heard(view: View, statement: Statement, plan: Plan) -> Probe:
-    """The agent passes on a plan that somebody else spoke of."""
+    """Makes a probe in which the agent passes on a plan that somebody else told."""
     name = view.person.name
     question = f"What did {statement.speaker} tell {name} about {plan.person} at {plan.time}?"
     return _tell(view, question, f"{statement.speaker} told {name} that {plan.text}")
 
 
 def tell_follow(view: View, plan: Plan) -> Probe:
-    """The agent says that it follows somebody."""
+    """Makes a probe in which the agent says that it joins somebody."""
     name = view.person.name
     follow = Plan(name, plan.time, leader=plan.person)
     return _tell(view, f"Tell that {follow.text}.", follow.text)
@@ -132,7 +134,8 @@ def _abstain(view: View, rng: random.Random) -> list[Probe]:
     never = [
         key for name in view.names for time in words.TIMES if (key := (name, time)) not in known
     ]
-    # Most people are told about, at other times: a question that only the time gives away.
+    # Most of these questions are about people whose plans at other times are told, so that only the
+    # time shows that there is no answer.
     near = [key for key in never if key[0] in told]
     far = [key for key in never if key[0] not in told]
     keys = blind + rng.sample(near, min(len(near), 4)) + rng.sample(far, min(len(far), 1))

@@ -27,9 +27,9 @@ from tokendance_jax.demo.town.town import (
 )
 from tokendance_jax.prompt import AgentPrompt, Round, Segment, Trace
 
-# The longest answer is a block word for word: two plans that were told, and a mood.
+# Enough for the longest answer: a block, word for word, of two plans passed on and a mood.
 MAX_NEW_TOKENS = 64
-# Five kinds that are graded; "tell" is what stories are made of.
+# The five graded kinds. Probes of the kind "tell" make up stories.
 GRADED = KINDS[:5]
 GUIDE = """\
 Answer with one sentence, in the words of what was said. Here are four examples.
@@ -44,16 +44,16 @@ _SAID_A_ROUND = 3
 def prompt_of(
     view: View, probe: Probe, *, guide: str = "", older: int = 0, chunk_words: int = 0
 ) -> AgentPrompt:
-    """An agent's prompt: persona, memories, what everybody said, and the question.
+    """Makes an agent's prompt: persona, memories, everybody's statements, and the question.
 
     Args:
       view: what the agent sees.
       probe: the question and its answer.
-      guide: text in front: `GUIDE` explains the town to models that were not trained in it.
-      older: so many statements come first, as history: they were shared in earlier rounds.
-      chunk_words: if positive, what is shared is cut into blocks of so many words, in the middle of
-        sentences, as documents are cut for retrieval; 0: a block is a statement. The text is the
-        same.
+      guide: text at the beginning. `GUIDE` explains the town to models that were not trained on it.
+      older: number of statements that come first, as history: earlier rounds shared them.
+      chunk_words: if positive, the shared text is cut into blocks of this many words, also in the
+        middle of sentences, as documents are cut for retrieval. If 0, each block is a statement.
+        The text is the same in both cases.
     """
     person = view.person
     name = person.name
@@ -78,7 +78,7 @@ def prompt_of(
 
 
 def _chunks(text: str, size: int) -> list[tuple[str, str]]:
-    """Blocks of so many words, cut in front of spaces: their tokens are those of the whole text."""
+    """Cuts a text before spaces into blocks of `size` words, which keep the text's tokens."""
     words_in = re.findall(r"\s*\S+(?:\s+\Z)?", text)
     cut = range(0, len(words_in), size)
     return [(f"chunk/{at // size}", "".join(words_in[at : at + size])) for at in cut]
@@ -96,18 +96,18 @@ def probe_round(
     guide: str = "",
     chunk_words: int = 0,
 ) -> tuple[Round, tuple[Probe, ...]]:
-    """A round in which every agent gets one probe.
+    """Draws a round in which every agent gets one probe.
 
     Args:
       seed: the same seed gives the same round.
-      agents: how many agents, at least 2.
-      kinds: kinds of the probes, taken in turns. An agent whose view allows none of its kind gets
-        the next that it allows.
+      agents: number of agents, at least 2.
+      kinds: kinds of the probes, assigned to the agents in turn. An agent whose view allows no
+        probe of its kind gets the next kind that the view allows.
       split: which names and places occur.
       own: whether agents see their own statement.
-      keep: share of the other statements that each sees.
-      shuffled: whether each sees them in an order of its own.
-      guide: text in front of every prompt.
+      keep: share of the other statements that each agent sees.
+      shuffled: whether each agent sees the statements in an order of its own.
+      guide: text at the beginning of every prompt.
       chunk_words: as for `prompt_of`.
 
     Returns:
@@ -133,17 +133,17 @@ def drifting_rounds(
     *,
     guide: str = "",
 ) -> list[tuple[Round, tuple[Probe, ...]]]:
-    """Rounds in which histories grow by what was shared before, and probes ask for all of it.
+    """Draws rounds in which shared text becomes history, with probes about all of it.
 
-    The statements of a held-out town are said three a round. What a round shares is history in the
-    next.
+    Each round shares three statements of a held-out town. They are part of the history in all later
+    rounds.
 
     Args:
       seed: the same seed gives the same rounds.
-      agents: how many agents, at most three times the rounds.
-      rounds: how many rounds.
+      agents: number of agents, at most three times the number of rounds.
+      rounds: number of rounds.
       kinds: as for `probe_round`.
-      guide: text in front of every prompt.
+      guide: text at the beginning of every prompt.
     """
     rng = random.Random(seed)
     town = draw_town(rng, _SAID_A_ROUND * rounds, "held_out")
@@ -159,14 +159,14 @@ def drifting_rounds(
 
 
 def story(seed: int, agents: int, *, split: words.Split = "train") -> Trace:
-    """Three rounds of one town: plans are told, then passed on and followed, then asked for.
+    """Draws three rounds of one town: agents tell plans, pass them on or join, then are asked.
 
-    The recorded outputs are the right answers. Those of a round are the shared blocks of the next.
-    Histories grow by a memory each round.
+    The recorded outputs are the right answers. The answers of a round are the shared blocks of the
+    next round. Histories grow by one memory each round.
 
     Args:
       seed: the same seed gives the same story.
-      agents: how many agents, at least 3.
+      agents: number of agents, at least 3.
       split: which names and places occur.
     """
     rng = random.Random(seed)
@@ -201,7 +201,7 @@ def _round_of(
     older: int = 0,
     chunk_words: int = 0,
 ) -> tuple[Round, tuple[Probe, ...]]:
-    """The round of agents who see something and are asked something, and what they are asked."""
+    """Makes a round from the view and the probe of each agent; returns it with the probes."""
     prompts = tuple(
         prompt_of(*turn, guide=guide, older=older, chunk_words=chunk_words) for turn in turns
     )
@@ -210,16 +210,17 @@ def _round_of(
 
 
 def _first_of(view: View, kinds: Sequence[ProbeKind], seat: int, rng: random.Random) -> Probe:
-    """A probe of the seat's kind, or of the next kind that the view allows."""
+    """Returns a probe of the seat's kind, or of the next kind that the view allows."""
     start = seat % len(kinds)
     turns = (*kinds[start:], *kinds[:start])
     return next(found[0] for kind in turns if (found := probes(view, kind, rng)))
 
 
 def _pass_on(town: Town, seat: int) -> Statement:
-    """What an agent makes of what it heard: of two neighbours one passes on what the other follows.
+    """Makes an agent's statement about somebody else's plan.
 
-    Who has plans of its own at that time passes on the other plan.
+    Of two neighbours, one passes on the plan of a person and the other joins that person. If the
+    other has a plan of its own at that time, it passes on the person's other plan instead.
     """
     person = town.people[seat]
     subject = town.people[(seat - seat % 2 + 2) % len(town.people)].name
@@ -234,7 +235,7 @@ def _pass_on(town: Town, seat: int) -> Statement:
 
 
 def _retell(view: View, clause: Clause) -> Probe:
-    """The question to which an agent answers with this clause."""
+    """Makes the probe that an agent answers with this clause."""
     plan = clause.plan
     if plan.leader:
         return tell_follow(view, view.said[plan.leader, plan.time])

@@ -1,6 +1,6 @@
 """A small town: people, what they say about who is where and when, and what each keeps private.
 
-Everything is drawn from a `random.Random`: one seed, one town.
+All choices are drawn from a `random.Random`, so the same seed gives the same town.
 """
 
 import dataclasses
@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from tokendance_jax.demo.town import words
 
-# People who are talked about and say nothing.
+# Number of people who are talked about but do not speak.
 _ABSENT = 2
-# How often a clause follows somebody, or passes on what somebody told; else it is an own plan.
+# Probability that a clause joins somebody, and that it passes on what somebody told. Other clauses
+# state the speaker's own plan.
 _FOLLOWS, _HEARD = 0.3, 0.25
-# So many times of a person are not told by others.
+# Others tell a plan of a person only while more than this many of the person's times are free.
 _OWN_TIMES = 3
 _SAYS_MOOD = 0.4
 
@@ -30,13 +31,13 @@ class Person:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """Where somebody is at one time: at a place, or with a leader, wherever that one is.
+    """Where somebody is at one time: at a place, or wherever a leader is.
 
     Attributes:
-      person: who.
-      time: when.
-      place: where; None where there is a leader.
-      leader: whom the person joins; None where there is a place.
+      person: name of the person.
+      time: the time of day.
+      place: the place; None if there is a leader.
+      leader: whom the person joins; None if there is a place.
     """
 
     person: str
@@ -46,14 +47,14 @@ class Plan:
 
     @property
     def text(self) -> str:
-        """The clause that says it."""
+        """The plan as a clause."""
         where = f"visits {self.place}" if self.leader is None else f"joins {self.leader}"
         return f"at {self.time} {self.person} {where}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Clause:
-    """A plan as somebody says it: an own one, or one that a teller passed on."""
+    """A plan as somebody says it: the speaker's own plan, or one that a teller told the speaker."""
 
     plan: Plan
     teller: str | None = None
@@ -87,7 +88,7 @@ class Statement:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Memory:
-    """A thing of one's own and the place where something happened to it."""
+    """What a person did with a thing, and where."""
 
     person: str
     verb: str
@@ -96,20 +97,20 @@ class Memory:
 
     @property
     def text(self) -> str:
-        """The clause that says it."""
+        """The memory as a clause."""
         return f"{self.person} {self.verb} the {self.thing} at {self.place}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Town:
-    """A round's worth of a town.
+    """The people of a town, what they say in one round, and what they keep private.
 
     Attributes:
-      people: the agents, in their order.
-      absent: names of people who are talked about only.
-      statements: one per agent, in their order.
-      memories: agent to what only the agent knows of things.
-      secrets: agent to own plans that nobody said.
+      people: the agents, in order.
+      absent: names of people who are only talked about.
+      statements: one per agent, in the order of the agents.
+      memories: agent to the memories that only this agent has.
+      secrets: agent to the agent's own plans that nobody told.
     """
 
     people: tuple[Person, ...]
@@ -121,14 +122,14 @@ class Town:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What one agent has before it.
+    """What one agent sees of a town.
 
     Attributes:
       person: the agent.
       memories: its own.
       secrets: its own.
       statements: the shared blocks that it sees, in its order.
-      names: everybody whom a question may be about.
+      names: names of everybody whom a question may be about.
     """
 
     person: Person
@@ -148,9 +149,10 @@ def draw_town(rng: random.Random, agents: int, split: words.Split) -> Town:
     """Draws a town in which everybody has spoken, and no plan is told twice.
 
     Args:
-      rng: where all choices come from.
-      agents: how many people speak.
-      split: which names and places occur. No two names begin alike, nor two places in one view.
+      rng: source of all random choices.
+      agents: number of people who speak.
+      split: which names and places occur. No two names have the same beginning, nor do two places
+        in one view.
     """
     people, absent = _draw_people(rng, agents, split)
     names = [person.name for person in people] + list(absent)
@@ -165,7 +167,7 @@ def draw_town(rng: random.Random, agents: int, split: words.Split) -> Town:
         statements.append(Statement(person.name, tuple(clauses), mood))
     memories, secrets = {}, {}
     for name in names[:agents]:
-        # Nobody sees the private places of others: they may be the same.
+        # Private places of different people may be equal, because no view contains both.
         mine = rng.sample(places, 5)
         memories[name] = _draw_memories(rng, name, mine, rng.choice((1, 2, 3)))
         free = [time for time in words.TIMES if (name, time) not in plans]
@@ -175,7 +177,7 @@ def draw_town(rng: random.Random, agents: int, split: words.Split) -> Town:
 
 
 def draw_quiet_town(rng: random.Random, agents: int, split: words.Split) -> Town:
-    """Draws a town in which nobody has spoken yet: everybody has two secrets, three memories."""
+    """Draws a town before anybody speaks, with two secrets and three memories per person."""
     people, absent = _draw_people(rng, agents, split)
     places = _draw_places(rng, split)
     secrets = {
@@ -191,7 +193,7 @@ def draw_quiet_town(rng: random.Random, agents: int, split: words.Split) -> Town
 
 
 def view_of(town: Town, seat: int, seen: Sequence[int]) -> View:
-    """What an agent sees of a town.
+    """Returns what an agent sees of a town.
 
     Args:
       town: the town.
@@ -211,7 +213,7 @@ def view_of(town: Town, seat: int, seen: Sequence[int]) -> View:
 def _draw_people(
     rng: random.Random, agents: int, split: words.Split
 ) -> tuple[tuple[Person, ...], tuple[str, ...]]:
-    """The agents, and the names of those who are talked about only."""
+    """Draws the agents, and the names of people who are only talked about."""
     starts = rng.sample(range(len(words.NAME_STARTS)), agents + _ABSENT)
     names = _complete(rng, starts, words.NAME_STARTS, words.NAME_ENDS, "", split)
     people = tuple(
@@ -221,7 +223,7 @@ def _draw_people(
 
 
 def _draw_places(rng: random.Random, split: words.Split) -> list[str]:
-    """One place for every adjective, in random order."""
+    """Draws one place for every adjective, in random order."""
     starts = rng.sample(range(len(words.ADJECTIVES)), len(words.ADJECTIVES))
     return _complete(rng, starts, words.ADJECTIVES, words.NOUNS, " ", split)
 
@@ -243,7 +245,7 @@ def _complete(
 def _draw_memories(
     rng: random.Random, name: str, places: list[str], count: int
 ) -> tuple[Memory, ...]:
-    """Takes the places off the list."""
+    """Draws memories, and removes their places from `places`."""
     return tuple(
         Memory(name, rng.choice(tuple(words.VERBS)), thing, places.pop())
         for thing in rng.sample(words.OBJECTS, count)
@@ -257,7 +259,7 @@ def _draw_clause(
     plans: dict[tuple[str, str], Plan],
     places: list[str],
 ) -> Clause:
-    """Draws a clause about a plan that nobody told yet; takes its place off the list."""
+    """Draws a clause about a plan that nobody has told, and removes its place from `places`."""
     kind = rng.random()
     free = [time for time in words.TIMES if (speaker, time) not in plans]
     if kind < _FOLLOWS:

@@ -1,8 +1,8 @@
 """The words of the town, and which names and places are held out of training.
 
-A name is two syllables and a place an adjective and a noun, so that a model meets every piece in
-training and never the held-out pairs. No letter pair at the seam of a name occurs inside a
-syllable: a byte-level BPE cuts all names at the seam, those that it never saw too.
+A name has two syllables, and a place is an adjective and a noun. A model thus sees every piece in
+training, but never the held-out pairs. No letter pair at the seam of a name occurs inside a
+syllable, so that a byte-level BPE splits every name at the seam, including names that it never saw.
 """
 
 from typing import Literal
@@ -55,7 +55,7 @@ VERBS = {"hid": "hide", "lost": "lose", "found": "find", "left": "leave"}
 
 
 def in_split(start: int, end: int, split: Split) -> bool:
-    """Whether the pair of two numbered pieces belongs to a split: one pair in eight is held out."""
+    """Whether a pair of numbered pieces belongs to a split. One pair in eight is held out."""
     return ((3 * start + 5 * end) % 8 == 0) == (split == "held_out")
 
 
