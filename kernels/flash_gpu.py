@@ -21,10 +21,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tokendance_jax.kernels import flash, rope
+from tokendance_jax.kernels import flash
 from tokendance_jax.kernels.gpu_planes import planes_of, products, scores, split, store
 from tokendance_jax.kernels.gpu_tiles import QUERIES, SLOTS, Parts, Steps, Tiles
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, angles
 
 # Steps whose pages are in shared memory or on their way there. With a float32 pool, shared memory
 # has the pages of one step, and their planes.
@@ -50,7 +51,7 @@ def check_pool(pool: jax.Array) -> None:
 
 # With jit, the kernel is traced and lowered once for all layers of a program, and equal kernels are
 # compiled once.
-@functools.partial(jax.jit, static_argnames=("theta", "most_parts", "with_lse", "interpret"))
+@functools.partial(jax.jit, static_argnames=("rope", "most_parts", "with_lse", "interpret"))
 def flash_attention_gpu(
     q: jax.Array,
     kv: PagedKV,
@@ -58,7 +59,7 @@ def flash_attention_gpu(
     tiles: Tiles,
     steps: Steps,
     *,
-    theta: float,
+    rope: Rope,
     before: Parts | None = None,
     parts: jax.Array | None = None,
     most_parts: int = 1,
@@ -73,7 +74,7 @@ def flash_attention_gpu(
       layer: index of the layer; passed as data, so that all layers share one kernel.
       tiles: the rows; a tile has at most `QUERIES` queries for each KV head.
       steps: the steps that the tiles go through.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       before: the rows' results over other slots, to be merged into the results of this call.
       parts: number of parts that a tile's steps are split into, each for a thread block of its own,
         i32 []; None: the steps are not split.
@@ -96,7 +97,7 @@ def flash_attention_gpu(
         "q": q,
         "k": kv.k.reshape(-1, kv_heads, head_dim),
         "v": kv.v.reshape(-1, kv_heads, head_dim),
-        "turns": jnp.asarray(rope.turn_tables(theta, head_dim)),
+        "turns": jnp.asarray(rope.turn_tables(head_dim)),
         "stop": steps.slot_position.max(axis=2),
         "parts": used[None],
         "layer": jnp.asarray(layer, jnp.int32)[None],
@@ -232,10 +233,10 @@ def _walk(
         shape, wide = (QUERIES, half), smem["wide"]
         tables = [smem["turns"][index] for index in range(3)]
         if frame.ndim:
-            angle = rope.angles(-_down(frame, shape), *(_across(table, shape) for table in tables))
+            angle = angles(-_down(frame, shape), *(_across(table, shape) for table in tables))
             cos, sin = jnp.cos(angle), jnp.sin(angle)
         else:
-            angle = rope.angles(-frame, *tables)
+            angle = angles(-frame, *tables)
             cos, sin = (_across(factor, shape) for factor in (jnp.cos(angle), jnp.sin(angle)))
         # Scores are in units of log2, so that the softmax can use exp2.
         scale = np.float32(LOG2E / math.sqrt(head_dim))

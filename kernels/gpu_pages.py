@@ -12,8 +12,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tokendance_jax.kernels import rope
 from tokendance_jax.kernels.lanes import Array
+from tokendance_jax.kernels.rope import Rope, angles
 
 # Threads per block. A tile in registers must have a multiple of this many numbers.
 THREADS = 128
@@ -126,9 +126,9 @@ class PageParts:
         slot = page * self.page_size + part * self.slots
         return layer * (flat.shape[0] // self.layers) + slot * self.kv_heads
 
-    def turn_tables(self, theta: float) -> jax.Array:
+    def turn_tables(self, rope: Rope) -> jax.Array:
         """Returns `rope.turn_tables`, repeated for each row of a chunk, i32 [3, chunk, half]."""
-        tables = rope.turn_tables(theta, self.head_dim)
+        tables = rope.turn_tables(self.head_dim)
         return jnp.asarray(np.broadcast_to(tables[:, None], (3, self.chunk, self.half)))
 
     def halves(self, of: Ref, rows: Any) -> Pair:
@@ -139,7 +139,7 @@ class PageParts:
 
 def rotation(tables: Ref, position: jax.Array) -> Pair:
     """Returns the cosines and sines, f32 [chunk, half], of positions, i32 [] or [chunk, half]."""
-    angle = rope.angles(position, *(tables[index] for index in range(3)))
+    angle = angles(position, *(tables[index] for index in range(3)))
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -7,6 +7,9 @@ product `position * frequency` is off by 4e-3 rad at position 100,000, which wou
 identity that collective rounds rely on: (R(m)q).(R(n)k) = (R(m-d)q).(R(n-d)k).
 """
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,34 +20,99 @@ import numpy as np
 _BITS = 8
 
 
-def _turns(theta: float, head_dim: int, scale: int) -> np.ndarray:
-    """Fixed-point turns per `scale` positions. Returns u32 [head_dim / 2]."""
-    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    turns = frequency * scale / (2 * np.pi)
-    return np.round((turns % 1.0) * 2.0**32).astype(np.uint64).astype(np.uint32)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Yarn:
+    """Frequencies for longer contexts than a model was trained with (YaRN, arXiv 2309.00071).
 
+    Low frequencies are divided by the factor, high ones stay, and those between are blended.
 
-def rotation(position: jax.Array, *, theta: float, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary angles at integer positions, which may be negative.
-
-    Args:
-      position: i32 [...].
-      theta: base of the rotary frequencies.
-      head_dim: width of a head; pairs are (i, i + head_dim / 2).
-
-    Returns:
-      cos, sin: f32 [..., head_dim / 2].
+    Attributes:
+      factor: how many times longer the context becomes.
+      original: the context in training, in tokens.
+      beta_fast: frequencies with more turns than this in the original context stay.
+      beta_slow: frequencies with fewer turns than this are divided by the factor.
     """
-    shape = (1,) * position.ndim + (head_dim // 2,)
-    tables = (jnp.asarray(t.reshape(shape)) for t in turn_tables(theta, head_dim))
-    angle = angles(position[..., None], *tables)
-    return jnp.cos(angle), jnp.sin(angle)
+
+    factor: float
+    original: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def scaled(self, frequency: np.ndarray, theta: float) -> np.ndarray:
+        """Scales the frequencies f64 [head_dim / 2] of a base `theta`."""
+        pairs = len(frequency)
+
+        def index(turns: float) -> float:
+            """The index, not rounded, of the frequency that makes this many turns."""
+            return pairs * math.log(self.original / (turns * 2 * math.pi)) / math.log(theta)
+
+        first = max(math.floor(index(self.beta_fast)), 0)
+        last = min(math.ceil(index(self.beta_slow)), 2 * pairs - 1)
+        width = last - first or 0.001
+        divided = np.clip((np.arange(pairs) - first) / width, 0, 1)
+        return frequency * (1 - divided) + frequency / self.factor * divided
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of attention scores: the square of the paper's factor of queries and of keys."""
+        return (0.1 * math.log(self.factor) + 1) ** 2 if self.factor > 1 else 1.0
 
 
-def turn_tables(theta: float, head_dim: int) -> np.ndarray:
-    """Fixed-point turns per 65536, 256 and 1 positions, for `angles`. Returns i32 [3, H/2]."""
-    tables = [_turns(theta, head_dim, 1 << bits) for bits in (2 * _BITS, _BITS, 0)]
-    return np.stack(tables).view(np.int32)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rope:
+    """A rotary position embedding: which angle each pair of numbers turns by per position.
+
+    Rotations are pure: `score_scale` is for the model to apply to queries, once.
+
+    Attributes:
+      theta: base of the frequencies.
+      yarn: how frequencies are scaled; None: not at all.
+    """
+
+    theta: float
+    yarn: Yarn | None = None
+
+    def __str__(self) -> str:
+        """Names it in messages."""
+        yarn = self.yarn
+        return f"theta {self.theta:g}" + (
+            "" if yarn is None else f", YaRN {yarn.factor:g} x {yarn.original}"
+        )
+
+    @property
+    def score_scale(self) -> float:
+        """Factor that attention scores are multiplied with."""
+        return 1.0 if self.yarn is None else self.yarn.score_scale
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Returns the angles per position, f64 [head_dim / 2], in radians."""
+        exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+        frequency = self.theta**-exponent
+        return frequency if self.yarn is None else self.yarn.scaled(frequency, self.theta)
+
+    def rotation(self, position: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+        """Computes cosines and sines of the angles at integer positions, which may be negative.
+
+        Args:
+          position: i32 [...].
+          head_dim: width of a head; pairs are (i, i + head_dim / 2).
+
+        Returns:
+          cos, sin: f32 [..., head_dim / 2].
+        """
+        shape = (1,) * position.ndim + (head_dim // 2,)
+        tables = (jnp.asarray(t.reshape(shape)) for t in self.turn_tables(head_dim))
+        angle = angles(position[..., None], *tables)
+        return jnp.cos(angle), jnp.sin(angle)
+
+    def turn_tables(self, head_dim: int) -> np.ndarray:
+        """Fixed-point turns per 65536, 256 and 1 positions, for `angles`. Returns i32 [3, H/2]."""
+        turns = self.frequencies(head_dim) / (2 * np.pi)
+        tables = [
+            np.round((turns * (1 << bits) % 1.0) * 2.0**32).astype(np.uint64).astype(np.uint32)
+            for bits in (2 * _BITS, _BITS, 0)
+        ]
+        return np.stack(tables).view(np.int32)
 
 
 def angles(position: jax.Array, high: jax.Array, middle: jax.Array, low: jax.Array) -> jax.Array:

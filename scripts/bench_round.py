@@ -29,7 +29,7 @@ from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.result import RoundLedger
 from tokendance_jax.model import Model
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.decoder.config import DecoderConfig
 from tokendance_jax.policy.policies import POLICIES, PolicyOptions
 from tokendance_jax.prompt import PromptError, Trace
 
@@ -154,7 +154,7 @@ def time_policies(model: Model, trace: Trace) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def operations(config: Qwen2Config, ledger: RoundLedger) -> float:
+def operations(config: DecoderConfig, ledger: RoundLedger) -> float:
     """Counts the operations of a prefill: products with the layers' matrices, and attention."""
     token_layers, attended = (
         x * config.num_hidden_layers for x in (ledger.token_layers, ledger.attended)

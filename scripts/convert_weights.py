@@ -1,4 +1,4 @@
-"""Converts a Qwen2 checkpoint to the project's Orbax format.
+"""Converts a checkpoint to the project's Orbax format.
 
 Reads a Hugging Face folder, a GGUF file, an Orbax folder or a hub id, and writes a new Orbax
 folder, which loads faster. If the conversion fails, nothing is left at the target.

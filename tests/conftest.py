@@ -43,12 +43,18 @@ def pytest_configure(config):
 def pytest_xdist_make_scheduler(config, log):
     """Runs all tests of a file in one process: they share programs, models and counters.
 
-    Slow tests share little, and some take long, so each goes to whichever process is free.
+    Most slow tests share little, and some take long, so each goes to whichever process is free.
+    Only the tests of the probes share an engine.
     """
-    from xdist.scheduler import LoadFileScheduling, LoadScheduling
+    from xdist.scheduler import LoadFileScheduling
+
+    class BySharing(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return file if file.endswith("probes_test.py") else nodeid
 
     by_test = config.option.markexpr.startswith("slow")
-    return (LoadScheduling if by_test else LoadFileScheduling)(config, log)
+    return (BySharing if by_test else LoadFileScheduling)(config, log)
 
 
 @pytest.fixture(scope="session")

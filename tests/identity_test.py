@@ -52,7 +52,7 @@ def test_one_model_of_two_formats_is_one_model(tmp_path):
     save_orbax(load_checkpoint(folder, dtype="float32"), orbax)
     one, other = load_model(folder, dtype="float32"), load_model(orbax, dtype="float32")
     assert one.identity == other.identity
-    assert one.identity.theta == tiny.CONFIG.rope_theta
+    assert one.identity.rope == tiny.CONFIG.rope
     # A lower precision gives other keys and values.
     assert load_model(orbax, dtype="bfloat16").identity.weights != one.identity.weights
     assert dataclasses.replace(one, name="other").identity == one.identity

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tokendance_jax
 from tokendance_jax.kernels import lanes
-from tokendance_jax.models.qwen2 import model
+from tokendance_jax.models.decoder import model
 
 for module in (tokendance_jax, lanes, model):
     assert Path(module.__file__).is_relative_to(sys.argv[1]), module.__file__

@@ -4,13 +4,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.model import Model
+from tokendance_jax.models.decoder.random import random_parameters
+from tokendance_jax.models.families.qwen2 import QWEN2
 from tokendance_jax.models.loading import Checkpoint
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.random import random_parameters
 from tokendance_jax.prompt import Tokenizer
 
-SMALL_CONFIG = Qwen2Config(
+SMALL_CONFIG = QWEN2.config(
     vocab_size=1024,
     hidden_size=128,
     intermediate_size=384,
@@ -19,7 +20,7 @@ SMALL_CONFIG = Qwen2Config(
     num_key_value_heads=2,
     head_dim=32,
     max_position_embeddings=8192,
-    rope_theta=1e6,
+    rope=Rope(1e6),
     rms_norm_eps=1e-6,
     tie_word_embeddings=False,
 )

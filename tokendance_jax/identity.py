@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from tokendance_jax.kernels.rope import Rope
+
 # Bytes copied to the host at a time. JAX keeps a host copy of every array that is read whole.
 _SLICE = 32 << 20
 
@@ -25,7 +27,7 @@ class ModelIdentity:
       heads: query heads.
       kv_heads: key and value heads.
       head_dim: width of a head.
-      theta: base of the rotary frequencies.
+      rope: the rotary position embedding.
       norm_eps: constant of the norms.
     """
 
@@ -35,7 +37,7 @@ class ModelIdentity:
     heads: int
     kv_heads: int
     head_dim: int
-    theta: float
+    rope: Rope
     norm_eps: float
 
     def differences(self, other: "ModelIdentity") -> str:

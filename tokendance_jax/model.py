@@ -13,9 +13,9 @@ from jaxtyping import Float32
 from tokendance_jax.identity import ModelIdentity, weights_digest
 from tokendance_jax.kernels.dispatch import platform_of
 from tokendance_jax.kernels.storage import storage_dtype
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.decoder.model import Decoder, state_from_parameters
 from tokendance_jax.models.loading import Checkpoint, load_checkpoint
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.model import Qwen2, state_from_parameters
 from tokendance_jax.paged.kv import KVSpec
 from tokendance_jax.prompt.tokenizer import Tokenizer
 
@@ -34,9 +34,9 @@ class Model:
     """
 
     name: str
-    config: Qwen2Config
+    config: DecoderConfig
     dtype: jnp.dtype
-    graph: nnx.GraphDef[Qwen2]
+    graph: nnx.GraphDef[Decoder]
     state: nnx.State
     tokenizer: Tokenizer
 
@@ -70,19 +70,19 @@ class Model:
             heads=self.config.num_attention_heads,
             kv_heads=self.config.num_key_value_heads,
             head_dim=self.config.head_dim,
-            theta=self.config.rope_theta,
+            rope=self.config.rope,
             norm_eps=self.config.rms_norm_eps,
         )
 
     @property
     def key_bias(self) -> Float32[np.ndarray, "layers kv_heads head_dim"]:
-        """The bias that every layer adds to keys before they are rotated."""
-        biases = []
-        for block in nnx.merge(self.graph, self.state).layers:
-            bias = block.self_attn.k_proj.bias
-            assert bias is not None
-            biases.append(np.asarray(bias[...]).reshape(-1, self.config.head_dim))
-        return np.stack(biases)
+        """The bias that each layer adds to keys before it rotates them; zeros if it adds none."""
+        config = self.config
+        shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        blocks = nnx.merge(self.graph, self.state).layers
+        biases = [block.self_attn.k_proj.bias for block in blocks]
+        found = [np.asarray(bias[...]) for bias in biases if bias is not None]
+        return np.stack(found).reshape(shape) if found else np.zeros(shape, np.float32)
 
     def kv_spec(
         self,

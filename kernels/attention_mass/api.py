@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels import flash, rope, storage
+from tokendance_jax.kernels import flash, storage
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, block_pages
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 
 
 def attention_mass(
@@ -16,7 +17,7 @@ def attention_mass(
     tables: LaneTables,
     tiles: RowTiles,
     *,
-    theta: float,
+    rope: Rope,
 ) -> jax.Array:
     """Sums the attention weights of a lane's rows and heads over the slots of each entry.
 
@@ -29,7 +30,7 @@ def attention_mass(
       position: i32 [rows]; logical positions.
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
 
     Returns:
       f32 [lanes, entries]; a lane's entries sum to its number of rows times heads.
@@ -44,9 +45,7 @@ def attention_mass(
     frame = flash.block_frames(tables, page_size)
     moved = flash.moved(frame, start=0)
     # For all blocks at once: inside the loop, XLA would compute the angles again for every query.
-    cos, sin = (
-        x[:, :, None, None, None] for x in rope.rotation(-frame, theta=theta, head_dim=head_dim)
-    )
+    cos, sin = (x[:, :, None, None, None] for x in rope.rotation(-frame, head_dim))
 
     def tile(index: jax.Array, mass: jax.Array) -> jax.Array:
         row, lane = tiles.row[index], tiles.lane[index]
@@ -66,7 +65,7 @@ def attention_mass(
             keys = flash.read_block(kv.k, layer, tables, lane, block)
             turned = jax.lax.cond(
                 moved[lane, block],
-                lambda: rope.rotate(q_tile, cos[lane, block], sin[lane, block]).astype(keys.dtype),
+                lambda: rotate(q_tile, cos[lane, block], sin[lane, block]).astype(keys.dtype),
                 lambda: turned,
             )
             product = jnp.einsum(

@@ -10,6 +10,7 @@ from tokendance_jax.kernels.decode_attention.mosaic_tpu import decode_attention_
 from tokendance_jax.kernels.decode_attention.xla import decode_attention_xla
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope
 
 
 class DecodeAttention(Protocol):
@@ -24,7 +25,7 @@ class DecodeAttention(Protocol):
         tables: LaneTables,
         groups: GroupTables,
         *,
-        theta: float,
+        rope: Rope,
     ) -> jax.Array: ...
 
 
@@ -44,7 +45,7 @@ def decode_attention(
     tables: LaneTables,
     groups: GroupTables,
     *,
-    theta: float,
+    rope: Rope,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attends one row per lane to the lane's pages, up to the row's own logical position.
@@ -59,7 +60,7 @@ def decode_attention(
       tables: block tables of all lanes, without the entries that are in the groups.
       groups: key blocks that several lanes hold. A lane's row must come after all slots that the
         lane holds there, unless its position is -1.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       implementation: see `dispatch.Op.run`.
 
     Returns:
@@ -69,5 +70,5 @@ def decode_attention(
       NotImplementedError: the named implementation does not support these shapes.
     """
     return OP.run(
-        implementation, lambda run: run(q, kv, layer, position, tables, groups, theta=theta)
+        implementation, lambda run: run(q, kv, layer, position, tables, groups, rope=rope)
     )

@@ -18,6 +18,7 @@ from tokendance_jax.kernels.gpu_tiles import (
 )
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope
 
 # The least number of thread blocks that a kernel should have: one per core of an H100.
 BLOCKS = 132
@@ -35,7 +36,7 @@ def decode_attention_mosaic_gpu(
     tables: LaneTables,
     groups: GroupTables,
     *,
-    theta: float,
+    rope: Rope,
     interpret: Any = False,
 ) -> jax.Array:
     """Implements `api.decode_attention`; `interpret` takes parameters of the simulator.
@@ -67,7 +68,7 @@ def decode_attention_mosaic_gpu(
         layer,
         Tiles.of(row, jnp.zeros_like(row[:, 0]), jnp.minimum(limit, 0), group),
         walked,
-        theta=theta,
+        rope=rope,
         parts=count,
         most_parts=most,
         interpret=interpret,
@@ -81,7 +82,7 @@ def decode_attention_mosaic_gpu(
             layer,
             own_tiles,
             own,
-            theta=theta,
+            rope=rope,
             before=shared,
             with_lse=False,
             interpret=interpret,
@@ -94,7 +95,7 @@ def decode_attention_mosaic_gpu(
         layer,
         own_tiles,
         own,
-        theta=theta,
+        rope=rope,
         parts=count,
         most_parts=own_most,
         interpret=interpret,

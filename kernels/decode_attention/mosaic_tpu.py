@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tokendance_jax.kernels import flash, flash_tpu, rope
+from tokendance_jax.kernels import flash, flash_tpu
 from tokendance_jax.kernels.flash_tpu import PLACES, TILE, product
 from tokendance_jax.kernels.lanes import Array, GroupTables, LaneTables, block_pages
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope
 
 Ref = Any
 
@@ -30,7 +31,7 @@ def decode_attention_mosaic_tpu(
     tables: LaneTables,
     groups: GroupTables,
     *,
-    theta: float,
+    rope: Rope,
     interpret: Any = False,
 ) -> jax.Array:
     """Implements `api.decode_attention`, with the same arguments.
@@ -45,7 +46,7 @@ def decode_attention_mosaic_tpu(
       position: i32 [lanes].
       tables: block tables of all lanes.
       groups: key blocks that several lanes hold.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
     """
     lanes, heads, head_dim = q.shape
@@ -53,7 +54,7 @@ def decode_attention_mosaic_tpu(
     dtype, group = kv.k.dtype, heads // kv_heads
     flash_tpu.check_pool(kv.k)
     columns, reading = _columns(
-        layer, position, tables, groups, page_size, theta=theta, head_dim=head_dim
+        layer, position, tables, groups, page_size, rope=rope, head_dim=head_dim
     )
 
     rows = -(-group // TILE) * TILE
@@ -104,7 +105,7 @@ def _columns(
     groups: GroupTables,
     page_size: int,
     *,
-    theta: float,
+    rope: Rope,
     head_dim: int,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Prepares the tables. All but the layer's index is the same computation in all layers.
@@ -132,7 +133,7 @@ def _columns(
 
     own_frame = jnp.asarray(tables.frame).reshape(lanes * blocks, entries)[:, 0]
     frame = jnp.concatenate([jnp.asarray(groups.frame).reshape(-1), own_frame])
-    cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
+    cos, sin = rope.rotation(-frame, head_dim)
     reading = jnp.concatenate([cos, cos, -sin, sin, seen.astype(jnp.float32)], axis=1)[:, None]
 
     ahead = position[:, None] - jnp.asarray(tables.start) + 1

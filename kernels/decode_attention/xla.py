@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels import flash, rope
+from tokendance_jax.kernels import flash
 from tokendance_jax.kernels.lanes import GroupTables, LaneTables, block_pages
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 
 # Most key blocks of lanes' own tables that are read in one step. Tuned on a CPU: steps of 8 take
 # 0.7 of the time of steps of one, steps of 4 take 0.75. The last step costs as much as a full one.
@@ -25,7 +26,7 @@ def decode_attention_xla(
     tables: LaneTables,
     groups: GroupTables,
     *,
-    theta: float,
+    rope: Rope,
 ) -> jax.Array:
     """Implements `api.decode_attention`, reading each key block of both tables once.
 
@@ -33,8 +34,8 @@ def decode_attention_xla(
     every layer, so XLA computes it once for all layers.
     """
     scaled = q * q.shape[2] ** -0.5
-    own = _own_blocks(scaled, kv, layer, position, tables, theta=theta)
-    shared = _shared_blocks(scaled, kv, layer, position, groups, theta=theta)
+    own = _own_blocks(scaled, kv, layer, position, tables, rope=rope)
+    shared = _shared_blocks(scaled, kv, layer, position, groups, rope=rope)
     return flash.finish(flash.merge(own, shared)).reshape(q.shape)
 
 
@@ -45,7 +46,7 @@ def _own_blocks(
     position: jax.Array,
     tables: LaneTables,
     *,
-    theta: float,
+    rope: Rope,
 ) -> flash.Carry:
     """Attends lanes to the key blocks of their own tables.
 
@@ -63,7 +64,7 @@ def _own_blocks(
     # With this size, the last step has few unused places if all lanes have equally many blocks.
     size = -(-lanes // -(-lanes // STEP_BLOCKS))
     lane, page, frame, seen, count = _list_blocks(position, tables, page_size, size)
-    cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
+    cos, sin = rope.rotation(-frame, head_dim)
     own_head = jnp.eye(kv_heads, dtype=jnp.float32)[None, :, None, :, None]
 
     def step(index: jax.Array, carry: flash.Carry) -> flash.Carry:
@@ -80,7 +81,7 @@ def _own_blocks(
         values = jnp.where(step_seen[:, :, None], values, jnp.zeros((), values.dtype))
 
         turned = jnp.take(q, step_lane, axis=0, mode="clip")
-        turned = rope.rotate(turned, of_step(cos)[:, None, :], of_step(sin)[:, None, :])
+        turned = rotate(turned, of_step(cos)[:, None, :], of_step(sin)[:, None, :])
         turned = turned.reshape(size, kv_heads, group, 1, head_dim) * own_head
         scores = jax.lax.dot_general(
             turned.reshape(size, heads, width).astype(keys.dtype),
@@ -163,7 +164,7 @@ def _shared_blocks(
     position: jax.Array,
     groups: GroupTables,
     *,
-    theta: float,
+    rope: Rope,
 ) -> flash.Carry:
     """Attends all lanes at once to the key blocks that several of them hold.
 
@@ -182,7 +183,7 @@ def _shared_blocks(
     held = jnp.asarray(groups.member) & (position >= 0)[None, :, None]
     seen = (held[:, :, :, None] & valid[:, None, :, :]).reshape(blocks, lanes, -1)
     valid = valid.reshape(blocks, -1)
-    cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
+    cos, sin = rope.rotation(-frame, head_dim)
     # Blocks that all lanes see whole, and in the frames of the first block, come first: several of
     # them are read as one, without a mask. The results of idle lanes are dropped below.
     idle = (position < 0)[None, :, None]
@@ -195,7 +196,7 @@ def _shared_blocks(
     by_head = q.reshape(lanes, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
 
     def turn(block: jax.Array) -> jax.Array:
-        turned = rope.rotate(by_head, cos[block][None, :, None, :], sin[block][None, :, None, :])
+        turned = rotate(by_head, cos[block][None, :, None, :], sin[block][None, :, None, :])
         return turned.reshape(kv_heads, lanes * group, head_dim)
 
     def attend(

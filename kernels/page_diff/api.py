@@ -12,6 +12,7 @@ from tokendance_jax.kernels.page_diff.mosaic_tpu import page_diff_mosaic_tpu
 from tokendance_jax.kernels.page_diff.plan import Deviation, DiffPlan
 from tokendance_jax.kernels.page_diff.xla import page_diff_xla
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope
 
 
 class PageDiff(Protocol):
@@ -21,7 +22,7 @@ class PageDiff(Protocol):
     """
 
     def __call__(
-        self, kv: PagedKV, siblings: PagedKV | None, plan: DiffPlan, *, theta: float
+        self, kv: PagedKV, siblings: PagedKV | None, plan: DiffPlan, *, rope: Rope
     ) -> jax.Array: ...
 
 
@@ -38,7 +39,7 @@ def page_diff(
     siblings: PagedKV | None,
     plan: DiffPlan,
     *,
-    theta: float,
+    rope: Rope,
     threshold: float | Array,
     implementation: str | None = None,
 ) -> Deviation:
@@ -52,7 +53,7 @@ def page_diff(
       siblings: pages outside the pool, shaped like the pool except for the number of pages; None:
         the siblings are pages of the pool itself.
       plan: the comparisons.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       threshold: a sibling is far if any absolute difference exceeds this.
       implementation: see `dispatch.Op.run`.
 
@@ -65,7 +66,7 @@ def page_diff(
     """
     if siblings is not None:
         _check(kv, siblings)
-    scores = OP.run(implementation, lambda run: run(kv, siblings, plan, theta=theta))
+    scores = OP.run(implementation, lambda run: run(kv, siblings, plan, rope=rope))
     largest, squares = (scores[kind::2] for kind in range(2))
     unknown = jnp.isnan(squares)
     largest, squares = (jnp.where(unknown, jnp.inf, x) for x in (largest, squares))

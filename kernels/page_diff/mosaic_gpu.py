@@ -18,6 +18,7 @@ from tokendance_jax.kernels.gpu_pages import PARAMETERS, PageParts, rotate, rota
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
 from tokendance_jax.kernels.page_diff.tuning import STAGES
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope
 
 Ref = Any
 
@@ -27,7 +28,7 @@ def page_diff_mosaic_gpu(
     siblings: PagedKV | None,
     plan: DiffPlan,
     *,
-    theta: float,
+    rope: Rope,
     interpret: Any = False,
 ) -> jax.Array:
     """Computes the scores of `reference.page_diff_reference`. Arguments as for `api.page_diff`.
@@ -36,7 +37,7 @@ def page_diff_mosaic_gpu(
       kv: the pool, bfloat16 or float32.
       siblings: pages outside the pool; None: the pool.
       plan: the comparisons.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       interpret: parameters of the simulator, to run on a CPU.
     """
     parts, dtype = PageParts.of(kv.k), kv.k.dtype
@@ -47,7 +48,7 @@ def page_diff_mosaic_gpu(
         "v": parts.flat(kv.v),
         "own_k": parts.flat(own.k),
         "own_v": parts.flat(own.v),
-        "tables": parts.turn_tables(theta),
+        "tables": parts.turn_tables(rope),
     }
     shape = parts.rows, parts.head_dim
     scratch = {

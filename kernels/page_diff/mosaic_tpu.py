@@ -13,10 +13,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tokendance_jax.kernels import flash_tpu, rope
+from tokendance_jax.kernels import flash_tpu
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
 from tokendance_jax.kernels.page_diff.tuning import LAYERS_BYTES
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, angles
 
 # Lanes of a vector register.
 COLUMNS = 128
@@ -29,7 +30,7 @@ def page_diff_mosaic_tpu(
     siblings: PagedKV | None,
     plan: DiffPlan,
     *,
-    theta: float,
+    rope: Rope,
     interpret: Any = False,
 ) -> jax.Array:
     """Computes the scores of `reference.page_diff_reference`. Arguments as for `api.page_diff`.
@@ -41,7 +42,7 @@ def page_diff_mosaic_tpu(
       kv: the pool, bfloat16 or float32.
       siblings: pages outside the pool; None: the pool.
       plan: the comparisons.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
     """
     layers, _, page_size, kv_heads, head_dim = kv.k.shape
@@ -70,7 +71,7 @@ def page_diff_mosaic_tpu(
     }
     if sum(column.size for column in columns.values()) * 4 > flash_tpu.TABLE_BYTES:
         raise NotImplementedError(f"a plan of {comparisons} comparisons is too large for SMEM")
-    tables = jnp.asarray(np.tile(rope.turn_tables(theta, head_dim)[:, None], 2))
+    tables = jnp.asarray(np.tile(rope.turn_tables(head_dim)[:, None], 2))
 
     def pages(column: str) -> pl.BlockSpec:
         def index(chunk: Any, comparison: Any, columns: dict[str, Ref]) -> tuple[Any, ...]:
@@ -128,9 +129,7 @@ def _compare(
     comparison = pl.program_id(1)
     layers, head_dim = k.shape[0], k.shape[4]
     half = head_dim // 2
-    angle = rope.angles(
-        columns["frame"][comparison], *(tables[pl.ds(index, 1)] for index in range(3))
-    )
+    angle = angles(columns["frame"][comparison], *(tables[pl.ds(index, 1)] for index in range(3)))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     lane = jax.lax.broadcasted_iota(jnp.int32, sin.shape, 2)
     sin = jnp.where(lane < half, -sin, sin)

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 
 
 def page_diff_reference(
@@ -15,7 +16,7 @@ def page_diff_reference(
     siblings: PagedKV | None,
     plan: DiffPlan,
     *,
-    theta: float,
+    rope: Rope,
 ) -> jax.Array:
     """Gathers, rotates and subtracts pages.
 
@@ -35,8 +36,8 @@ def page_diff_reference(
         return storage.load(jnp.asarray(pool)[:, page]).astype(jnp.float32)
 
     frame = jnp.asarray(plan.frame[:count], jnp.int32)[None, :, None, None]
-    cos, sin = rope.rotation(frame, theta=theta, head_dim=head_dim)
-    keys, values = rope.rotate(load(kv.k, base), cos, sin), load(kv.v, base)
+    cos, sin = rope.rotation(frame, head_dim)
+    keys, values = rotate(load(kv.k, base), cos, sin), load(kv.v, base)
     other = kv if siblings is None else siblings
     own_keys, own_values = (load(pool, plan.sibling[:count]) for pool in (other.k, other.v))
     scores = []

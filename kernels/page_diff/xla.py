@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels import flash, rope
+from tokendance_jax.kernels import flash
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 
 # Comparisons per step. Tuned on a CPU, where the pages of a step stay in the cache.
 STEP = 16
@@ -17,7 +18,7 @@ def page_diff_xla(
     siblings: PagedKV | None,
     plan: DiffPlan,
     *,
-    theta: float,
+    rope: Rope,
 ) -> jax.Array:
     """Computes the scores of `reference.page_diff_reference`. Arguments as for `api.page_diff`."""
     layers, _, page_size, _, head_dim = kv.k.shape
@@ -36,7 +37,7 @@ def page_diff_xla(
     frame = jnp.where(number < count, frame, 0)
     inside = jnp.arange(page_size, dtype=jnp.int32)[None, :] - first[:, None]
     used = (inside >= 0) & (inside < slots[:, None]) & (number < count)[:, None]
-    cos, sin = rope.rotation(frame[:, None, None], theta=theta, head_dim=head_dim)
+    cos, sin = rope.rotation(frame[:, None, None], head_dim)
     own = jax.tree.map(jnp.asarray, kv if siblings is None else siblings)
 
     def step(index: jax.Array, scores: jax.Array) -> jax.Array:
@@ -52,7 +53,7 @@ def page_diff_xla(
         keys = jax.lax.cond(
             jnp.all(of_step(frame) == 0),
             lambda: keys,
-            lambda: rope.rotate(keys, of_step(cos), of_step(sin)),
+            lambda: rotate(keys, of_step(cos), of_step(sin)),
         )
         found = [
             *_deviation(read(own.k, sibling), keys, of_step(used)),

@@ -7,6 +7,7 @@ import jax
 from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.kernels.round_attention.mosaic_gpu import round_attention_mosaic_gpu
 from tokendance_jax.kernels.round_attention.mosaic_tpu import round_attention_mosaic_tpu
 from tokendance_jax.kernels.round_attention.xla import round_attention_xla
@@ -24,7 +25,7 @@ class RoundAttention(Protocol):
         tables: LaneTables,
         tiles: RowTiles,
         *,
-        theta: float,
+        rope: Rope,
         shared: SharedRows | None = None,
         with_lse: bool = False,
     ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
@@ -47,7 +48,7 @@ def round_attention(
     tables: LaneTables,
     tiles: RowTiles,
     *,
-    theta: float,
+    rope: Rope,
     shared: SharedRows | None = None,
     with_lse: Literal[False] = False,
     implementation: str | None = None,
@@ -63,7 +64,7 @@ def round_attention(
     tables: LaneTables,
     tiles: RowTiles,
     *,
-    theta: float,
+    rope: Rope,
     shared: SharedRows | None = None,
     with_lse: Literal[True],
     implementation: str | None = None,
@@ -78,7 +79,7 @@ def round_attention(
     tables: LaneTables,
     tiles: RowTiles,
     *,
-    theta: float,
+    rope: Rope,
     shared: SharedRows | None = None,
     with_lse: bool = False,
     implementation: str | None = None,
@@ -95,7 +96,7 @@ def round_attention(
       position: i32 [rows]; logical positions.
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       shared: the packed rows, and what they share. If given, its tables and tiles replace `tables`
         and `tiles`.
       with_lse: whether to also return log-sum-exps.
@@ -118,7 +119,7 @@ def round_attention(
             position,
             tables,
             tiles,
-            theta=theta,
+            rope=rope,
             shared=shared,
             with_lse=with_lse,
         ),

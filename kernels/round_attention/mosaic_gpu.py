@@ -17,6 +17,7 @@ from tokendance_jax.kernels.gpu_tiles import (
 )
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope
 
 
 def round_attention_mosaic_gpu(
@@ -27,7 +28,7 @@ def round_attention_mosaic_gpu(
     tables: LaneTables,
     tiles: RowTiles,
     *,
-    theta: float,
+    rope: Rope,
     shared: SharedRows | None = None,
     with_lse: bool = False,
     interpret: Any = False,
@@ -42,7 +43,7 @@ def round_attention_mosaic_gpu(
     page_size, kv_heads = kv.k.shape[2:4]
     group, before = heads // kv_heads, None
     if shared is not None:
-        before = _attend_shared(q, kv, layer, shared, theta=theta, interpret=interpret)
+        before = _attend_shared(q, kv, layer, shared, rope=rope, interpret=interpret)
         tables, tiles = shared.tables, shared.tiles
     row, lane = rows_of_tiles(jnp.asarray(tiles.row), group, rows), jnp.asarray(tiles.lane)
     blocks = row.shape[1]
@@ -64,7 +65,7 @@ def round_attention_mosaic_gpu(
         layer,
         Tiles.of(row, jnp.zeros_like(lane), limit, group),
         lane_steps(tables, page_size, lane, last),
-        theta=theta,
+        rope=rope,
         before=parts,
         with_lse=with_lse,
         interpret=interpret,
@@ -80,7 +81,7 @@ def _attend_shared(
     layer: int | jax.Array,
     shared: SharedRows,
     *,
-    theta: float,
+    rope: Rope,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends the packed rows to the key blocks of the groups.
@@ -104,7 +105,7 @@ def _attend_shared(
         layer,
         Tiles.of(row, jnp.zeros_like(row[:, 0]), limit, group),
         group_steps(shared.groups, lane, group, page_size),
-        theta=theta,
+        rope=rope,
         parts=jnp.ones((), jnp.int32),
         interpret=interpret,
     )

@@ -19,10 +19,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tokendance_jax.kernels import flash, flash_tpu, rope
+from tokendance_jax.kernels import flash, flash_tpu
 from tokendance_jax.kernels.flash_tpu import PLACES, TILE, product
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows, block_pages
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, angles
 from tokendance_jax.kernels.round_attention.tpu_stretches import (
     WINDOW,
     WORD,
@@ -44,7 +45,7 @@ def round_attention_mosaic_tpu(
     tables: LaneTables,
     tiles: RowTiles,
     *,
-    theta: float,
+    rope: Rope,
     shared: SharedRows | None = None,
     with_lse: bool = False,
     interpret: Any = False,
@@ -61,7 +62,7 @@ def round_attention_mosaic_tpu(
       position: i32 [rows].
       tables: block tables of all lanes.
       tiles: the rows, grouped by lane; in each tile, the rows in use come first.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       shared: the packed rows, and what they share; ignored if its tables do not fit into SMEM.
       with_lse: whether to also return log-sum-exps.
       interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
@@ -111,7 +112,7 @@ def round_attention_mosaic_tpu(
     }
     smem, there = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
     inputs = arrays | {"q": queries, "k": kv.k, "v": kv.v}
-    inputs["angles"] = jnp.asarray(np.tile(rope.turn_tables(theta, head_dim), 2))
+    inputs["angles"] = jnp.asarray(np.tile(rope.turn_tables(head_dim), 2))
     specs = dict.fromkeys(inputs, there)
     specs["angles"] = specs["row_position"] = pl.BlockSpec(memory_space=pltpu.VMEM)
     results = {"out": jnp.zeros(queries.shape, jnp.float32)}
@@ -329,7 +330,7 @@ def _set_angles(frame: jax.Array, tables: Ref, vmem: dict[str, Ref]) -> None:
     """Sets the cosines and signed sines that rotate back by frames [tile_rows, 1] or [1, 1]."""
     shape, head_dim = vmem["cos"].shape, vmem["cos"].shape[1]
     position = jnp.broadcast_to(-frame, (frame.shape[0], head_dim))
-    angle = rope.angles(position, *(tables[pl.ds(index, 1)] for index in range(3)))
+    angle = angles(position, *(tables[pl.ds(index, 1)] for index in range(3)))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first = jax.lax.broadcasted_iota(jnp.int32, sin.shape, 1) < head_dim // 2
     vmem["cos"][...] = jnp.broadcast_to(cos, shape)

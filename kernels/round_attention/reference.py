@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.lanes import LaneTables
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 
 
 def round_attention_reference(
@@ -16,7 +17,7 @@ def round_attention_reference(
     lane: jax.Array,
     tables: LaneTables,
     *,
-    theta: float,
+    rope: Rope,
 ) -> jax.Array:
     """Attends every row to its whole lane at once, with the keys rotated to logical positions.
 
@@ -25,7 +26,7 @@ def round_attention_reference(
     i32 [rows] in place of tiles.
     """
     kv_heads, head_dim = kv.k.shape[3:]
-    weights, seen = weights_of(q, kv, layer, position, lane, tables, theta=theta)
+    weights, seen = weights_of(q, kv, layer, position, lane, tables, rope=rope)
     values = storage.load(kv.v[layer, tables.page]).astype(jnp.float32)
     values = values.reshape(values.shape[0], -1, kv_heads, head_dim)[lane]
     values = jnp.where(seen[:, :, None, None], values, jnp.zeros((), values.dtype))
@@ -41,7 +42,7 @@ def weights_of(
     lane: jax.Array,
     tables: LaneTables,
     *,
-    theta: float,
+    rope: Rope,
 ) -> tuple[jax.Array, jax.Array]:
     """Weights f32 [rows, kv_heads, group, slots], and which slots each row sees [rows, slots]."""
     rows, heads, head_dim = q.shape
@@ -49,9 +50,9 @@ def weights_of(
     slot_position = tables.slot_positions(page_size).reshape(tables.page.shape[0], -1)[lane]
     seen = slot_position <= position[:, None]
 
-    cos, sin = rope.rotation(jnp.asarray(tables.frame), theta=theta, head_dim=head_dim)
+    cos, sin = rope.rotation(jnp.asarray(tables.frame), head_dim)
     keys = storage.load(kv.k[layer, tables.page]).astype(jnp.float32)
-    keys = rope.rotate(keys, cos[:, :, None, None, :], sin[:, :, None, None, :])
+    keys = rotate(keys, cos[:, :, None, None, :], sin[:, :, None, None, :])
     keys = keys.reshape(keys.shape[0], -1, kv_heads, head_dim)[lane]
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, head_dim)
     exact = jax.lax.Precision.HIGHEST

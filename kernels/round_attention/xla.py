@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokendance_jax.kernels import flash, rope, storage
+from tokendance_jax.kernels import flash, storage
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows, block_pages
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 from tokendance_jax.kernels.round_attention.xla_shared import attend_shared, continued, nothing_seen
 
 # Rows of smaller tiles, for the few rows that a lane often has after its full tiles. Tuned on a
@@ -28,7 +29,7 @@ def round_attention_xla(
     tables: LaneTables,
     tiles: RowTiles,
     *,
-    theta: float,
+    rope: Rope,
     shared: SharedRows | None = None,
     with_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -42,7 +43,7 @@ def round_attention_xla(
     group = heads // kv_heads
     # The rows' results so far. Each tile overwrites its rows with their final results.
     if shared is not None:
-        results = attend_shared(q, kv, layer, shared, theta=theta)
+        results = attend_shared(q, kv, layer, shared, rope=rope)
         tables, tiles = shared.tables, shared.tiles
     else:
         results = nothing_seen(q)[: 1 + with_lse]
@@ -52,7 +53,7 @@ def round_attention_xla(
     block_start, block_stop = jnp.min(slot_position, axis=2), jnp.max(slot_position, axis=2)
     block_frame = flash.block_frames(tables, page_size)
     # For all blocks at once: inside the loop, XLA would compute the angles again for every query.
-    cos, sin = rope.rotation(-block_frame, theta=theta, head_dim=head_dim)
+    cos, sin = rope.rotation(-block_frame, head_dim)
 
     def tile(
         tile_rows: int, index: jax.Array, results: tuple[jax.Array, ...]
@@ -78,7 +79,7 @@ def round_attention_xla(
             turned = jax.lax.cond(
                 moved[index],
                 lambda: tuple(
-                    rope.rotate(x, cos[at][None], sin[at][None]).astype(keys.dtype) for x in queries
+                    rotate(x, cos[at][None], sin[at][None]).astype(keys.dtype) for x in queries
                 ),
                 lambda: turned,
             )

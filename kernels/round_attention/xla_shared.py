@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels import flash, rope, storage
+from tokendance_jax.kernels import flash, storage
 from tokendance_jax.kernels.lanes import SHARED_TILE_ROWS, SharedRows
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 
 # The results of rows over the slots that they saw: the output f32 [rows, heads, head_dim], and the
 # log-sum-exp of scores f32 [rows, heads].
@@ -22,7 +23,7 @@ def attend_shared(
     layer: int | jax.Array,
     shared: SharedRows,
     *,
-    theta: float,
+    rope: Rope,
 ) -> Seen:
     """Attends packed rows to the groups, reading each key block once per tile of rows.
 
@@ -39,7 +40,7 @@ def attend_shared(
     page, frame = jnp.asarray(groups.page), jnp.asarray(groups.frame)
     member, valid = jnp.asarray(groups.member), groups.valid(page_size)
     # For all blocks at once: inside the loop, XLA would compute the angles again for every query.
-    cos, sin = rope.rotation(-frame, theta=theta, head_dim=head_dim)
+    cos, sin = rope.rotation(-frame, head_dim)
     full = jnp.all(valid, axis=(1, 2))
     holds_all, holds_any = jnp.all(member, axis=2), jnp.any(member, axis=2)  # [blocks, lanes]
 
@@ -64,9 +65,7 @@ def attend_shared(
             )
 
             def turn() -> tuple[jax.Array, ...]:
-                rotated = rope.rotate(
-                    q_tile, cos[at, tile_lane][:, None], sin[at, tile_lane][:, None]
-                )
+                rotated = rotate(q_tile, cos[at, tile_lane][:, None], sin[at, tile_lane][:, None])
                 return flash.split_heads(rotated.astype(keys.dtype), kv_heads)
 
             turned = jax.lax.cond(moved[index], turn, lambda: turned)

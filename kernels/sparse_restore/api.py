@@ -4,6 +4,7 @@ from typing import Protocol
 
 from tokendance_jax.kernels import dispatch
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.kernels.sparse_restore.mosaic_gpu import sparse_restore_mosaic_gpu
 from tokendance_jax.kernels.sparse_restore.mosaic_tpu import sparse_restore_mosaic_tpu
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
@@ -14,7 +15,7 @@ class SparseRestore(Protocol):
     """The signature of `sparse_restore`'s implementations."""
 
     def __call__(
-        self, kv: PagedKV, source: Source | None, plan: RestorePlan, *, theta: float
+        self, kv: PagedKV, source: Source | None, plan: RestorePlan, *, rope: Rope
     ) -> PagedKV: ...
 
 
@@ -31,7 +32,7 @@ def sparse_restore(
     source: Source | None,
     plan: RestorePlan,
     *,
-    theta: float,
+    rope: Rope,
     implementation: str | None = None,
 ) -> PagedKV:
     """Copies pieces of pages to slots of the pool, and rotates keys to their new positions.
@@ -45,7 +46,7 @@ def sparse_restore(
       kv: the pool.
       source: pages outside the pool; None: pages of the pool itself, none of which is also written.
       plan: the pieces, and the slots that each is copied to.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       implementation: see `dispatch.Op.run`.
 
     Returns:
@@ -59,7 +60,7 @@ def sparse_restore(
         _check(kv, source)
     if plan.first.shape[0] == 0:
         return kv
-    return OP.run(implementation, lambda run: run(kv, source, plan, theta=theta))
+    return OP.run(implementation, lambda run: run(kv, source, plan, rope=rope))
 
 
 def _check(kv: PagedKV, source: Source) -> None:

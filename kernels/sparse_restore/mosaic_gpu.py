@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from tokendance_jax.kernels.gpu_pages import PARAMETERS, THREADS, PageParts, rotate, rotation
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 from tokendance_jax.kernels.sparse_restore.tuning import STAGES
 
@@ -26,7 +27,7 @@ def sparse_restore_mosaic_gpu(
     source: Source | None,
     plan: RestorePlan,
     *,
-    theta: float,
+    rope: Rope,
     interpret: Any = False,
 ) -> PagedKV:
     """Implements `api.sparse_restore`, with the same arguments.
@@ -35,7 +36,7 @@ def sparse_restore_mosaic_gpu(
       kv: the pool, bfloat16 or float32.
       source: the source pages; None: pages of the pool.
       plan: the pieces, and the slots that each is copied to.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       interpret: parameters of the simulator, to run on a CPU.
     """
     parts, dtype = PageParts.of(kv.k), kv.k.dtype
@@ -46,7 +47,7 @@ def sparse_restore_mosaic_gpu(
     at_rest = not rotated or scaled or biased
     columns = (plan.page, plan.begin, plan.first, plan.slots, plan.target, plan.turn)
     arrays = [jnp.asarray(column) for column in columns]
-    inputs = {"tables": parts.turn_tables(theta)}
+    inputs = {"tables": parts.turn_tables(rope)}
     if source is not None:
         inputs |= {"k": parts.flat(source.k), "v": parts.flat(source.v)}
     if source is not None and scaled:

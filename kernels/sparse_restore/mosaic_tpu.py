@@ -16,8 +16,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tokendance_jax.kernels import rope
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, angles
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 
 # Bytes of a page's keys in the layers that are restored at a time. VMEM holds at most ten times as
@@ -63,7 +63,7 @@ def sparse_restore_mosaic_tpu(
     source: Source | None,
     plan: RestorePlan,
     *,
-    theta: float,
+    rope: Rope,
     interpret: Any = False,
 ) -> PagedKV:
     """Implements `api.sparse_restore`, with the same arguments.
@@ -75,7 +75,7 @@ def sparse_restore_mosaic_tpu(
       kv: the pool, bfloat16 or float32.
       source: the source pages; None: pages of the pool.
       plan: the pieces, and the slots that each is copied to.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
     """
     layers, _, page_size, kv_heads, head_dim = kv.k.shape
@@ -87,7 +87,7 @@ def sparse_restore_mosaic_tpu(
     chunk_layers = max(fitting, default=1)
     sizes = _Sizes(layers // chunk_layers, chunk_layers, page_size, kv_heads, head_dim)
 
-    inputs = {"tables": jnp.asarray(np.tile(rope.turn_tables(theta, head_dim)[:, None], 2))}
+    inputs = {"tables": jnp.asarray(np.tile(rope.turn_tables(head_dim)[:, None], 2))}
     scratch = {
         "k": pltpu.VMEM((PAGES, *sizes.chunk), dtype if source is None else source.k.dtype),
         "v": pltpu.VMEM((PAGES, *sizes.chunk), dtype if source is None else source.v.dtype),
@@ -269,7 +269,7 @@ def _rotate(
     shape = slots, 1, sizes.head_dim
     # Keys that are not rotated yet have an angle of their own in each slot.
     position = turn + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    angle = rope.angles(position, *(tables[pl.ds(index, 1)] for index in range(3)))
+    angle = angles(position, *(tables[pl.ds(index, 1)] for index in range(3)))
     half = sizes.head_dim // 2
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     sin = jnp.where(jax.lax.broadcasted_iota(jnp.int32, shape, 2) < half, -sin, sin)

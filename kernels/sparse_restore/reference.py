@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 
 
@@ -15,7 +16,7 @@ def sparse_restore_reference(
     source: Source | None,
     plan: RestorePlan,
     *,
-    theta: float,
+    rope: Rope,
 ) -> PagedKV:
     """Gathers, rotates and scatters slots.
 
@@ -42,8 +43,8 @@ def sparse_restore_reference(
     keys, values = plain(origin.k, origin.k_scale), plain(origin.v, origin.v_scale)
     if origin.key_bias is not None:
         keys = keys + jnp.asarray(origin.key_bias)[:, None]
-    cos, sin = rope.rotation(jnp.asarray(turn, jnp.int32), theta=theta, head_dim=head_dim)
-    keys = rope.rotate(keys, cos[None, :, None, :], sin[None, :, None, :])
+    cos, sin = rope.rotation(jnp.asarray(turn, jnp.int32), head_dim)
+    keys = rotate(keys, cos[None, :, None, :], sin[None, :, None, :])
     return PagedKV(
         kv.k.at[write].set(storage.store(keys, kv.k.dtype)),
         kv.v.at[write].set(storage.store(values, kv.v.dtype)),

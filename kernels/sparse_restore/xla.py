@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from tokendance_jax.kernels import flash, rope, storage
+from tokendance_jax.kernels import flash, storage
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 
 # The most pieces that one step restores. Tuned on a CPU: the pages of a step stay in the cache from
@@ -19,7 +20,7 @@ def sparse_restore_xla(
     source: Source | None,
     plan: RestorePlan,
     *,
-    theta: float,
+    rope: Rope,
 ) -> PagedKV:
     """Implements `api.sparse_restore`, with the same arguments."""
     layers, pages, page_size, _, head_dim = kv.k.shape
@@ -45,7 +46,7 @@ def sparse_restore_xla(
 
     rotated = source is None or source.rotated
     position = turn[:, None] + (jnp.zeros_like(offset[:, :1]) if rotated else offset)
-    cos, sin = rope.rotation(position, theta=theta, head_dim=head_dim)
+    cos, sin = rope.rotation(position, head_dim)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     # Keys that are not rotated keep their bits: products with 1 and 0 would lose the sign of zeros.
     stands = source is None or (
@@ -73,7 +74,7 @@ def sparse_restore_xla(
             keys = stored.astype(jnp.float32)
             if origin.key_bias is not None:
                 keys = keys + jnp.asarray(origin.key_bias)[layer][None, None]
-            return storage.store(rope.rotate(keys, of_step(cos), of_step(sin)), k.dtype)
+            return storage.store(rotate(keys, of_step(cos), of_step(sin)), k.dtype)
 
         if copied is None:
             keys = turned()

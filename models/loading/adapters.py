@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from tokendance_jax.models.errors import CheckpointError
 from tokendance_jax.models.loading.sidecars import read_json
-from tokendance_jax.models.qwen2.errors import CheckpointError
 
 _CONFIG = "adapter_config.json"
 _FILES = (_CONFIG, "adapter_model.safetensors", "adapter_model.bin")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.decoder.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Checkpoint:
 
     Attributes:
       config: Sizes and constants of the model.
-      params: Arrays by parameter path (see `tokendance_jax.models.qwen2.parameters`). Matrices are
-        [out, in] in the dtype requested when loading; norm weights and biases are float32.
+      params: Arrays by parameter path (see `tokendance_jax.models.decoder.parameters`). Matrices
+        are [out, in] in the dtype requested when loading; norm weights and biases are float32.
       tokenizer_json: A Hugging Face `tokenizer.json`.
       chat_template: Jinja source of the chat template, if the checkpoint has one.
       stop_ids: Token ids that end a generation, in ascending order.
@@ -24,7 +24,7 @@ class Checkpoint:
         tuples of strings for lists, such as `additional_special_tokens`.
     """
 
-    config: Qwen2Config
+    config: DecoderConfig
     params: dict[str, jax.Array]
     tokenizer_json: str
     chat_template: str | None

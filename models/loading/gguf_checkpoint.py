@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tokendance_jax.models.errors import CheckpointError
+from tokendance_jax.models.families.registry import family_of
 from tokendance_jax.models.loading.adapters import adapter_error, refuse_adapter_tensors
 from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.gguf_file import GgufTensor, read_gguf_header
@@ -19,9 +21,6 @@ from tokendance_jax.models.loading.gguf_tokenizer import (
 )
 from tokendance_jax.models.loading.stored import StoredTensor, match_parameters, read_parameters
 from tokendance_jax.models.loading.tokenizer_files import check_ids, parse_tokenizer
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.errors import CheckpointError
-from tokendance_jax.models.qwen2.parameters import gguf_name
 
 # llama.cpp ignores these tensors for this architecture: it computes the rotary frequencies from the
 # metadata alone.
@@ -100,14 +99,15 @@ def load_gguf(file: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
     # The embedding's number of rows is the vocabulary size. If the embedding is missing,
     # `match_parameters` below reports it by name.
     embedding = header.tensors.get("token_embd.weight")
-    config = Qwen2Config.from_gguf(
+    family = family_of(fields, "general.architecture", where)
+    config = family.from_gguf(
         fields,
         where,
         tied="output.weight" not in header.tensors,
         vocab_size=embedding.shape[0] if embedding and embedding.shape else 1,
     )
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    names = match_parameters(config, shapes, gguf_name, _IGNORABLE, file)
+    names = match_parameters(config, shapes, family.gguf_name, _IGNORABLE, file)
     tensors = {
         path: _stored(file, name, header.tensors[name], file.stat().st_size)
         for path, name in names.items()

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tokendance_jax.models.qwen2.errors import CheckpointError
+from tokendance_jax.models.errors import CheckpointError
 
 _SCALARS = {
     0: "<u1",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from tokendance_jax.models.qwen2.errors import CheckpointError
+from tokendance_jax.models.errors import CheckpointError
 
 # The published pre-tokenizer of Qwen2: contractions, letters, single digits, punctuation, space.
 _QWEN2_PATTERN = (

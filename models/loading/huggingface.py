@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from tokendance_jax.models.errors import CheckpointError
+from tokendance_jax.models.families.registry import FAMILIES
 from tokendance_jax.models.loading.adapters import refuse_adapter_folder, refuse_adapter_tensors
 from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.safetensors_file import read_safetensors_header
@@ -26,8 +28,6 @@ from tokendance_jax.models.loading.stored import (
     read_parameters,
 )
 from tokendance_jax.models.loading.tokenizer_files import parse_tokenizer, read_text_tools
-from tokendance_jax.models.qwen2.errors import CheckpointError
-from tokendance_jax.models.qwen2.parameters import hf_name
 
 _INDEX = "model.safetensors.index.json"
 # Old exports contain the rotary frequencies, which follow from the configuration.
@@ -52,6 +52,7 @@ def load_huggingface(folder: Path, name: str, *, dtype: np.dtype, progress: bool
     """
     refuse_adapter_folder(folder)
     config = read_config(folder)
+    hf_name = FAMILIES[config.family].hf_name
     tensors = _read_headers(folder)
     refuse_adapter_tensors(tensors, folder)
     tied = config.tie_word_embeddings
@@ -91,15 +92,17 @@ def save_huggingface(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> 
         checkpoint = dataclasses.replace(
             checkpoint, special_tokens=last | dict(checkpoint.special_tokens)
         )
+    config = checkpoint.config
+    family = FAMILIES[config.family]
     tensors = {
-        hf_name(path): np.asarray(array).astype(jnp.bfloat16)
+        family.hf_name(path): np.asarray(array).astype(jnp.bfloat16)
         for path, array in checkpoint.params.items()
     }
     with new_folder(target) as folder:
         # Other loaders of this architecture look for these fields.
-        ours = {"architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"}
+        ours = {"architectures": [family.architecture], "hidden_act": "silu"}
         ours |= {"torch_dtype": "bfloat16", "eos_token_id": list(checkpoint.stop_ids)}
-        write_config(folder, checkpoint.config.to_hf() | ours)
+        write_config(folder, family.to_hf(config) | ours)
         write_sidecars(folder, checkpoint)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

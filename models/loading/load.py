@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokendance_jax.models.errors import CheckpointError
 from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.gguf_checkpoint import load_gguf
 from tokendance_jax.models.loading.huggingface import load_huggingface
 from tokendance_jax.models.loading.orbax_folder import PARAMS, load_orbax
-from tokendance_jax.models.qwen2.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
@@ -21,7 +21,7 @@ _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 def load_checkpoint(
     source: str | os.PathLike[str], *, dtype: jax.typing.DTypeLike, progress: bool = False
 ) -> Checkpoint:
-    """Loads a Qwen2 model onto the default device.
+    """Loads a model of a known family onto the default device.
 
     All names, shapes and sizes are checked before any weight is read. Loading needs little memory
     besides the arrays: weights are read and converted in slices.

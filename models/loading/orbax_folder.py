@@ -11,6 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.decoder.parameters import parameter_dtype, parameter_shapes
+from tokendance_jax.models.errors import CheckpointError
+from tokendance_jax.models.families.registry import FAMILIES
 from tokendance_jax.models.loading.checkpoint import Checkpoint
 from tokendance_jax.models.loading.progress import byte_progress
 from tokendance_jax.models.loading.sidecars import (
@@ -21,9 +25,6 @@ from tokendance_jax.models.loading.sidecars import (
 )
 from tokendance_jax.models.loading.stored import match_parameters, not_finite
 from tokendance_jax.models.loading.tokenizer_files import read_text_tools
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.errors import CheckpointError
-from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_shapes
 
 PARAMS = "params"
 _NOTHING = re.compile(r"(?!)")
@@ -46,7 +47,8 @@ def save_orbax(checkpoint: Checkpoint, target: str | os.PathLike[str]) -> None:
     with new_folder(target) as folder:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / PARAMS, checkpoint.params)
-        write_config(folder, checkpoint.config.to_hf())
+        config = checkpoint.config
+        write_config(folder, FAMILIES[config.family].to_hf(config))
         write_sidecars(folder, checkpoint)
 
 
@@ -81,7 +83,7 @@ def load_orbax(folder: Path, *, dtype: np.dtype, progress: bool) -> Checkpoint:
 
 
 def _restore(
-    where: Path, config: Qwen2Config, dtype: np.dtype, *, progress: bool
+    where: Path, config: DecoderConfig, dtype: np.dtype, *, progress: bool
 ) -> dict[str, jax.Array]:
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(where).item_metadata.tree

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from tokendance_jax.models.errors import CheckpointError
 from tokendance_jax.models.loading.stored import StoredTensor
-from tokendance_jax.models.qwen2.errors import CheckpointError
 
 _DTYPES = ("F32", "F16", "BF16")
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.errors import CheckpointError
+from tokendance_jax.models.families.registry import family_of
 from tokendance_jax.models.loading.checkpoint import Checkpoint
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.errors import CheckpointError
 
 # Names of special tokens, in the order in which transformers adds them.
 SPECIAL_NAMES = (
@@ -27,14 +28,15 @@ SPECIAL_NAMES = (
 LISTED = "additional_special_tokens"
 
 
-def read_config(folder: Path) -> Qwen2Config:
+def read_config(folder: Path) -> DecoderConfig:
     """Reads `config.json`.
 
     Raises:
       CheckpointError: The file is missing, malformed or describes a model that is not supported.
     """
     file = folder / "config.json"
-    return Qwen2Config.from_hf(read_json(file), str(file))
+    fields = read_json(file)
+    return family_of(fields, "model_type", str(file)).from_hf(fields, str(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.decoder.parameters import parameter_dtype, parameter_shapes
+from tokendance_jax.models.errors import CheckpointError
 from tokendance_jax.models.loading.progress import byte_progress
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.errors import CheckpointError
-from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_shapes
 
 # Values converted at a time: small enough for the caches, large enough to hide Python's overhead.
 # A multiple of every block size.
@@ -53,7 +53,7 @@ class StoredTensor(abc.ABC):
 
 
 def match_parameters(
-    config: Qwen2Config,
+    config: DecoderConfig,
     shapes: Mapping[str, tuple[int, ...]],
     name_of: Callable[[str], str],
     ignorable: re.Pattern[str],
@@ -100,7 +100,7 @@ def match_parameters(
             where,
             unknown[0],
             f"unknown tensor ({len(unknown)} in all)",
-            "only the tensors of a dense Qwen2 model are supported",
+            "only the tensors of a dense model of its family are supported",
         )
     return names
 

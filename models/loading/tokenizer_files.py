@@ -12,9 +12,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.errors import CheckpointError
 from tokendance_jax.models.loading.sidecars import LISTED, SPECIAL_NAMES, read_json, read_text
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.errors import CheckpointError
 
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL, _ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -45,7 +45,7 @@ class _Claim:
     id: int | None = None
 
 
-def read_text_tools(folder: Path, config: Qwen2Config) -> TextTools:
+def read_text_tools(folder: Path, config: DecoderConfig) -> TextTools:
     """Reads tokenizer, chat template, end tokens and special tokens from a folder.
 
     Added tokens are, in this order, those of `tokenizer.json`; those of `added_tokens_decoder` in
@@ -105,7 +105,7 @@ def check_ids(
     where: str | os.PathLike[str],
     tokenizer: Tokenizer,
     stop_ids: tuple[int, ...],
-    config: Qwen2Config,
+    config: DecoderConfig,
 ) -> None:
     """Checks that every id of the tokenizer and in `stop_ids` has a row in the embedding.
 
@@ -183,7 +183,7 @@ def _add_tokens(
     folder: Path,
     settings: dict[str, Any],
     special: list[_Claim],
-    config: Qwen2Config,
+    config: DecoderConfig,
 ) -> bool:
     """Adds the tokens that `tokenizer.json` lacks. Returns whether it lacked any."""
     names = {claim.token.content for claim in special}
@@ -272,7 +272,7 @@ def _check_claim(tokenizer: Tokenizer, claim: _Claim, folder: Path) -> None:
         )
 
 
-def _stop_ids(folder: Path, ends: set[int], config: Qwen2Config) -> tuple[int, ...]:
+def _stop_ids(folder: Path, ends: set[int], config: DecoderConfig) -> tuple[int, ...]:
     """Merges the end tokens of the tokenizer's files, `ends`, with those of the model's files."""
     stops = set(ends)
     for name in ("generation_config.json", "config.json"):
@@ -298,7 +298,7 @@ def _stop_ids(folder: Path, ends: set[int], config: Qwen2Config) -> tuple[int, .
 
 
 def _check_end(
-    where: str | os.PathLike[str], field: str, token_id: int, config: Qwen2Config
+    where: str | os.PathLike[str], field: str, token_id: int, config: DecoderConfig
 ) -> None:
     if not 0 <= token_id < config.vocab_size:
         raise CheckpointError(

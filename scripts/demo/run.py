@@ -13,8 +13,8 @@ from scripts.demo.data import Batch, draw_batch
 from scripts.demo.training import Params, Recipe, Stage, hits, start, train_step
 from tokendance_jax.demo import demo_chat_template
 from tokendance_jax.demo.town import KINDS, words
+from tokendance_jax.models.decoder.config import DecoderConfig
 from tokendance_jax.models.loading import Checkpoint, save_huggingface
-from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.prompt import Tokenizer
 
 _LOG_STEPS = 10
@@ -26,7 +26,7 @@ _TRAIN, _HELD_OUT = 0, 1
 class Run:
     """A training run and its folder."""
 
-    def __init__(self, folder: Path, config: Qwen2Config, recipe: Recipe, tokenizer_json: str):
+    def __init__(self, folder: Path, config: DecoderConfig, recipe: Recipe, tokenizer_json: str):
         self.folder, self.config, self.recipe = folder, config, recipe
         self.tokenizer_json = tokenizer_json
         self.tokenizer = Tokenizer(tokenizer_json, demo_chat_template())

@@ -25,8 +25,10 @@ from scripts.demo.run import Run
 from scripts.demo.training import Recipe, Stage, start, train_step
 from scripts.helpers import common, probe_tables, terminal
 from tokendance_jax import host
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.model import load_model
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.families.qwen2 import QWEN2
 from tokendance_jax.study import probes
 
 _OUT = flags.DEFINE_string(
@@ -108,7 +110,7 @@ def open_run(folder: Path, *, resume: bool) -> Run:
         fields = json.loads(described.read_text())
         stages = tuple(Stage(**stage) for stage in fields["recipe"].pop("stages"))
         recipe = Recipe(**fields["recipe"], stages=stages)
-        config = Qwen2Config(**fields["config"])
+        config = QWEN2.from_hf(fields["config"], "recipe.json")
         return Run(folder, config, recipe, (folder / "tokenizer.json").read_text())
     config, recipe = _config(), _recipe()
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,18 +119,18 @@ def open_run(folder: Path, *, resume: bool) -> Run:
     if not recipe.steps:
         recipe = _timed(Run(folder, config, recipe, tokenizer_json), _MINUTES.value * 60)
     # Written last: in a folder without this file, the run starts anew.
-    fields = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
+    fields = {"config": QWEN2.to_hf(config), "recipe": dataclasses.asdict(recipe)}
     common.write_json(str(described), fields)
     return Run(folder, config, recipe, tokenizer_json)
 
 
-def _config() -> Qwen2Config:
+def _config() -> DecoderConfig:
     if _WIDTH.value < 128 or _WIDTH.value % 128:
         raise ValueError(
             f"width: {_WIDTH.value} is not a multiple of 128; heads are 64 wide and come in pairs"
         )
     heads = _WIDTH.value // 64
-    return Qwen2Config(
+    return QWEN2.config(
         vocab_size=demo_tokenizer.VOCAB_SIZE,
         hidden_size=_WIDTH.value,
         intermediate_size=_INNER.value,
@@ -137,7 +139,7 @@ def _config() -> Qwen2Config:
         num_key_value_heads=heads // 2,
         head_dim=64,
         max_position_embeddings=_CONTEXT,
-        rope_theta=1e6,
+        rope=Rope(1e6),
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
     )

@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from tokendance_jax.kernels.lanes import Rows
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.model import state_from_parameters
-from tokendance_jax.models.qwen2.parameters import parameter_dtype, parameter_shapes
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.decoder.model import state_from_parameters
+from tokendance_jax.models.decoder.parameters import parameter_dtype, parameter_shapes
 
 Params = dict[str, jax.Array]
 
@@ -99,7 +99,7 @@ def _matrices(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda array: array.ndim == 2, params)
 
 
-def initial_parameters(config: Qwen2Config, seed: int) -> Params:
+def initial_parameters(config: DecoderConfig, seed: int) -> Params:
     """Draws initial parameters that can look things up from the first step on.
 
     Finding what followed an earlier occurrence of the same words takes two layers, which small
@@ -134,7 +134,7 @@ def initial_parameters(config: Qwen2Config, seed: int) -> Params:
 
 
 def _look_back(
-    config: Qwen2Config, params: dict[str, np.ndarray], said: Float[np.ndarray, "part token"]
+    config: DecoderConfig, params: dict[str, np.ndarray], said: Float[np.ndarray, "part token"]
 ) -> None:
     """Makes head h of the first layer copy the token that stands h + 1 positions back.
 
@@ -168,7 +168,7 @@ def _look_back(
 
 
 def _match(
-    config: Qwen2Config,
+    config: DecoderConfig,
     params: dict[str, np.ndarray],
     layer: int,
     said: Float[np.ndarray, "part token"],
@@ -202,19 +202,19 @@ def _match(
         params[f"{attention}.o_proj.weight"][:token, columns] = values * _EMBEDDING_SCALE
 
 
-def _frequency(config: Qwen2Config) -> np.ndarray:
+def _frequency(config: DecoderConfig) -> np.ndarray:
     half = config.head_dim // 2
-    return config.rope_theta ** (-np.arange(half) / half)
+    return config.rope.theta ** (-np.arange(half) / half)
 
 
-def start(config: Qwen2Config, recipe: Recipe) -> dict:
+def start(config: DecoderConfig, recipe: Recipe) -> dict:
     """Makes the state before the first step."""
     params = initial_parameters(config, recipe.seed)
     return {"params": params, "opt": recipe.optimizer().init(params)}
 
 
 def logits_of(
-    config: Qwen2Config,
+    config: DecoderConfig,
     params: Mapping[str, jax.Array],
     token: Int32[Array, "batch length"],
     conversation: Int32[Array, "batch length"],
@@ -304,7 +304,7 @@ _product.defvjp(_forward_and_saved, _backward)  # pyright: ignore[reportFunction
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("state",))
 def train_step(
-    state: dict, arrays: tuple, *, config: Qwen2Config, recipe: Recipe
+    state: dict, arrays: tuple, *, config: DecoderConfig, recipe: Recipe
 ) -> tuple[dict, jax.Array]:
     """Runs one training step.
 
@@ -338,7 +338,7 @@ def _mean(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Float[Array
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
 def hits(
-    params: Params, token: jax.Array, conversation: jax.Array, *, config: Qwen2Config, dtype: str
+    params: Params, token: jax.Array, conversation: jax.Array, *, config: DecoderConfig, dtype: str
 ) -> Bool[Array, "batch shorter"]:
     """Whether each token after the first of a row is the model's most probable one."""
     logits = logits_of(config, params, token[:, :-1], conversation[:, :-1], dtype=dtype)

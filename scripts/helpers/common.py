@@ -17,9 +17,9 @@ from tokendance_jax.demo import demo_tokenizer_json, demo_trace
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.engine.limits import answer_limits, check_page_size
 from tokendance_jax.model import Model, load_model
+from tokendance_jax.models.decoder.random import random_parameters
+from tokendance_jax.models.families.qwen2 import preset
 from tokendance_jax.models.loading import Checkpoint
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.random import random_parameters
 from tokendance_jax.paged import PagePool
 from tokendance_jax.policy.policies import PolicyOptions, make_policy
 from tokendance_jax.prompt import (
@@ -85,7 +85,7 @@ def path_of(text: str, flag: str) -> Path:
 def sized_model(source: str, dtype: str) -> Model:
     """Makes a model of a published size ("0.5B") with random weights, or loads one (`model_of`)."""
     try:
-        config = Qwen2Config.preset(source)
+        config = preset(source)
     except ValueError:
         return model_of(source, dtype)
     checkpoint = Checkpoint(

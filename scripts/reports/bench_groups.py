@@ -134,14 +134,14 @@ def time_steps(model: Model) -> list[Result]:
     state = ahead[0][0]
     shape = seats, model.config.num_attention_heads, model.config.head_dim
     q = jnp.asarray(draw.standard_normal(shape, np.float32))
-    layers, theta = model.config.num_hidden_layers, model.config.rope_theta
+    layers, rope = model.config.num_hidden_layers, model.config.rope
 
     @jax.jit
     def attention(q: jax.Array, kv: PagedKV, tables: LaneTables, groups: GroupTables) -> jax.Array:
         # Each layer depends on the one before, so that layers run in order as they do in a step.
         x, at = q, jnp.asarray(state.position)
         for layer in range(layers):
-            x = q + decode_attention(x, kv, layer, at, tables, groups, theta=theta)
+            x = q + decode_attention(x, kv, layer, at, tables, groups, rope=rope)
         return x
 
     calls = [lambda t=t, g=g: attention(q, kv, t, g) for g, t in tables]

@@ -28,7 +28,7 @@ from scripts.reports.kernel_work import Work
 from tokendance_jax import targets
 from tokendance_jax.kernels.dispatch import IMPLEMENTATIONS
 from tokendance_jax.kernels.lanes import KEY_BLOCK
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.families.qwen2 import preset
 from tokendance_jax.plan.shapes import PACKING
 
 FLAGS = flags.FLAGS
@@ -71,7 +71,7 @@ def _measure(console: Console) -> Iterator[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
     for size in FLAGS.model:
-        config = Qwen2Config.preset(size)
+        config = preset(size)
         layers = min(_LAYERS.value, config.num_hidden_layers) or config.num_hidden_layers
         config = dataclasses.replace(config, num_hidden_layers=layers)
         for dtype in FLAGS.dtype:

@@ -37,7 +37,8 @@ from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
 from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.families.qwen2 import preset
 from tokendance_jax.plan.buckets import Buckets
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.plan.round_plan import pack
@@ -83,7 +84,7 @@ def _measure(console: Console) -> Iterator[dict[str, Any]]:
         target = targets.TARGETS[name]
         packing = PACKING[target.platform]
         for size, dtype in itertools.product(_MODEL.value, _DTYPE.value):
-            of_kernels = cases(Qwen2Config.preset(size), dtype, packing=packing)
+            of_kernels = cases(preset(size), dtype, packing=packing)
             found = (report(case, target) for case in of_kernels)
             rows += [{"model": size, "dtype": dtype} | row for row in found]
         console.print(_table(name, [row for row in rows if row["target"] == name]))
@@ -91,7 +92,7 @@ def _measure(console: Console) -> Iterator[dict[str, Any]]:
 
 
 def cases(
-    config: Qwen2Config, dtype: str = "bfloat16", *, packing: Packing | None = None
+    config: DecoderConfig, dtype: str = "bfloat16", *, packing: Packing | None = None
 ) -> list[dict[str, Any]]:
     """Describes the kernels on a round of the flags' sizes: how to call them, and their work.
 
@@ -108,7 +109,7 @@ def cases(
     """
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
     layers, kv_heads = config.num_hidden_layers, config.num_key_value_heads
-    heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
+    heads, head_dim, rope = config.num_attention_heads, config.head_dim, config.rope
     shared, own = (-(-tokens // 256) * 256 for tokens in (_SHARED.value, _OWN.value))
     itemsize, planes = jnp.dtype(dtype).itemsize, planes_of(jnp.dtype(dtype))
     # Bytes of the keys and values of a page in one layer.
@@ -126,7 +127,7 @@ def cases(
         "what": f"{agents} mirrors of {shared} tokens, all layers",
         "call": lambda implementation: (
             lambda kv, plan: sparse_restore(
-                kv, None, plan, theta=theta, implementation=implementation
+                kv, None, plan, rope=rope, implementation=implementation
             )
         ),
         "arguments": (kv, plan),
@@ -154,7 +155,7 @@ def cases(
         "what": f"{agents} lanes, {shared} shared and {own} own tokens, one layer",
         "call": lambda implementation: (
             lambda q, kv, position, tables, groups: decode_attention(
-                q, kv, 0, position, tables, groups, theta=theta, implementation=implementation
+                q, kv, 0, position, tables, groups, rope=rope, implementation=implementation
             )
         ),
         "arguments": (q, kv, _shape(agents), tables, groups),
@@ -171,7 +172,7 @@ def cases(
         "what": f"{agents} siblings of {shared} tokens, all layers",
         "call": lambda implementation: (
             lambda kv, plan: page_diff(
-                kv, None, plan, theta=theta, threshold=0.1, implementation=implementation
+                kv, None, plan, rope=rope, threshold=0.1, implementation=implementation
             )
         ),
         "arguments": (kv, plan),
@@ -188,11 +189,11 @@ def cases(
 
 
 def _prefill(
-    config: Qwen2Config, kv: PagedKV, page: int, each: int, packing: Packing | None
+    config: DecoderConfig, kv: PagedKV, page: int, each: int, packing: Packing | None
 ) -> dict[str, Any]:
     """Describes round attention of `each` rows per agent, after the text that all agents share."""
     page_size, agents = int(_PAGE_SIZE.value), _AGENTS.value
-    heads, head_dim, theta = config.num_attention_heads, config.head_dim, config.rope_theta
+    heads, head_dim, rope = config.num_attention_heads, config.head_dim, config.rope
     shared, own = (-(-tokens // 256) * 256 for tokens in (_SHARED.value, _OWN.value))
     rows, context = agents * each, shared + own
     shapes = Shapes(
@@ -226,7 +227,7 @@ def _prefill(
 
     def call(implementation: str) -> Callable[..., Any]:
         def program(q: Any, kv: PagedKV, position: Any, plans: Any, options: Any) -> Any:
-            options = {**options, "theta": theta, "implementation": implementation}
+            options = {**options, "rope": rope, "implementation": implementation}
             return round_attention(q, kv, 0, position, *plans, **options)
 
         return program

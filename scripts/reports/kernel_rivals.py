@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scripts.reports.kernel_work import PATCHES, Work
-from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore import sparse_restore
 
@@ -142,8 +142,8 @@ def _tables(work: Work) -> np.ndarray:
 
 def _copied(work: Work) -> PagedKV:
     """Returns the pool with every agent's copy of the base filled in."""
-    theta, plan = work.config.rope_theta, work.restore(patched=False)
-    restore = functools.partial(sparse_restore, theta=theta, implementation="xla")
+    rope, plan = work.config.rope, work.restore(patched=False)
+    restore = functools.partial(sparse_restore, rope=rope, implementation="xla")
     return jax.jit(restore)(work.kv, None, plan)
 
 
@@ -153,7 +153,7 @@ def three_steps(work: Work) -> Callable[[PagedKV], PagedKV]:
     Returns:
       A function that takes the pool donated and returns it.
     """
-    theta, head_dim = work.config.rope_theta, work.config.head_dim
+    rope, head_dim = work.config.rope, work.config.head_dim
     agents, patches = work.agents, min(PATCHES, len(work.base))
     pages = [work.pages_of(agent) for agent in range(agents)]
     layers = np.arange(work.config.num_hidden_layers, dtype=np.int32)[:, None]
@@ -194,9 +194,9 @@ def three_steps(work: Work) -> Callable[[PagedKV], PagedKV]:
     def rotate(
         dense_k: jax.Array, dense_v: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        cos, sin = rope.rotation(jnp.asarray(frame), theta=theta, head_dim=head_dim)
+        cos, sin = rope.rotation(jnp.asarray(frame), head_dim)
         keys = storage.load(dense_k).astype(jnp.float32)
-        keys = rope.rotate(keys, cos[:, None, None, :], sin[:, None, None, :])
+        keys = rotate(keys, cos[:, None, None, :], sin[:, None, None, :])
         return write(k, copy, storage.store(keys, k.dtype)), write(v, copy, dense_v)
 
     def restore(kv: PagedKV) -> PagedKV:

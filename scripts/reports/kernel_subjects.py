@@ -102,13 +102,13 @@ def _error(found: jax.Array, expected: jax.Array) -> jax.Array:
 
 def sparse_restore_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
     """Restores all layers of every agent's copy of the base, with patches, and rotates keys."""
-    plan, theta, kv = work.restore(), work.config.rope_theta, work.kv
+    plan, rope, kv = work.restore(), work.config.rope, work.kv
     layers, _, *page_shape = kv.k.shape
     in_place = _InPlace(kv)
 
     def program(implementation: str) -> Program:
         def restore(kv: PagedKV, plan: RestorePlan) -> PagedKV:
-            return sparse_restore(kv, None, plan, theta=theta, implementation=implementation)
+            return sparse_restore(kv, None, plan, rope=rope, implementation=implementation)
 
         jitted = jax.jit(restore, donate_argnums=0)
         return in_place.program(lambda kv: jitted(kv, plan))
@@ -116,7 +116,7 @@ def sparse_restore_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
     @jax.jit
     def error_of_layer(kv: PagedKV, found: PagedKV, layer: jax.Array) -> jax.Array:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=layer, slice_size=1)
-        expected = sparse_restore_reference(jax.tree.map(cut, kv), None, plan, theta=theta)
+        expected = sparse_restore_reference(jax.tree.map(cut, kv), None, plan, rope=rope)
         return jnp.maximum(_error(cut(found.k), expected.k), _error(cut(found.v), expected.v))
 
     def error(found: PagedKV) -> float:
@@ -140,13 +140,13 @@ def sparse_restore_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
 
 def page_diff_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Subject:
     """Compares all layers of the base with every agent's copy of it."""
-    plan, theta, kv = work.comparisons(), work.config.rope_theta, work.kv
+    plan, rope, kv = work.comparisons(), work.config.rope, work.kv
     layers, _, *page_shape = kv.k.shape
 
     def program(implementation: str) -> Program:
         def compare(kv: PagedKV, plan: DiffPlan) -> Deviation:
             return page_diff(
-                kv, None, plan, theta=theta, threshold=0.0, implementation=implementation
+                kv, None, plan, rope=rope, threshold=0.0, implementation=implementation
             )
 
         jitted = jax.jit(compare)
@@ -157,7 +157,7 @@ def page_diff_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -> Sub
         worst = 0.0
         for layer in range(layers):
             of_layer = PagedKV(kv.k[layer : layer + 1], kv.v[layer : layer + 1])
-            expected = page_diff_reference(of_layer, None, plan, theta=theta)[:, 0]
+            expected = page_diff_reference(of_layer, None, plan, rope=rope)[:, 0]
             scores = found.k_largest, found.k_squares, found.v_largest, found.v_squares
             errors = [_error(score[layer], x) for score, x in zip(scores, expected, strict=True)]
             worst = max(worst, *map(float, errors))
@@ -233,7 +233,7 @@ def decode_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]])
     def attend(implementation: str) -> Attend:
         def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
             kv, *rest = arguments
-            keywords = {"theta": work.config.rope_theta, "implementation": implementation}
+            keywords = {"rope": work.config.rope, "implementation": implementation}
             return decode_attention(q, kv, layer, *rest, **keywords)
 
         return Attend(call, (work.kv, work.last, tables, groups))
@@ -259,7 +259,7 @@ def round_attention_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) 
     def attend(implementation: str) -> Attend:
         def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
             kv, *rest, shared = arguments
-            keywords = {"theta": work.config.rope_theta, "implementation": implementation}
+            keywords = {"rope": work.config.rope, "implementation": implementation}
             return round_attention(q, kv, layer, *rest, shared=shared, **keywords)
 
         return Attend(call, (work.kv, plan.rows.position, plan.tables, plan.tiles, plan.shared))
@@ -283,7 +283,7 @@ def attention_mass_subject(work: Work, cases: Mapping[str, Mapping[str, Any]]) -
 
     def call(q: jax.Array, *arguments: Any, layer: int) -> jax.Array:
         kv, *rest = arguments
-        return attention_mass(q, kv, layer, *rest, theta=work.config.rope_theta)
+        return attention_mass(q, kv, layer, *rest, rope=work.config.rope)
 
     def expected(q: jax.Array, layer: int) -> jax.Array:
         rows = work.expected(attention_mass_reference, q, layer, plan.rows.position, plan.lane)

@@ -14,7 +14,7 @@ from tokendance_jax.kernels.lanes import KEY_BLOCK, Array, GroupTables, LaneTabl
 from tokendance_jax.kernels.page_diff import DiffPlan
 from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.sparse_restore import RestorePlan
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.decoder.config import DecoderConfig
 from tokendance_jax.plan.buckets import Buckets
 from tokendance_jax.plan.groups import group_tables
 from tokendance_jax.plan.lane import LanePlan
@@ -49,7 +49,7 @@ class Work:
         multiples of `KEY_BLOCK`.
     """
 
-    config: Qwen2Config
+    config: DecoderConfig
     dtype: str
     page_size: int
     agents: int
@@ -192,13 +192,13 @@ class Work:
         lane: Array,
     ) -> jax.Array:
         """Computes rows with a reference of round attention, a few rows at a time."""
-        theta = self.config.rope_theta
+        rope = self.config.rope
 
         @jax.jit
         def call(kv: PagedKV, rows: Any, tables: LaneTables) -> jax.Array:
             def one(row: tuple[jax.Array, ...]) -> jax.Array:
                 q, *at = (x[None] for x in row)
-                return reference(q, kv, layer, *at, tables, theta=theta)[0]
+                return reference(q, kv, layer, *at, tables, rope=rope)[0]
 
             return jax.lax.map(one, rows, batch_size=_ROWS)
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from scripts.helpers import common, terminal
 from tokendance_jax import targets
 from tokendance_jax.engine.ahead import NAMES, RoundSize, compile_round
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.families.qwen2 import preset
 
 _MODEL = flags.DEFINE_multi_string(
     "model", ["7B", "14B"], "Published model sizes of the programs, such as '7B'."
@@ -105,7 +105,7 @@ def report(
     try:
         compiled = compile_round(
             program,
-            Qwen2Config.preset(model),
+            preset(model),
             target,
             size,
             kv_memory=kv_memory,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.qwen2 import tiny
+from tests.models.decoder import tiny
 from tokendance_jax.engine import programs as device
 from tokendance_jax.engine.compiling import Form, Programs
 from tokendance_jax.engine.runner import Runner

@@ -10,8 +10,8 @@ from tokendance_jax.demo import demo_tokenizer_json
 from tokendance_jax.engine import engine as engine_module
 from tokendance_jax.kernels import storage
 from tokendance_jax.model import Model
+from tokendance_jax.models.decoder.random import random_parameters
 from tokendance_jax.models.loading import Checkpoint
-from tokendance_jax.models.qwen2.random import random_parameters
 from tokendance_jax.plan import shared_rows
 from tokendance_jax.plan.shapes import PACKING
 from tokendance_jax.policy.policies import PolicyOptions

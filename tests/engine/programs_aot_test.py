@@ -6,7 +6,7 @@ import pytest
 
 from tokendance_jax import targets
 from tokendance_jax.engine.ahead import NAMES, RoundSize, compile_round
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.families.qwen2 import preset
 
 # Parameters in the matrices that multiply each row: published sizes minus embedding and vectors.
 MATRICES = {"0.5B": 0.358e9, "7B": 6.525e9, "14B": 13.21e9}
@@ -15,7 +15,7 @@ HEAD = {"0.5B": 151936 * 896, "7B": 152064 * 3584, "14B": 152064 * 5120}
 
 def compiled(name, model, target, agents, layers=None):
     """Compiles a program, of `layers` layers if given, and checks what holds on every target."""
-    config, target = Qwen2Config.preset(model), targets.TARGETS[target]
+    config, target = preset(model), targets.TARGETS[target]
     matrices = MATRICES[model]
     if layers is not None:
         matrices *= layers / config.num_hidden_layers
@@ -78,4 +78,4 @@ def test_narrow_heads_are_not_copied_on_tpus(name, target):
 def test_a_pool_that_does_not_hold_the_round_is_refused():
     v5e = targets.TARGETS["tpu-v5e"]
     with pytest.raises(ValueError, match="the round of 50 agents needs 1729"):
-        compile_round("decode", Qwen2Config.preset("0.5B"), v5e, RoundSize(50), kv_memory=10**8)
+        compile_round("decode", preset("0.5B"), v5e, RoundSize(50), kv_memory=10**8)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.models.qwen2.tiny import tiny_model
+from tests.models.decoder.tiny import tiny_model
 from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.prompt import AgentPrompt, Round, Sampling, Segment
 

@@ -67,9 +67,7 @@ def attend(kernel, implementation, layers=(3,)):
     def program(q, kv, *arguments):
         for layer in layers:
             with jax.named_scope(f"layer_{layer}"):
-                q = kernel(
-                    q, kv, layer, *arguments, theta=cases.THETA, implementation=implementation
-                )
+                q = kernel(q, kv, layer, *arguments, rope=cases.ROPE, implementation=implementation)
         return q
 
     return program

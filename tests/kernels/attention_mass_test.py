@@ -11,7 +11,7 @@ from tokendance_jax.kernels.attention_mass import attention_mass
 
 SMALL = cases.HEADS[1]
 
-program = jax.jit(functools.partial(attention_mass, theta=cases.THETA), static_argnums=2)
+program = jax.jit(functools.partial(attention_mass, rope=cases.ROPE), static_argnums=2)
 
 
 def values(pool):

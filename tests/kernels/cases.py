@@ -11,10 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tokendance_jax.kernels import rope, storage
+from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.flash import MASKED
 from tokendance_jax.kernels.lanes import LaneTables, RowTiles, SharedRows, block_pages
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import Rope, rotate
 from tokendance_jax.kernels.round_attention.reference import round_attention_reference
 from tokendance_jax.plan import shared_rows
 from tokendance_jax.plan.buckets import Buckets
@@ -23,7 +24,7 @@ from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.plan.round_plan import lane_tables, row_tiles
 from tokendance_jax.plan.shapes import PACKING, Shapes
 
-THETA = 1e6
+ROPE = Rope(1e6)
 LAYERS, LAYER = 2, 1
 LANES, ROWS = 8, 384
 BF16_NAN = 0x7FC0
@@ -266,7 +267,7 @@ def share(case: Case, *, whatever: bool = False) -> SharedRows:
 def turned(x: np.ndarray, frame: int | np.ndarray) -> np.ndarray:
     """Rotates keys forward by their frames, in float64."""
     first, second = np.split(x, 2, axis=-1)
-    frequency = THETA ** (-2 * np.arange(first.shape[-1]) / x.shape[-1])
+    frequency = ROPE.theta ** (-2 * np.arange(first.shape[-1]) / x.shape[-1])
     moved = (first + 1j * second) * np.exp(1j * frame * frequency)
     return np.concatenate([moved.real, moved.imag], axis=-1)
 
@@ -350,7 +351,7 @@ def queries(rows: int, heads: Heads, seed: int = 1) -> np.ndarray:
 
 
 _definition = jax.jit(
-    functools.partial(round_attention_reference, theta=THETA), static_argnames="layer"
+    functools.partial(round_attention_reference, rope=ROPE), static_argnames="layer"
 )
 
 
@@ -410,8 +411,8 @@ def rerotated(case: Case, kv: PagedKV, pages: int) -> tuple[Case, PagedKV]:
         frame += plan.frame.tolist()
     filler = [0] * (pages - len(source))
     source, frame = np.array(source + filler), jnp.array(frame + filler, jnp.int32)
-    cos, sin = rope.rotation(frame, theta=THETA, head_dim=kv.k.shape[-1])
-    keys = rope.rotate(
+    cos, sin = ROPE.rotation(frame, kv.k.shape[-1])
+    keys = rotate(
         jnp.asarray(kv.k[:, source]), cos[None, :, None, None, :], sin[None, :, None, None, :]
     )
     moved = Case.of(lanes, pages=pages, page_size=case.page_size)

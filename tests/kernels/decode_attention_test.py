@@ -20,7 +20,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 ENDED = st.sets(st.integers(0, cases.LANES - 1))
 
 program = jax.jit(
-    functools.partial(decode_attention, theta=cases.THETA),
+    functools.partial(decode_attention, rope=cases.ROPE),
     static_argnums=2,
     static_argnames="implementation",
 )
@@ -224,7 +224,7 @@ def test_the_gpu_kernel_equals_the_reference_without_races(
     kv = cases.pool(case, heads, dtype)
     poisoned = cases.numbers_of(cases.poisoned(case, kv))
     out = jax.jit(
-        functools.partial(decode_attention, theta=cases.THETA, implementation="interpret"),
+        functools.partial(decode_attention, rope=cases.ROPE, implementation="interpret"),
         static_argnums=2,
     )(q, poisoned, cases.LAYER, position, tables, groups)
     lane = np.where(position >= 0, np.arange(cases.LANES), cases.LANES).astype(np.int32)
@@ -260,7 +260,7 @@ def check_tpu(heads, page_size, dtype, interpret):
     q = cases.queries(cases.LANES, heads)
     kv = cases.pool(case, heads, dtype)
     poisoned = cases.numbers_of(cases.poisoned(case, kv))
-    kernel = functools.partial(decode_attention_mosaic_tpu, theta=cases.THETA, interpret=interpret)
+    kernel = functools.partial(decode_attention_mosaic_tpu, rope=cases.ROPE, interpret=interpret)
     out = jax.jit(kernel, static_argnums=2)(q, poisoned, cases.LAYER, position, tables, groups)
     lane = np.where(position >= 0, np.arange(cases.LANES), cases.LANES).astype(np.int32)
     expected = cases.reference(case, q, kv, position, lane)

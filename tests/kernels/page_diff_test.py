@@ -28,7 +28,7 @@ def diff(kv, siblings, plan, threshold, implementation="xla"):
         kv,
         siblings,
         plan,
-        theta=cases.THETA,
+        rope=cases.ROPE,
         threshold=threshold,
         implementation=implementation,
     )
@@ -117,9 +117,7 @@ def check(found, expected):
 
 
 def reference(kv, siblings, plan):
-    return jax.jit(functools.partial(page_diff_reference, plan=plan, theta=cases.THETA))(
-        kv, siblings
-    )
+    return jax.jit(functools.partial(page_diff_reference, plan=plan, rope=cases.ROPE))(kv, siblings)
 
 
 def expected_of(arguments, threshold):
@@ -170,7 +168,7 @@ def check_scores(scores, expected):
 def test_the_tpu_kernel_equals_the_reference(shape, dtype, outside):
     pages = Pages.of(comparisons_of(shape[2]), shape, dtype, outside=outside)
     arguments = pages.arguments(4, 8)
-    kernel = functools.partial(page_diff_mosaic_tpu, theta=cases.THETA, interpret=True)
+    kernel = functools.partial(page_diff_mosaic_tpu, rope=cases.ROPE, interpret=True)
     expected = reference(*arguments)
     check_scores(jax.jit(kernel)(*arguments), expected)
 
@@ -179,7 +177,7 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     pages = Pages.of(comparisons_of(16), (2, 12, 16, 2, 128), "bfloat16")
     arguments = pages.arguments(4, 8)
     kernel = functools.partial(
-        page_diff_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
+        page_diff_mosaic_tpu, rope=cases.ROPE, interpret=tpu_simulator.parameters
     )
     expected = reference(*arguments)
     check_scores(jax.jit(kernel)(*arguments), expected)
@@ -359,7 +357,7 @@ def test_siblings_that_do_not_fit_are_refused(shape, dtype, kind):
     siblings = PagedKV(fitting, other) if kind else PagedKV(other, fitting)
     plan = DiffPlan.of_comparisons(*np.array([[1], [2], [0], [0], [4]]))
     with pytest.raises(ValueError, match="siblings: pages"):
-        page_diff(PagedKV(pool, pool), siblings, plan, theta=cases.THETA, threshold=0.1)
+        page_diff(PagedKV(pool, pool), siblings, plan, rope=cases.ROPE, threshold=0.1)
 
 
 def test_an_unfit_kernel_says_why():

@@ -19,7 +19,7 @@ SMALL = cases.HEADS[1]
 SEEDS = st.integers(0, 2**32 - 1)
 
 program = jax.jit(
-    functools.partial(round_attention, theta=cases.THETA),
+    functools.partial(round_attention, rope=cases.ROPE),
     static_argnums=2,
     static_argnames=("implementation", "with_lse"),
 )
@@ -205,7 +205,7 @@ def test_the_tpu_kernel_equals_the_reference(heads, page_size, dtype):
     q = cases.queries(cases.ROWS, heads)
     kv = cases.pool(case, heads, dtype)
     poisoned = cases.numbers_of(cases.poisoned(case, kv))
-    kernel = functools.partial(round_attention_mosaic_tpu, theta=cases.THETA, interpret=True)
+    kernel = functools.partial(round_attention_mosaic_tpu, rope=cases.ROPE, interpret=True)
     out = jax.jit(kernel, static_argnums=2)(
         q, poisoned, cases.LAYER, case.position, case.tables, case.tiles
     )
@@ -236,7 +236,7 @@ def run_on_tpu(case, heads, dtype, shared, interpret=True):
 
 @functools.cache
 def tpu_kernel(interpret):
-    options = {"theta": cases.THETA, "with_lse": True, "interpret": interpret}
+    options = {"rope": cases.ROPE, "with_lse": True, "interpret": interpret}
     return jax.jit(functools.partial(round_attention_mosaic_tpu, **options), static_argnums=2)
 
 
@@ -286,7 +286,7 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     kv = cases.pool(case, heads, "uint16")
     poisoned = cases.numbers_of(cases.poisoned(case, kv))
     kernel = functools.partial(
-        round_attention_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
+        round_attention_mosaic_tpu, rope=cases.ROPE, interpret=tpu_simulator.parameters
     )
     tiles = small_tiles(case, lanes, 16)
     out = jax.jit(kernel, static_argnums=2)(

@@ -37,7 +37,7 @@ def arguments(heads, page_size, dtype, kind):
 
 
 def restore(implementation):
-    return functools.partial(sparse_restore, theta=cases.THETA, implementation=implementation)
+    return functools.partial(sparse_restore, rope=cases.ROPE, implementation=implementation)
 
 
 def check_in_place(compiled, pool, *, temporary):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import cases
-from tokendance_jax.kernels import rope
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import rotate
 from tokendance_jax.kernels.sparse_restore import RestorePlan, Source, sparse_restore
 from tokendance_jax.kernels.sparse_restore.mosaic_tpu import sparse_restore_mosaic_tpu
 from tokendance_jax.kernels.sparse_restore.reference import sparse_restore_reference
@@ -25,7 +25,7 @@ SMALL = (3, 8, 4, 2, 16)
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def restore(kv, source, plan, implementation="xla"):
-    return sparse_restore(kv, source, plan, theta=cases.THETA, implementation=implementation)
+    return sparse_restore(kv, source, plan, rope=cases.ROPE, implementation=implementation)
 
 
 def stored(x, dtype):
@@ -89,7 +89,7 @@ def plan_of(pieces, page_size):
 
 
 def reference(kv, source, plan):
-    return jax.jit(functools.partial(sparse_restore_reference, plan=plan, theta=cases.THETA))(
+    return jax.jit(functools.partial(sparse_restore_reference, plan=plan, rope=cases.ROPE))(
         kv, source
     )
 
@@ -145,7 +145,7 @@ def test_the_tpu_kernel_equals_the_reference(shape, dtype, kind):
     source = source_of(kind, random, shape, dtype)
     plan = plan_of(pieces_of(shape[2]), shape[2])
     expected = reference(kv, source, plan)
-    kernel = functools.partial(sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=True)
+    kernel = functools.partial(sparse_restore_mosaic_tpu, rope=cases.ROPE, interpret=True)
     check(jax.jit(kernel)(kv, source, plan.padded(4, 30)), expected, dtype)
 
 
@@ -157,7 +157,7 @@ def test_the_tpu_kernel_has_no_races(tpu_simulator):
     plan = plan_of(pieces_of(16), 16)
     expected = reference(kv, source, plan)
     kernel = functools.partial(
-        sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=tpu_simulator.parameters
+        sparse_restore_mosaic_tpu, rope=cases.ROPE, interpret=tpu_simulator.parameters
     )
     check(jax.jit(kernel)(kv, source, plan.padded(4, 30)), expected, "bfloat16")
     assert not tpu_simulator.races()
@@ -190,7 +190,7 @@ def test_any_slots_go_anywhere_and_all_others_keep_their_bits(dtype, seed, turns
     assert (flat(found.v)[:, target] == flat(kv.v)[:, source]).all()
     # The same rotation in float64.
     first, second = np.split(values(flat(kv.k)[:, source]).astype(np.float64), 2, axis=-1)
-    frequency = cases.THETA ** (-2 * np.arange(head_dim // 2) / head_dim)
+    frequency = cases.ROPE.theta ** (-2 * np.arange(head_dim // 2) / head_dim)
     moved = (first + 1j * second) * np.exp(1j * turn[None, :, None, None] * frequency)
     expected = np.concatenate([moved.real, moved.imag], axis=-1)
     # The worst error of a float32 angle, and half a bfloat16 step of numbers below 8.
@@ -213,7 +213,7 @@ def test_padding_alone_changes_nothing(kind, simulator):
     kv = pool_of(random, shape, "float32")
     source, nothing = source_of(kind, random, shape, "float32"), np.zeros(0, np.int32)
     plan = RestorePlan.of_slots(nothing, nothing, nothing, page_size=16).padded(4, 8)
-    tpu = functools.partial(sparse_restore_mosaic_tpu, theta=cases.THETA, interpret=True)
+    tpu = functools.partial(sparse_restore_mosaic_tpu, rope=cases.ROPE, interpret=True)
     for found in (
         restore(kv, source, plan),
         restore(kv, source, plan, implementation="interpret"),
@@ -231,9 +231,9 @@ def test_keys_are_turned_once_and_rounded_once():
     turn = np.array([3, -3, 5000, 0], np.int32)
     plan = RestorePlan.of_slots(source, target, turn, page_size=page_size)
     moved = restore(PagedKV(k, k), None, plan).k
-    cos, sin = rope.rotation(jnp.asarray(turn), theta=cases.THETA, head_dim=head_dim)
+    cos, sin = cases.ROPE.rotation(jnp.asarray(turn), head_dim)
     keys = values(k).reshape(layers, pages * page_size, kv_heads, head_dim)[:, source]
-    expected = rope.rotate(jnp.asarray(keys), cos[None, :, None, :], sin[None, :, None, :])
+    expected = rotate(jnp.asarray(keys), cos[None, :, None, :], sin[None, :, None, :])
     found = np.asarray(moved).reshape(layers, pages * page_size, kv_heads, head_dim)[:, target]
     assert (found == stored(np.asarray(expected), "uint16")).all()
 
@@ -290,7 +290,7 @@ def test_a_donated_pool_is_written_in_place(dtype):
     pool = cases.shape(8, 2048, 16, 2, 64, dtype=dtype)  # at least 64 MiB, never allocated
     slots = np.arange(512, dtype=np.int32)
     plan = RestorePlan.of_slots(slots, slots + 16 * 1024, slots, page_size=16)
-    program = jax.jit(functools.partial(sparse_restore, theta=cases.THETA), donate_argnums=0)
+    program = jax.jit(functools.partial(sparse_restore, rope=cases.ROPE), donate_argnums=0)
     needs = program.lower(PagedKV(pool, pool), None, plan).compile().memory_analysis()
     assert needs is not None
     size = 2 * pool.size * pool.dtype.itemsize
@@ -320,17 +320,17 @@ def test_a_source_that_does_not_fit_is_refused(change, problem):
     source = dataclasses.replace(source, **change)
     plan = plan_of([(0, 0, 2, 20, 0)], 4)
     with pytest.raises(ValueError, match=problem):
-        sparse_restore(kv, source, plan, theta=cases.THETA)
+        sparse_restore(kv, source, plan, rope=cases.ROPE)
 
 
 def test_an_unfit_kernel_says_why():
     kv = pool_of(np.random.default_rng(0), SMALL, "float32")
     plan = plan_of([(0, 0, 2, 20, 0)], 4)
     with pytest.raises(NotImplementedError, match="heads of 16"):
-        sparse_restore(kv, None, plan, theta=cases.THETA, implementation="mosaic_gpu")
+        sparse_restore(kv, None, plan, rope=cases.ROPE, implementation="mosaic_gpu")
     bits = jax.tree.map(lambda x: x.astype("uint16"), kv)
     for implementation in ("mosaic_gpu", "mosaic_tpu"):
         with pytest.raises(NotImplementedError, match="bfloat16 and float32 pools, not uint16"):
-            sparse_restore(bits, None, plan, theta=cases.THETA, implementation=implementation)
+            sparse_restore(bits, None, plan, rope=cases.ROPE, implementation=implementation)
     with pytest.raises(ValueError, match="implementation: 'cuda' is none of"):
-        sparse_restore(kv, None, plan, theta=cases.THETA, implementation="cuda")
+        sparse_restore(kv, None, plan, rope=cases.ROPE, implementation="cuda")

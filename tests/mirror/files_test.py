@@ -11,8 +11,8 @@ import pytest
 
 from tests.mirror.rounds import (
     IDENTITY,
+    ROPE,
     SPECS,
-    THETA,
     Sample,
     aligned,
     assert_same_bits,
@@ -39,7 +39,7 @@ def example(storage="float32", seed=0, form=None):
 
 def int8_example():
     bias = np.random.default_rng(0).standard_normal((2, 2, 4)).astype(np.float32)
-    return example("uint16", form=Quantised(bias, THETA))
+    return example("uint16", form=Quantised(bias, ROPE))
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_int8_mirrors_come_back_with_all_that_restores_them(tmp_path, on_device)
     assert_same_bits(restored, mirrors)
     assert restored.identity == IDENTITY
     assert restored.form is not None
-    assert restored.form.theta == THETA
-    # Another theta would rotate keys to other positions.
+    assert restored.form.rope == ROPE
+    # Another rope would rotate keys to other positions.
     path = target / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["content"]["quantised"]["theta"] = 1e6
@@ -128,7 +128,7 @@ def restore_error(folder):
     with pytest.raises(MirrorError) as error:
         restore_mirrors(folder)
     assert str(error.value).endswith(
-        ("; save the mirrors again, to a new folder", "this version reads format 3")
+        ("; save the mirrors again, to a new folder", "this version reads format 4")
     )
     return str(error.value)
 
@@ -202,7 +202,7 @@ def test_a_changed_manifest_is_refused(saved, changed):
     assert restore_error(saved).startswith(f"{path}: sha256: is not that of the content; ")
 
 
-@pytest.mark.parametrize("version", [2, 4])  # format 2 did not record the model of the mirrors
+@pytest.mark.parametrize("version", [3, 5])  # format 3 recorded no scaling of positions
 def test_another_format_is_refused(saved, version):
     path = saved / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))

@@ -22,6 +22,7 @@ from tests.mirror.rounds import (
     samples,
     values,
 )
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.mirror import MirrorError, MirrorLayout, decode_dense, master_mirror
 from tokendance_jax.paged import OutOfPages, PagePool
 
@@ -230,7 +231,10 @@ def test_pools_of_another_kind_are_refused():
     [
         ({"weights": "1" * 64}, "weights 000000000000... and not 111111111111..."),
         ({"dtype": "bfloat16"}, "dtype float32 and not bfloat16"),
-        ({"theta": 1e6, "heads": 2}, "heads 4 and not 2, theta 10000.0 and not 1000000.0"),
+        (
+            {"rope": Rope(1e6), "heads": 2},
+            "heads 4 and not 2, rope theta 10000 and not theta 1e+06",
+        ),
     ],
 )
 def test_mirrors_of_another_model_are_refused(change, difference):

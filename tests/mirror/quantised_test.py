@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.mirror.rounds import (
     IDENTITY,
     PAGE_SIZE,
+    ROPE,
     SPECS,
-    THETA,
     Sample,
     aligned,
     assert_same_bits,
@@ -25,6 +25,7 @@ from tests.mirror.rounds import (
     samples,
     values,
 )
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.mirror import (
     MirrorError,
     MirrorLayout,
@@ -38,9 +39,7 @@ from tokendance_jax.paged.kv import KVSpec, PagedKV
 
 STORAGE = st.sampled_from(["float32", "uint16"])
 # The bias is far larger than keys without it.
-FORM = Quantised(
-    200 * np.random.default_rng(9).standard_normal((2, 2, 4)).astype(np.float32), THETA
-)
+FORM = Quantised(200 * np.random.default_rng(9).standard_normal((2, 2, 4)).astype(np.float32), ROPE)
 # The base pages 6 and 7 are shown away from their canonical positions, 20 to 27. Lane 0 continues
 # its own text behind a base page, in the page where that text ended. Lane 1 patches page 6.
 EXAMPLE = Sample(
@@ -183,7 +182,7 @@ def test_bytes_are_the_layouts(sample, storage):
 @pytest.mark.parametrize(("head_dim", "ratio"), [(64, 128 / 68), (128, 256 / 132)])
 def test_a_page_is_about_half_of_one_in_bfloat16(head_dim, ratio):
     spec = KVSpec(3, 10, 16, 2, head_dim, np.dtype(np.uint16))
-    form = Quantised(np.zeros((3, 2, head_dim), np.float32), THETA)
+    form = Quantised(np.zeros((3, 2, head_dim), np.float32), ROPE)
     assert spec.page_bytes / form.page_bytes(16) == pytest.approx(ratio)
 
 
@@ -283,15 +282,15 @@ def test_bad_arguments_are_refused():
     ):
         message = rf"^form: key_bias: is {kind}; pass the bias of .*, \[2, 2, 4\] float32$"
         with pytest.raises(MirrorError, match=message):
-            encode(EXAMPLE.lanes, EXAMPLE.lengths, kv, form=Quantised(wrong, THETA))
+            encode(EXAMPLE.lanes, EXAMPLE.lengths, kv, form=Quantised(wrong, ROPE))
     # One page is shown in two lanes, in one of them in a wrong frame.
     moved = dataclasses.replace(EXAMPLE.lanes[2], frame=np.array([-20, -19], np.int32))
     lanes = [*EXAMPLE.lanes[:2], moved]
     with pytest.raises(MirrorError, match="lanes: frame: a slot of lane 1 is shown at two canon"):
         encode(lanes, EXAMPLE.lengths, kv, form=FORM)
     mirrors = encode(EXAMPLE.lanes, EXAMPLE.lengths, kv, form=FORM)
-    other = dataclasses.replace(IDENTITY, theta=500.0)
-    with pytest.raises(MirrorError, match=r"form: theta: is 10000\.0; pass .* model, 500\.0$"):
+    other = dataclasses.replace(IDENTITY, rope=Rope(500.0))
+    with pytest.raises(MirrorError, match=r"form: rope: is theta 10000; pass .* model, theta 500$"):
         encode(EXAMPLE.lanes, EXAMPLE.lengths, kv, form=FORM, identity=other)
     other = dataclasses.replace(spec, kv_heads=4).zeros()
     with pytest.raises(MirrorError) as error:
@@ -306,7 +305,7 @@ def test_bad_arguments_are_refused():
 def test_the_gpu_kernel_restores_what_xla_code_restores(form, simulator):
     spec = KVSpec(2, 12, 16, 2, 64, np.dtype(ml_dtypes.bfloat16))
     bias = np.random.default_rng(0).normal(size=(2, 2, 64), scale=100).astype(np.float32)
-    quantised = Quantised(bias, 1e6) if form == "int8" else None
+    quantised = Quantised(bias, Rope(1e6)) if form == "int8" else None
     lanes = [
         lane_plan([(1, 0, 0, 5, 0), (2, 5, 0, 16, 2), (1, 0, 5, 11, 0)], 20),
         lane_plan([(3, 0, 0, 16, 2), (2, 16, 0, 9, 2)], 25),
@@ -314,7 +313,7 @@ def test_the_gpu_kernel_restores_what_xla_code_restores(form, simulator):
     lengths = [30, 25]
     drawn = np.random.default_rng(1).standard_normal((2, *spec.abstract().k.shape))
     kv = PagedKV(*(jnp.asarray(x, jnp.bfloat16) for x in drawn))
-    identity = dataclasses.replace(IDENTITY, theta=1e6)
+    identity = dataclasses.replace(IDENTITY, rope=Rope(1e6))
     mirrors = encode(lanes, lengths, kv, form=quantised, identity=identity)
     found = {}
     for implementation in ("xla", "interpret"):
@@ -344,7 +343,7 @@ def test_the_gpu_kernel_restores_what_xla_code_restores(form, simulator):
 
 def test_encoding_needs_little_memory_beside_the_pool():
     spec = KVSpec(24, 2048, 16, 2, 64, np.dtype(np.uint16))  # never allocated
-    form = Quantised(np.zeros((24, 2, 64), np.float32), 1e6)
+    form = Quantised(np.zeros((24, 2, 64), np.float32), Rope(1e6))
     pages = np.zeros(16, np.int32)
     used = np.zeros((16, 16), np.bool_)
     program = transfer._read.lower(

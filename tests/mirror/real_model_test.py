@@ -183,7 +183,7 @@ def rounded_as_they_lie(pages):
 
 def test_a_continuation_behind_int8_pages_is_that_behind_the_live_pages(live, tmp_path):
     lanes, lengths, model = live.lanes, live.lengths, live.model
-    form = Quantised(model.key_bias, model.config.rope_theta)
+    form = Quantised(model.key_bias, model.config.rope)
     taken = partial(encode, lanes, lengths, live.kv, identity=model.identity)
     exact, int8 = taken(), taken(form=form)
     whole = MirrorLayout.of_lanes(lanes, lengths).compression(

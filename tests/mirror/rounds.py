@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tokendance_jax import mirror
 from tokendance_jax.identity import ModelIdentity
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.paged.kv import KVSpec, PagedKV
 from tokendance_jax.plan.lane import LanePlan
 
@@ -23,7 +24,7 @@ SPECS = {
     )
     for name in ("float32", "uint16")
 }
-THETA = 10_000.0
+ROPE = Rope(10_000.0)
 IDENTITY = ModelIdentity(
     weights="0" * 64,
     dtype="float32",
@@ -31,7 +32,7 @@ IDENTITY = ModelIdentity(
     heads=4,
     kv_heads=2,
     head_dim=4,
-    theta=THETA,
+    rope=ROPE,
     norm_eps=1e-6,
 )
 # All of one model, unless a test passes another identity.
@@ -158,7 +159,7 @@ def values(x):
 def rotated(k, position):
     """Rotates keys forward in float64. `position` is [tokens], k is [layers, tokens, heads, H]."""
     first, second = np.split(np.asarray(k, np.float64), 2, axis=-1)
-    frequency = THETA ** (-2 * np.arange(first.shape[-1]) / k.shape[-1])
+    frequency = ROPE.theta ** (-2 * np.arange(first.shape[-1]) / k.shape[-1])
     turn = np.exp(1j * np.asarray(position)[None, :, None, None] * frequency)
     turned = (first + 1j * second) * turn
     return np.concatenate([turned.real, turned.imag], axis=-1)

@@ -9,6 +9,7 @@ from jax.experimental.layout import Layout
 
 from tests.kernels.cases import shape
 from tokendance_jax import targets
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.mirror.pages import Quantised, StoredPages
 from tokendance_jax.mirror.transfer import GROUP, _read, restorer
@@ -26,7 +27,7 @@ NARROW = dataclasses.replace(SPEC, layers=24, kv_heads=2, head_dim=64)
 
 def form_of(name, spec):
     bias = shape(spec.layers, spec.kv_heads, spec.head_dim, dtype="float32")
-    return Quantised(bias, 1e6) if name == "int8" else None
+    return Quantised(bias, Rope(1e6)) if name == "int8" else None
 
 
 def needs_of(compiled):

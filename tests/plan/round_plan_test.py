@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.qwen2 import tiny
+from tests.models.decoder import tiny
 from tokendance_jax.engine import programs as device
 from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.kernels.lanes import KEY_BLOCK, TILE_ROWS

@@ -20,8 +20,8 @@ from tokendance_jax.engine.warm_up import blank_decode
 from tokendance_jax.hlo import Program
 from tokendance_jax.kernels.lanes import block_pages
 from tokendance_jax.model import Model
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.model import abstract_parameters
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.decoder.model import abstract_parameters
 from tokendance_jax.plan.round_plan import blank_plan
 from tokendance_jax.plan.shapes import PACKING, Shapes
 from tokendance_jax.prompt.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ class Compiled:
     kernels: int | None
 
 
-def abstract_model(config: Qwen2Config, target: targets.Target) -> Model:
+def abstract_model(config: DecoderConfig, target: targets.Target) -> Model:
     """Returns a bfloat16 model of shapes alone on a device of the target.
 
     Its tokenizer is the demo's.
@@ -115,7 +115,7 @@ def abstract_model(config: Qwen2Config, target: targets.Target) -> Model:
 
 def compile_round(
     name: Name,
-    config: Qwen2Config,
+    config: DecoderConfig,
     target: targets.Target,
     size: RoundSize,
     *,
@@ -197,7 +197,7 @@ def compile_round(
 
 
 def _arguments(
-    name: Name, config: Qwen2Config, size: RoundSize, shapes: Shapes, steps: int
+    name: Name, config: DecoderConfig, size: RoundSize, shapes: Shapes, steps: int
 ) -> tuple[Any, ...]:
     """Returns the program's arguments after the pool, in the bucket shapes of the round."""
     block = block_pages(shapes.page_size)
@@ -217,7 +217,7 @@ def _arguments(
 
 
 def _attention(
-    name: Name, config: Qwen2Config, size: RoundSize, row_budget: int
+    name: Name, config: DecoderConfig, size: RoundSize, row_budget: int
 ) -> tuple[int, int]:
     """Returns operations and bytes of attention in all layers.
 

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from tokendance_jax.model import Model
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.model import Qwen2
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.decoder.model import Decoder
 from tokendance_jax.paged.kv import PagedKV, pool_format
 from tokendance_jax.plan.shapes import Shapes
 
@@ -30,10 +30,10 @@ class Build:
       page_size: token slots in a page.
       no_slot: the write slot of rows that write nothing.
       implementation: which kernels run (see `kernels.dispatch`).
-      rolled: whether one loop runs all layers (see `Qwen2.hidden`).
+      rolled: whether one loop runs all layers (see `Decoder.hidden`).
     """
 
-    config: Qwen2Config
+    config: DecoderConfig
     page_size: int
     no_slot: int
     implementation: str | None
@@ -67,14 +67,16 @@ class Program(Generic[P, R]):
         return tuple(map(names.index, self.donated))
 
 
-def program(function: Callable[Concatenate[Build, Qwen2, P], R]) -> Program[P, R]:
+def program(function: Callable[Concatenate[Build, Decoder, P], R]) -> Program[P, R]:
     """Declares a program that needs no pool."""
     return Program(function, pool=False)
 
 
 def pool_program(
     *donated: str,
-) -> Callable[[Callable[Concatenate[Build, Qwen2, PagedKV, P], tuple[PagedKV, R]]], Program[P, R]]:
+) -> Callable[
+    [Callable[Concatenate[Build, Decoder, PagedKV, P], tuple[PagedKV, R]]], Program[P, R]
+]:
     """Declares a program on the pool. The pool and the named arguments are donated."""
     return lambda function: Program(function, pool=True, donated=donated)
 

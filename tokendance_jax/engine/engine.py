@@ -367,7 +367,7 @@ class RoundEngine:
             raise ValueError(f"mirrors: {mirrors!r} is unknown; choose exact or int8")
         if mirrors != "int8":
             return None
-        return Quantised(self.model.key_bias, self.model.config.rope_theta)
+        return Quantised(self.model.key_bias, self.model.config.rope)
 
     def _sampling_of(
         self, round_: Round, limits: Sequence[int], stop_ids: Sequence[int]

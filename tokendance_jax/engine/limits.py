@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from tokendance_jax import host
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.decoder.config import DecoderConfig
 from tokendance_jax.prompt.round import PromptError, Round
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
 
 def answer_limits(
-    round_: Round, prompts: Sequence[TokenizedPrompt], config: Qwen2Config
+    round_: Round, prompts: Sequence[TokenizedPrompt], config: DecoderConfig
 ) -> list[int]:
     """Checks prompts against a model, and limits answers to the rest of the model's context.
 

@@ -10,7 +10,7 @@ from jaxtyping import Float32
 from tokendance_jax.engine import programs
 from tokendance_jax.engine.runner import Runner
 from tokendance_jax.kernels.sparse_restore import RestorePlan
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.decoder.config import DecoderConfig
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.plan.round_plan import RoundPlan, pack
 from tokendance_jax.policy.policy import NOBODY, Compute, Link, Look, Rest, Scores, Steps
@@ -184,7 +184,7 @@ class Prefill:
                 self.cost.tokens[seat] += len(lane.computed)
 
 
-def look_layers(config: Qwen2Config, what: str) -> float:
+def look_layers(config: DecoderConfig, what: str) -> float:
     """Returns the layers that a look runs rows through, as a fractional number.
 
     The layer that the look inspects counts as the share of its weights that the look uses.

@@ -16,8 +16,8 @@ from tokendance_jax.kernels.kv_write import kv_write
 from tokendance_jax.kernels.lanes import Array, GroupTables, LaneTables, Rows
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.kernels.sparse_restore import RestorePlan, sparse_restore
+from tokendance_jax.models.decoder.model import Decoder
 from tokendance_jax.models.product import ROW_GROUP
-from tokendance_jax.models.qwen2.model import Qwen2
 from tokendance_jax.paged.kv import PagedKV
 from tokendance_jax.plan.round_plan import RoundPlan
 
@@ -44,7 +44,7 @@ class DecodeState:
 @pool_program("hidden")
 def prefill(
     build: Build,
-    model: Qwen2,
+    model: Decoder,
     kv: PagedKV,
     hidden: Float[jax.Array, "seats width"],
     plan: RoundPlan,
@@ -69,7 +69,7 @@ def prefill(
 @pool_program("hidden")
 def rest(
     build: Build,
-    model: Qwen2,
+    model: Decoder,
     kv: PagedKV,
     hidden: Float[jax.Array, "seats width"],
     x: Float[Array, "rows width"],
@@ -81,16 +81,16 @@ def rest(
 
 
 @pool_program()
-def link(build: Build, model: Qwen2, kv: PagedKV, plan: RestorePlan) -> tuple[PagedKV, None]:
+def link(build: Build, model: Decoder, kv: PagedKV, plan: RestorePlan) -> tuple[PagedKV, None]:
     """Copies pieces of pages within the pool, with keys rotated to their new positions."""
     del model
-    theta, implementation = build.config.rope_theta, build.implementation
-    return sparse_restore(kv, None, plan, theta=theta, implementation=implementation), None
+    rope, implementation = build.config.rope, build.implementation
+    return sparse_restore(kv, None, plan, rope=rope, implementation=implementation), None
 
 
 @pool_program()
 def deviation(
-    build: Build, model: Qwen2, kv: PagedKV, plan: RoundPlan, shown: Int32[Array, " rows"]
+    build: Build, model: Decoder, kv: PagedKV, plan: RoundPlan, shown: Int32[Array, " rows"]
 ) -> tuple[PagedKV, tuple[Float[jax.Array, "rows width"], Float[jax.Array, "2 rows"]]]:
     """Runs rows through layer 0 and compares their K and V at layer 1 with those in the pool.
 
@@ -122,7 +122,7 @@ def deviation(
 
 @pool_program()
 def attention(
-    build: Build, model: Qwen2, kv: PagedKV, plan: RoundPlan
+    build: Build, model: Decoder, kv: PagedKV, plan: RoundPlan
 ) -> tuple[PagedKV, Float[jax.Array, "lanes entries"]]:
     """Returns how much rows attend to each entry of their lanes' tables, in the middle layer.
 
@@ -133,13 +133,13 @@ def attention(
     x, kv = _hidden(build, model, kv, plan, layers=range(middle))
     q, k, v = model.queries_keys_values(middle, x, plan.rows)
     kv = kv_write(kv, middle, jnp.asarray(plan.rows.slot), k, v)
-    position, theta = jnp.asarray(plan.rows.position), build.config.rope_theta
-    return kv, attention_mass(q, kv, middle, position, plan.tables, plan.tiles, theta=theta)
+    position, rope = jnp.asarray(plan.rows.position), build.config.rope
+    return kv, attention_mass(q, kv, middle, position, plan.tables, plan.tiles, rope=rope)
 
 
 @program
 def first_token(
-    build: Build, model: Qwen2, hidden: Float[jax.Array, "lanes width"], sampling: SamplingArrays
+    build: Build, model: Decoder, hidden: Float[jax.Array, "lanes width"], sampling: SamplingArrays
 ) -> Int32[jax.Array, " lanes"]:
     """Chooses each lane's first token from the residual stream at its last prompt token.
 
@@ -153,7 +153,7 @@ def first_token(
 
 @program
 def logits(
-    build: Build, model: Qwen2, hidden: Float[Array, "rows width"]
+    build: Build, model: Decoder, hidden: Float[Array, "rows width"]
 ) -> Float[jax.Array, "rows vocab"]:
     """Returns the next-token logits (f32) of residual-stream rows."""
     del build
@@ -163,7 +163,7 @@ def logits(
 @pool_program()
 def decode(
     build: Build,
-    model: Qwen2,
+    model: Decoder,
     kv: PagedKV,
     start: DecodeState,
     tables: LaneTables,
@@ -189,7 +189,7 @@ def decode(
       The pool and the tokens, -1 where a lane was not live. A lane whose logits are not finite
       ends with `sampling.NOT_FINITE`.
     """
-    theta = build.config.rope_theta
+    rope = build.config.rope
     lanes, steps = slot.shape
     # Idle lanes fill the last group of rows (`_filled`). Attention does not need them.
     start, slot, sampling = jax.tree.map(_filled, (start, slot, sampling))
@@ -215,7 +215,7 @@ def decode(
                 position[:lanes],
                 tables,
                 groups,
-                theta=theta,
+                rope=rope,
                 implementation=build.implementation,
             )
             return _filled(attended)
@@ -240,9 +240,9 @@ def decode(
 
 
 def _hidden(
-    build: Build, model: Qwen2, kv: PagedKV, plan: RoundPlan, **options: Any
+    build: Build, model: Decoder, kv: PagedKV, plan: RoundPlan, **options: Any
 ) -> tuple[jax.Array, PagedKV]:
-    """Runs a plan's rows, which attend to their lanes' pages; options as for `Qwen2.hidden`."""
+    """Runs a plan's rows, which attend to their lanes' pages; options as for `Decoder.hidden`."""
     position = jnp.asarray(plan.rows.position)
 
     def attend(q: jax.Array, kv: PagedKV, layer: int | jax.Array) -> jax.Array:
@@ -254,7 +254,7 @@ def _hidden(
             plan.tables,
             plan.tiles,
             shared=plan.shared,
-            theta=build.config.rope_theta,
+            rope=build.config.rope,
             implementation=build.implementation,
         )
 

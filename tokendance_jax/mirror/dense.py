@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int32, Shaped
 
 from tokendance_jax.identity import ModelIdentity
 from tokendance_jax.kernels.page_diff import DiffPlan, page_diff
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.layout import cut
@@ -67,7 +68,7 @@ def encode_dense(
         _cut(index, lane, k, v, base_k)
         for index, (lane, (k, v)) in enumerate(zip(lanes, caches, strict=True))
     ]
-    patched = _patched(lanes, caches, base, theta=identity.theta, threshold=threshold)
+    patched = _patched(lanes, caches, base, rope=identity.rope, threshold=threshold)
     behind = base_k.shape[1]  # the next free page: agents' own pages follow the base pages
     own_k, own_v = [], []
     encoded, lengths = [], []
@@ -130,7 +131,7 @@ def decode_dense(
         plan = RestorePlan.of_slots(
             source[some], position[some] - start, turn[some], page_size=page_size
         )
-        scratch = restore(scratch, pages, plan, form, theta=mirrors.identity.theta)
+        scratch = restore(scratch, pages, plan, form, rope=mirrors.identity.rope)
         for out, pool in ((k, scratch.k), (v, scratch.v)):
             tokens = out[:, some]
             tokens[:] = np.asarray(pool).reshape(layers, -1, *head)[:, : tokens.shape[1]]
@@ -157,7 +158,7 @@ def _patched(
     caches: Sequence[tuple[Dense, Dense]],
     base: PagedKV,
     *,
-    theta: float,
+    rope: Rope,
     threshold: float,
 ) -> list[Bool[np.ndarray, " entries"]]:
     """Marks the entries of each lane that show a base page too far from the lane's cache."""
@@ -189,21 +190,21 @@ def _patched(
         plan = DiffPlan.of_comparisons(
             shown[some], np.arange(len(some)), frame[some], first[some], slots[some]
         ).padded(GROUP, GROUP)
-        found = _far(base, PagedKV(siblings_k, siblings_v), plan, threshold, theta=theta)
+        found = _far(base, PagedKV(siblings_k, siblings_v), plan, threshold, rope=rope)
         far[some] = np.asarray(found)[: len(some)]
     return [far[stop - n : stop] for n, stop in zip(counts, np.cumsum(counts), strict=True)]
 
 
-@partial(jax.jit, static_argnames="theta")
+@partial(jax.jit, static_argnames="rope")
 def _far(
     base: PagedKV,
     siblings: PagedKV,
     plan: DiffPlan,
     threshold: float | Array,
     *,
-    theta: float,
+    rope: Rope,
 ) -> jax.Array:
-    return page_diff(base, siblings, plan, theta=theta, threshold=threshold).far
+    return page_diff(base, siblings, plan, rope=rope, threshold=threshold).far
 
 
 def _cut(index: int, lane: LanePlan, k: Array, v: Array, base_k: Pages) -> LanePlan:

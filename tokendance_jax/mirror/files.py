@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tokendance_jax.identity import ModelIdentity
+from tokendance_jax.kernels.rope import Rope, Yarn
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.layout import MirrorTable
 from tokendance_jax.mirror.master_mirror import MasterMirror, Mirror
@@ -22,8 +23,8 @@ from tokendance_jax.mirror.pages import Quantised, StoredPages
 
 ARRAYS = "arrays"
 MANIFEST = "manifest.json"
-# Up to format 2, files did not name the model that computed the mirrors.
-FORMAT = 3
+# Up to format 2, files did not name the model that computed the mirrors; format 3 knew no YaRN.
+FORMAT = 4
 _REMEDY = "save the mirrors again, to a new folder"
 
 
@@ -31,7 +32,7 @@ def save_mirrors(path: str | os.PathLike[str], mirrors: MasterMirror) -> None:
     """Writes mirrors to a new folder atomically: the folder appears complete or not at all.
 
     The folder holds the arrays in `arrays/`, and `manifest.json`. The manifest records the format,
-    the number of mirrors, the identity of the model, the theta of quantised pages, and the shape,
+    the number of mirrors, the identity of the model, the rope of quantised pages, and the shape,
     dtype and SHA-256 of every array. It also has a SHA-256 of all these fields but the format.
 
     Args:
@@ -48,7 +49,7 @@ def save_mirrors(path: str | os.PathLike[str], mirrors: MasterMirror) -> None:
     content = {
         "mirrors": len(mirrors.mirrors),
         "identity": dataclasses.asdict(mirrors.identity),
-        "quantised": None if mirrors.form is None else {"theta": mirrors.form.theta},
+        "quantised": None if mirrors.form is None else dataclasses.asdict(mirrors.form.rope),
         "arrays": {name: _description(array) for name, array in arrays.items()},
     }
     digest = _digest(json.dumps(content).encode())
@@ -102,7 +103,7 @@ def restore_mirrors(path: str | os.PathLike[str]) -> MasterMirror:
             raise MirrorError(folder / ARRAYS, name, problem, _REMEDY)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: arrays[_name(path)],
-        _skeleton(content["mirrors"], ModelIdentity(**content["identity"]), content["quantised"]),
+        _skeleton(content["mirrors"], _identity(content["identity"]), content["quantised"]),
     )
 
 
@@ -131,14 +132,23 @@ def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _skeleton(mirrors: int, identity: ModelIdentity, form: dict[str, float] | None) -> MasterMirror:
+def _identity(fields: dict[str, Any]) -> ModelIdentity:
+    return ModelIdentity(**{**fields, "rope": _rope(fields["rope"])})
+
+
+def _rope(fields: dict[str, Any]) -> Rope:
+    yarn = fields["yarn"]
+    return Rope(fields["theta"], None if yarn is None else Yarn(**yarn))
+
+
+def _skeleton(mirrors: int, identity: ModelIdentity, rope: dict[str, Any] | None) -> MasterMirror:
     """Returns the pytree of a round with this number of mirrors, without arrays."""
     leaf: Any = 0
-    scale = None if form is None else leaf
+    scale = None if rope is None else leaf
     pages = StoredPages(leaf, leaf, scale, scale)
     table = MirrorTable(**{field.name: leaf for field in dataclasses.fields(MirrorTable)})
     mirror = Mirror(table, pages, pages)
-    quantised = None if form is None else Quantised(leaf, **form)
+    quantised = None if rope is None else Quantised(leaf, _rope(rope))
     return MasterMirror(pages, (mirror,) * mirrors, identity, quantised)
 
 

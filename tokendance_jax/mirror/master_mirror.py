@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from tokendance_jax.identity import ModelIdentity
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.kernels.sparse_restore import RestorePlan
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.layout import MirrorLayout, MirrorTable
@@ -90,11 +91,11 @@ def encode(
 
     Raises:
       MirrorError: lanes and lengths do not match (see `MirrorLayout.of_lanes`), or an entry is not
-        inside the pool's pages. With `form` also: its key bias or theta is not that of the pool's
-        model, a number is not finite, or a slot has two canonical positions.
+        inside the pool's pages. With `form` also: its key bias or rotary embedding is not that of
+        the pool's model, a number is not finite, or a slot has two canonical positions.
     """
     if form is not None:
-        form.check(kv.k, identity.theta)
+        form.check(kv.k, identity.rope)
     layout = MirrorLayout.of_lanes(lanes, lengths)
     pages, page_size = kv.k.shape[1:3]
     used, position = _written_slots(layout, pages, page_size, one_position=form is not None)
@@ -171,9 +172,9 @@ def decode_pages(
     ]
     try:
         for part, plan in zip(parts, _plans(mirrors, tables, ids, stops), strict=True):
-            # Without quantisation keys are not rotated, so one program serves every theta.
-            theta = 1.0 if form is None else form.theta
-            kv = restore(kv, part, plan, form, theta=theta, implementation=implementation)
+            # Without quantisation keys are not rotated, so one program serves every model.
+            rope = Rope(1.0) if form is None else form.rope
+            kv = restore(kv, part, plan, form, rope=rope, implementation=implementation)
     except BaseException:
         pool.release(pages)
         raise

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int8, Int32
 
-from tokendance_jax.kernels import rope
+from tokendance_jax.kernels.rope import Rope, rotate
 from tokendance_jax.mirror.errors import MirrorError
 
 # `encode` returns host arrays; a caller may move them to a device.
@@ -67,11 +67,11 @@ class Quantised:
     Attributes:
       key_bias: f32 [layers, kv_heads, head_dim]; the bias that the model adds to keys before it
         rotates them.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
     """
 
     key_bias: Array
-    theta: float = dataclasses.field(metadata={"static": True})
+    rope: Rope = dataclasses.field(metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
@@ -83,19 +83,20 @@ class Quantised:
         layers, kv_heads, head_dim = self.key_bias.shape
         return 2 * layers * page_size * kv_heads * (head_dim + 4)
 
-    def check(self, pool: Array, theta: float) -> None:
+    def check(self, pool: Array, rope: Rope) -> None:
         """Raises if a pool belongs to another model.
 
         Args:
           pool: keys [layers, pages, page_size, kv_heads, head_dim].
-          theta: base of the rotary frequencies of the pool's model.
+          rope: the rotary embedding of the pool's model.
 
         Raises:
-          MirrorError: the key bias does not have the pool's layers and heads, or theta differs.
+          MirrorError: the key bias does not have the pool's layers and heads, or the rotary
+            embedding differs.
         """
-        if self.theta != theta:
-            problem = f"is {self.theta}"
-            raise MirrorError("form", "theta", problem, f"pass that of this pool's model, {theta}")
+        if self.rope != rope:
+            problem = f"is {self.rope}"
+            raise MirrorError("form", "rope", problem, f"pass that of this pool's model, {rope}")
         expected = (pool.shape[0], *pool.shape[3:])
         if self.key_bias.shape != expected or self.key_bias.dtype != np.float32:
             problem = f"is {list(self.key_bias.shape)} {self.key_bias.dtype}"
@@ -125,6 +126,6 @@ def before_rotation(
       position: these positions.
       form: the bias and the base of the rotary frequencies.
     """
-    cos, sin = rope.rotation(-position, theta=form.theta, head_dim=keys.shape[-1])
-    turned = rope.rotate(keys, cos[None, :, :, None, :], sin[None, :, :, None, :])
+    cos, sin = form.rope.rotation(-position, keys.shape[-1])
+    turned = rotate(keys, cos[None, :, :, None, :], sin[None, :, :, None, :])
     return turned - jnp.asarray(form.key_bias)[:, None, None]

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32
 
 from tokendance_jax.kernels import storage
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.kernels.sparse_restore import RestorePlan, Source, sparse_restore
 from tokendance_jax.mirror.errors import MirrorError
 from tokendance_jax.mirror.pages import Quantised, StoredPages, before_rotation, quantised
@@ -80,7 +81,7 @@ def restore(
     plan: RestorePlan,
     form: Quantised | None,
     *,
-    theta: float,
+    rope: Rope,
     implementation: str | None = None,
 ) -> PagedKV:
     """Writes slots of stored pages into a pool, which is donated.
@@ -90,13 +91,13 @@ def restore(
       pages: the stored pages to read.
       plan: which slots go where (`turns` computes `plan.turn`).
       form: how the pages are stored.
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       implementation: see `kernels.dispatch`.
 
     Returns:
       The pool with the slots written.
     """
-    program = restorer(theta, implementation)
+    program = restorer(rope, implementation)
     # Each group has at most `GROUP` pieces, because most pages are one piece. A page of several
     # pieces may be read twice.
     for group in groups(len(plan.first)):
@@ -109,11 +110,11 @@ def restore(
 
 
 @functools.cache
-def restorer(theta: float, implementation: str | None, device: jax.Device | None = None) -> Any:
+def restorer(rope: Rope, implementation: str | None, device: jax.Device | None = None) -> Any:
     """Returns the program that writes a group of pages into a pool.
 
     Args:
-      theta: base of the rotary frequencies.
+      rope: the rotary embedding.
       implementation: see `kernels.dispatch`.
       device: where the pool lies; None: the default device.
 
@@ -123,7 +124,7 @@ def restorer(theta: float, implementation: str | None, device: jax.Device | None
     """
     pool = pool_format(device)
     return jax.jit(
-        functools.partial(_restore, theta=theta, implementation=implementation),
+        functools.partial(_restore, rope=rope, implementation=implementation),
         donate_argnums=0,
         in_shardings=(pool, None, None, None),
         out_shardings=pool,
@@ -171,11 +172,11 @@ def _restore(
     form: Quantised | None,
     plan: RestorePlan,
     *,
-    theta: float,
+    rope: Rope,
     implementation: str | None,
 ) -> PagedKV:
     bias = None if form is None else form.key_bias
     source = Source(
         pages.k, pages.v, pages.k_scale, pages.v_scale, key_bias=bias, rotated=form is None
     )
-    return sparse_restore(kv, source, plan, theta=theta, implementation=implementation)
+    return sparse_restore(kv, source, plan, rope=rope, implementation=implementation)

@@ -11,13 +11,13 @@ from gguf.quants import dequantize
 from tokenizers import Tokenizer
 
 from tests.models.loading import tiny
+from tokendance_jax.models.families.qwen2 import QWEN2
 from tokendance_jax.models.loading import CheckpointError, gguf_checkpoint, load_checkpoint, stored
 from tokendance_jax.models.loading.gguf_tokenizer import (
     special_tokens_from_gguf,
     stop_ids_from_gguf,
     tokenizer_from_gguf,
 )
-from tokendance_jax.models.qwen2.parameters import gguf_name
 
 PARAMS = tiny.random_params(tiny.CONFIG)
 MATRIX = "layers.0.mlp.gate_proj.weight"
@@ -59,7 +59,7 @@ def test_float_types(tmp_path: Path, name: str, kind: Any, dtype: str):
     # The values exceed bfloat16's precision, so that a wrong order of roundings would show.
     values = np.random.default_rng(1).standard_normal((256, 256)).astype(kind)
     tensors = tiny.gguf_tensors(PARAMS)
-    tensors[gguf_name(MATRIX)] = values.view(np.uint8), gguf.GGMLQuantizationType[name]
+    tensors[QWEN2.gguf_name(MATRIX)] = values.view(np.uint8), gguf.GGMLQuantizationType[name]
     tiny.write_gguf(tmp_path / "a.gguf", tensors)
     params = load_checkpoint(tmp_path / "a.gguf", dtype=dtype).params
     np.testing.assert_array_equal(np.asarray(params[MATRIX]), values.astype(np.dtype(dtype)))
@@ -74,7 +74,7 @@ def test_quantised_types(
     # Bytes below 60 form finite float16 scales at any place in a block.
     data = np.random.default_rng(2).integers(0, 60, (256, 256 // width * size), np.uint8)
     tensors = tiny.gguf_tensors(PARAMS)
-    tensors[gguf_name(MATRIX)] = data, kind
+    tensors[QWEN2.gguf_name(MATRIX)] = data, kind
     tiny.write_gguf(tmp_path / "a.gguf", tensors)
     expected = dequantize(data, kind)
     for dtype in ("float32", "bfloat16"):
@@ -88,12 +88,13 @@ def test_scales_that_are_not_finite(tmp_path: Path):
     data = np.zeros((256, 256 // width * size), np.uint8)
     data[255, -size:][:2] = 0, 0x7C  # the scale of the last block: infinity in float16
     tensors = tiny.gguf_tensors(PARAMS)
-    tensors[gguf_name(MATRIX)] = data, kind
+    tensors[QWEN2.gguf_name(MATRIX)] = data, kind
     tiny.write_gguf(tmp_path / "a.gguf", tensors)
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(tmp_path / "a.gguf", dtype="bfloat16")
     assert str(error.value).startswith(
-        f"{tmp_path / 'a.gguf'}: {gguf_name(MATRIX)}: holds NaN or infinite numbers in bfloat16; "
+        f"{tmp_path / 'a.gguf'}: {QWEN2.gguf_name(MATRIX)}: "
+        "holds NaN or infinite numbers in bfloat16; "
     )
 
 
@@ -181,8 +182,8 @@ def without(fields: dict, key: str) -> dict:
     [
         (without(tiny.GGUF_FIELDS, "qwen2.block_count"), "qwen2.block_count: the field is missing"),
         (
-            tiny.GGUF_FIELDS | {"qwen2.rope.scaling.type": "yarn"},
-            "qwen2.rope.scaling.type: rope scaling 'yarn'",
+            tiny.GGUF_FIELDS | {"qwen2.rope.scaling.type": "linear"},
+            "qwen2.rope.scaling.type: rope scaling 'linear'",
         ),
         (
             tiny.GGUF_FIELDS | {"general.type": "adapter"},

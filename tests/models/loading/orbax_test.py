@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from tests.models.loading import tiny
+from tokendance_jax.models.families.family import Family
 from tokendance_jax.models.loading import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,
     save_orbax,
 )
-from tokendance_jax.models.qwen2.config import Qwen2Config
 
 PARAMS = tiny.random_params(tiny.CONFIG)
 ROOT = Path(__file__).resolve().parents[3]
@@ -88,7 +88,7 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object, **__: object) -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Qwen2Config, "to_hf", fail)
+    monkeypatch.setattr(Family, "to_hf", fail)
     with pytest.raises(OSError, match="disk full"):
         save_orbax(checkpoint(np.float32), tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

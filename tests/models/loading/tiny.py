@@ -12,12 +12,15 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
+from tokendance_jax.kernels.rope import Rope
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.decoder.parameters import parameter_shapes
+from tokendance_jax.models.families.qwen2 import QWEN2
+from tokendance_jax.models.families.registry import FAMILIES
 from tokendance_jax.models.loading.gguf_tokenizer import tokenizer_from_gguf
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.parameters import gguf_name, hf_name, parameter_shapes
 
 # Rows of 256 values, the block size of k-quants and i-quants.
-CONFIG = Qwen2Config(
+CONFIG = QWEN2.config(
     vocab_size=272,
     hidden_size=256,
     intermediate_size=256,
@@ -26,7 +29,7 @@ CONFIG = Qwen2Config(
     num_key_value_heads=2,
     head_dim=64,
     max_position_embeddings=128,
-    rope_theta=1e6,
+    rope=Rope(1e6),
     rms_norm_eps=1e-6,
     tie_word_embeddings=True,
 )
@@ -53,14 +56,14 @@ GGUF_FIELDS: dict[str, Any] = {
     "qwen2.feed_forward_length": CONFIG.intermediate_size,
     "qwen2.attention.head_count": CONFIG.num_attention_heads,
     "qwen2.attention.head_count_kv": CONFIG.num_key_value_heads,
-    "qwen2.rope.freq_base": CONFIG.rope_theta,
+    "qwen2.rope.freq_base": CONFIG.rope.theta,
     "qwen2.attention.layer_norm_rms_epsilon": CONFIG.rms_norm_eps,
     "tokenizer.chat_template": TEMPLATE,
     **TOKENIZER_FIELDS,
 }
 
 
-def random_params(config: Qwen2Config) -> dict[str, np.ndarray]:
+def random_params(config: DecoderConfig) -> dict[str, np.ndarray]:
     """Returns float32 parameters that bfloat16 holds exactly."""
     rng = np.random.default_rng(0)
     return {
@@ -74,18 +77,19 @@ def tokenizer_json() -> str:
 
 
 def hf_tensors(params: Mapping[str, np.ndarray], dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    return {hf_name(path): array.astype(dtype) for path, array in params.items()}
+    return {QWEN2.hf_name(path): array.astype(dtype) for path, array in params.items()}
 
 
 def write_folder(
-    folder: Path, config: Qwen2Config, shards: list[dict[str, np.ndarray]]
+    folder: Path, config: DecoderConfig, shards: list[dict[str, np.ndarray]]
 ) -> dict[str, str]:
     """Writes a Hugging Face folder, with an index if there are several shards.
 
     Returns the index's map from tensors to files.
     """
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_hf() | {"eos_token_id": ENDOFTEXT}))
+    fields = FAMILIES[config.family].to_hf(config) | {"eos_token_id": ENDOFTEXT}
+    (folder / "config.json").write_text(json.dumps(fields))
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [IM_END, ENDOFTEXT]})
     )
@@ -132,7 +136,7 @@ def write_gguf(
 def gguf_tensors(
     params: Mapping[str, np.ndarray],
 ) -> dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]:
-    return {gguf_name(path): (array, None) for path, array in params.items()}
+    return {QWEN2.gguf_name(path): (array, None) for path, array in params.items()}
 
 
 def assert_params(

@@ -18,14 +18,15 @@ from scripts.demo.training import Recipe, Stage, hits, initial_parameters, logit
 from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json
 from tokendance_jax.demo.town import probe_round
 from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.model import load_model
+from tokendance_jax.models.families.qwen2 import QWEN2
 from tokendance_jax.models.product import matmul
-from tokendance_jax.models.qwen2.config import Qwen2Config
 from tokendance_jax.prompt import Tokenizer, tokenize_round
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKENIZER = Tokenizer(demo_tokenizer_json(), demo_chat_template())
-CONFIG = Qwen2Config(
+CONFIG = QWEN2.config(
     vocab_size=1024,
     hidden_size=64,
     intermediate_size=64,
@@ -34,7 +35,7 @@ CONFIG = Qwen2Config(
     num_key_value_heads=1,
     head_dim=32,
     max_position_embeddings=4096,
-    rope_theta=1e6,
+    rope=Rope(1e6),
     rms_norm_eps=1e-6,
     tie_word_embeddings=True,
 )

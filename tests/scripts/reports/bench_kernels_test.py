@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu import ragged_paged_attention
 from scripts.reports import kernel_rivals
 from scripts.reports.kernel_work import Work
 from tokendance_jax.kernels.round_attention.reference import round_attention_reference
-from tokendance_jax.models.qwen2.config import Qwen2Config
+from tokendance_jax.models.families.qwen2 import preset
 
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = [
@@ -88,7 +88,7 @@ def test_wrong_values_get_no_time(tmp_path):
 
 def work(heads, kv_heads, head_dim, dtype="bfloat16"):
     config = dataclasses.replace(
-        Qwen2Config.preset("0.5B"),
+        preset("0.5B"),
         num_hidden_layers=2,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.models.qwen2 import tiny
+from tests.models.decoder import tiny
 from tokendance_jax.engine import programs as device
 from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.programs import DecodeState
 from tokendance_jax.engine.sampling import sampling_arrays
 from tokendance_jax.kernels.lanes import Rows
-from tokendance_jax.models.qwen2.model import abstract_parameters, state_from_parameters
-from tokendance_jax.models.qwen2.parameters import parameter_shapes
-from tokendance_jax.models.qwen2.random import random_parameters
+from tokendance_jax.kernels.rope import Rope, Yarn
+from tokendance_jax.models.decoder.model import abstract_parameters, state_from_parameters
+from tokendance_jax.models.decoder.parameters import parameter_shapes
+from tokendance_jax.models.decoder.random import random_parameters
 from tokendance_jax.plan.groups import group_tables
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.plan.round_plan import pack
@@ -54,7 +55,7 @@ def parameters(state):
 @TIED
 @DTYPES
 def test_state_has_the_parameters_of_the_published_files(tied, dtype):
-    config = tiny.tiny_model(tied=tied).config
+    config = tiny.tiny_model(tie_word_embeddings=tied).config
     _, state = abstract_parameters(config, dtype)
     found = parameters(state)
     assert {path: leaf.shape for path, leaf in found.items()} == parameter_shapes(config)
@@ -95,8 +96,11 @@ def textbook(config, params, token_ids):
         config.head_dim,
     )
     count = len(token_ids)
-    frequency = config.rope_theta ** -(np.arange(0, width, 2) / width)
-    turn = np.exp(1j * np.arange(count)[:, None] * frequency)[:, None, :]
+    # Frequencies are tested by themselves.
+    turn = np.arange(count)[:, None] * config.rope.frequencies(width)
+    turn = np.exp(1j * turn)[:, None, :]
+    if config.rope.yarn is not None:
+        turn *= 0.1 * np.log(config.rope.yarn.factor) + 1  # of queries and of keys
 
     def norm(x, weight):
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps) * weight
@@ -114,11 +118,13 @@ def textbook(config, params, token_ids):
         }
         y = norm(x, w["input_layernorm.weight"])
         q, k, v = (
-            (y @ w[f"self_attn.{n}_proj.weight"].T + w[f"self_attn.{n}_proj.bias"]).reshape(
+            (y @ w[f"self_attn.{n}_proj.weight"].T + w.get(f"self_attn.{n}_proj.bias", 0)).reshape(
                 count, -1, width
             )
             for n in "qkv"
         )
+        if config.qk_norm:
+            q, k = norm(q, w["self_attn.q_norm.weight"]), norm(k, w["self_attn.k_norm.weight"])
         q, k, v = rotate(q), *(np.repeat(a, heads // kv_heads, axis=1) for a in (rotate(k), v))
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(width)
         scores = np.where(np.tril(np.ones((count, count), bool)), scores, -np.inf)
@@ -135,13 +141,19 @@ def textbook(config, params, token_ids):
 
 
 @pytest.mark.parametrize(
-    ("tied", "dtype", "error"),
-    [(False, "float32", 1e-5), (True, "float32", 1e-5), (False, "bfloat16", 3e-2)],
+    ("change", "dtype", "error"),
+    [
+        ({}, "float32", 1e-5),
+        ({"tie_word_embeddings": True}, "float32", 1e-5),
+        ({"rope": Rope(1e4, Yarn(4.0, 16))}, "float32", 1e-5),
+        (tiny.QWEN3, "float32", 1e-5),
+        ({}, "bfloat16", 3e-2),
+    ],
 )
-def test_logits_are_those_of_a_float64_transformer(tied, dtype, error):
+def test_logits_are_those_of_a_float64_transformer(change, dtype, error):
     # bfloat16 rounds the inputs of every product, keys and values by 2**-9, which adds up to about
     # 1 % in the logits.
-    model = tiny.tiny_model(dtype, tied=tied)
+    model = tiny.tiny_model(dtype, **change)
     programs = Programs(model, tiny.tiny_shapes(64))
     prompts = [tiny.tokens(29, seed=1), tiny.tokens(35, seed=2)]
     lanes = [contiguous(prompts[0], first_page=1), contiguous(prompts[1], first_page=9)]

@@ -1,4 +1,4 @@
-"""Qwen2.5 as Flax NNX modules over rows and pages.
+"""A decoder as Flax NNX modules over rows and pages.
 
 A forward pass computes rows, not sequences: each row has a token, positions, and the slot that its
 K and V are written to. The caller passes the attention function; prefill and decode use different
@@ -12,16 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
-from tokendance_jax.kernels import rope
 from tokendance_jax.kernels.kv_write import kv_write
-from tokendance_jax.kernels.lanes import Array, Rows
+from tokendance_jax.kernels.lanes import Rows
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import rotate
+from tokendance_jax.models.decoder.config import DecoderConfig
 from tokendance_jax.models.product import matmul
-from tokendance_jax.models.qwen2.config import Qwen2Config
 
 QueriesKeysValues = tuple[
     Float[jax.Array, "rows heads head_dim"],
@@ -59,26 +60,30 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation (Zhang and Sennrich, 2019) in float32."""
+    """Root mean square normalisation of the last axis (Zhang and Sennrich, 2019) in float32."""
 
     def __init__(self, width: int, *, eps: float):
         self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
         self.eps = eps
 
-    def __call__(self, x: Float[jax.Array, "rows width"]) -> Float[jax.Array, "rows width"]:
+    def __call__(self, x: Float[jax.Array, "*rows width"]) -> Float[jax.Array, "*rows width"]:
         square = jnp.mean(x * x, axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(square + self.eps) * self.weight[...][None, :]
+        weight = jnp.expand_dims(self.weight[...], range(x.ndim - 1))
+        return x * jax.lax.rsqrt(square + self.eps) * weight
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al., 2023) with biases on Q, K and V."""
+    """Grouped-query attention (Ainslie et al., 2023), up to the rotation of queries and keys."""
 
-    def __init__(self, config: Qwen2Config, *, dtype: DTypeLike):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         width, head_dim = config.hidden_size, config.head_dim
-        self.q_proj = Linear(heads * head_dim, width, bias=True, dtype=dtype)
-        self.k_proj = Linear(kv_heads * head_dim, width, bias=True, dtype=dtype)
-        self.v_proj = Linear(kv_heads * head_dim, width, bias=True, dtype=dtype)
+        bias, eps = config.attention_bias, config.rms_norm_eps
+        self.q_proj = Linear(heads * head_dim, width, bias=bias, dtype=dtype)
+        self.k_proj = Linear(kv_heads * head_dim, width, bias=bias, dtype=dtype)
+        self.v_proj = Linear(kv_heads * head_dim, width, bias=bias, dtype=dtype)
+        self.q_norm = RMSNorm(head_dim, eps=eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=eps) if config.qk_norm else None
         self.o_proj = Linear(width, heads * head_dim, bias=False, dtype=dtype)
         self.head_dim = head_dim
 
@@ -88,13 +93,15 @@ class Attention(nnx.Module):
             projection(x).reshape(x.shape[0], -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
 
 class MLP(nnx.Module):
     """SwiGLU (Shazeer, 2020)."""
 
-    def __init__(self, config: Qwen2Config, *, dtype: DTypeLike):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike):
         width, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(inner, width, bias=False, dtype=dtype)
         self.up_proj = Linear(inner, width, bias=False, dtype=dtype)
@@ -107,7 +114,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One decoder layer."""
 
-    def __init__(self, config: Qwen2Config, *, dtype: DTypeLike):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -127,14 +134,14 @@ class Block(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Qwen2(nnx.Module):
+class Decoder(nnx.Module):
     """The decoder and its output matrix.
 
     The module only describes the model. Programs take its state, split off with `nnx.split`, as an
     argument of `jax.jit`, and merge module and state inside.
     """
 
-    def __init__(self, config: Qwen2Config, *, dtype: DTypeLike):
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nnx.List(
@@ -181,7 +188,7 @@ class Qwen2(nnx.Module):
         """
         span = range(len(self.layers)) if layers is None else layers
         blocks = [self.layers[layer] for layer in span]
-        q_rotation, k_rotation = self._rotation(rows.position), self._rotation(rows.canonical)
+        q_rotation, k_rotation = self._rotations(rows)
 
         def of_layer(
             layer: int | jax.Array, function: Callable[..., Any], *arguments: jax.Array
@@ -197,8 +204,8 @@ class Qwen2(nnx.Module):
         ) -> tuple[jax.Array, PagedKV]:
             x, kv = carry
             q, k, v = of_layer(layer, Block.project, x)
-            kv = kv_write(kv, layer, jnp.asarray(rows.slot), rope.rotate(k, *k_rotation), v)
-            attended = attend(rope.rotate(q, *q_rotation), kv, layer)
+            kv = kv_write(kv, layer, jnp.asarray(rows.slot), rotate(k, *k_rotation), v)
+            attended = attend(rotate(q, *q_rotation), kv, layer)
             x = of_layer(layer, Block.finish, x, attended)
             if watch is not None:
                 watch(x)
@@ -226,13 +233,19 @@ class Qwen2(nnx.Module):
           rows: the rows' positions.
         """
         q, k, v = self.layers[layer].project(x)
-        q = rope.rotate(q, *self._rotation(rows.position))
-        return q, rope.rotate(k, *self._rotation(rows.canonical)), v
+        q_rotation, k_rotation = self._rotations(rows)
+        return rotate(q, *q_rotation), rotate(k, *k_rotation), v
 
-    def _rotation(self, position: Int32[Array, " rows"]) -> tuple[jax.Array, jax.Array]:
-        theta, head_dim = self.config.rope_theta, self.config.head_dim
-        cos, sin = rope.rotation(jnp.asarray(position), theta=theta, head_dim=head_dim)
-        return cos[:, None, :], sin[:, None, :]
+    def _rotations(self, rows: Rows) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Returns cosines and sines for queries, which carry the scale of scores, and for keys."""
+        rope, head_dim = self.config.rope, self.config.head_dim
+        q, k = (
+            tuple(x[:, None, :] for x in rope.rotation(jnp.asarray(position), head_dim))
+            for position in (rows.position, rows.canonical)
+        )
+        if rope.score_scale != 1:
+            q = tuple(x * np.float32(rope.score_scale) for x in q)
+        return q, k
 
     def logits(self, hidden: Float[jax.Array, "rows width"]) -> Float[jax.Array, "rows vocab"]:
         """Returns the next-token logits f32 [rows, vocab] of rows of the residual stream."""
@@ -243,16 +256,16 @@ class Qwen2(nnx.Module):
 
 
 def abstract_parameters(
-    config: Qwen2Config, dtype: DTypeLike
-) -> tuple[nnx.GraphDef[Qwen2], nnx.State]:
+    config: DecoderConfig, dtype: DTypeLike
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     """Returns the module's graph and its state as shapes, without allocating memory."""
-    model = nnx.eval_shape(lambda: Qwen2(config, dtype=dtype))
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=dtype))
     return nnx.split(model)
 
 
 def state_from_parameters(
-    config: Qwen2Config, params: Mapping[str, jax.Array], dtype: DTypeLike
-) -> tuple[nnx.GraphDef[Qwen2], nnx.State]:
+    config: DecoderConfig, params: Mapping[str, jax.Array], dtype: DTypeLike
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     """Puts loaded arrays into the module's state without a copy.
 
     Args:

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from tokendance_jax.models.qwen2.config import Qwen2Config
-from tokendance_jax.models.qwen2.parameters import parameter_shapes
+from tokendance_jax.models.decoder.config import DecoderConfig
+from tokendance_jax.models.decoder.parameters import parameter_shapes
 
 
 def random_parameters(
-    config: Qwen2Config, dtype: DTypeLike, *, seed: int = 0
+    config: DecoderConfig, dtype: DTypeLike, *, seed: int = 0
 ) -> dict[str, jax.Array]:
     """Draws parameters whose activations have the scales of a freshly initialised model.
 

@@ -44,7 +44,7 @@ def test_activations_agree(model, programs, name):
     shapes = programs.shapes
     lane = Dense(PagePool(shapes.pages), shapes.page_size).open_lane(z["input_ids"], 0)
     (plan,) = pack([lane], shapes)
-    theta = model.config.rope_theta
+    rope = model.config.rope
     streams = []
 
     def watch(x):
@@ -56,7 +56,7 @@ def test_activations_agree(model, programs, name):
 
         def attend(q, kv, layer):
             return round_attention(
-                q, kv, layer, plan.rows.position, plan.tables, plan.tiles, theta=theta
+                q, kv, layer, plan.rows.position, plan.tables, plan.tiles, rope=rope
             )
 
         x, kv = qwen.hidden(plan.rows, kv, attend, rolled=True, watch=watch)
