@@ -16,6 +16,7 @@ import numpy as np
 from scripts.reports.kernel_work import PATCHES, Work
 from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.paged_kv import PagedKV
+from tokendance_jax.kernels.rope import rotate
 from tokendance_jax.kernels.sparse_restore import sparse_restore
 
 
@@ -191,7 +192,7 @@ def three_steps(work: Work) -> Callable[[PagedKV], PagedKV]:
         return write(dense_k, first, read(k, patch)), write(dense_v, first, read(v, patch))
 
     @functools.partial(jax.jit, donate_argnums=(2, 3))
-    def rotate(
+    def write_rotated(
         dense_k: jax.Array, dense_v: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         cos, sin = rope.rotation(jnp.asarray(frame), head_dim)
@@ -200,6 +201,6 @@ def three_steps(work: Work) -> Callable[[PagedKV], PagedKV]:
         return write(k, copy, storage.store(keys, k.dtype)), write(v, copy, dense_v)
 
     def restore(kv: PagedKV) -> PagedKV:
-        return PagedKV(*rotate(*overlay(*gather(kv.k, kv.v), kv.k, kv.v), kv.k, kv.v))
+        return PagedKV(*write_rotated(*overlay(*gather(kv.k, kv.v), kv.k, kv.v), kv.k, kv.v))
 
     return restore
