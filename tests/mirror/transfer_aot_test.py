@@ -52,7 +52,9 @@ def test_pages_are_restored_in_place(form, target, spec):
     plan = RestorePlan(shape(GROUP), shape(GROUP + 1), *(shape(GROUP) for _ in range(4)))
     target = targets.TARGETS[target]
     device = targets.device(target)
-    program = restorer(1e6, "mosaic_gpu" if target.platform == "cuda" else "mosaic_tpu", device)
+    program = restorer(
+        Rope(1e6), "mosaic_gpu" if target.platform == "cuda" else "mosaic_tpu", device
+    )
     stored = StoredPages(pages, pages, scale, scale)
     arguments = spec.abstract(), stored, form_of(form, spec), plan
     compiled = program.lower(*targets.placed(target, arguments)).compile()
