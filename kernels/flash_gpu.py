@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from tokendance_jax.kernels import flash
+from tokendance_jax.kernels import flash, storage
 from tokendance_jax.kernels.gpu_planes import planes_of, products, scores, split, store
 from tokendance_jax.kernels.gpu_tiles import QUERIES, SLOTS, Parts, Steps, Tiles
 from tokendance_jax.kernels.paged_kv import PagedKV
@@ -40,8 +40,7 @@ Ref = Any
 def check_pool(pool: jax.Array) -> None:
     """Raises NotImplementedError for pools that the attention kernels cannot read."""
     _, _, page_size, _, head_dim = pool.shape
-    if pool.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {pool.dtype}")
+    storage.check_numbers(pool)
     if head_dim not in (64, 128) or page_size not in (8, 16, 32, 64):
         raise NotImplementedError(
             f"pages of {page_size} slots with heads of {head_dim}: the kernel takes pages of 8 to "

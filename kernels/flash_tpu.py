@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tokendance_jax.kernels import flash
+from tokendance_jax.kernels import flash, storage
 
 # Key blocks in VMEM at a time: one is copied in while the other is read.
 PLACES = 2
@@ -27,10 +27,9 @@ Ref = Any
 
 def check_pool(pool: jax.Array) -> None:
     """Raises NotImplementedError for pools that the attention kernels cannot read."""
-    dtype, kv_heads = pool.dtype, pool.shape[3]
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the kernel takes bfloat16 and float32 pools, not {dtype}")
-    if dtype == jnp.bfloat16 and kv_heads % 2:
+    storage.check_numbers(pool)
+    kv_heads = pool.shape[3]
+    if pool.dtype == jnp.bfloat16 and kv_heads % 2:
         raise NotImplementedError(f"{kv_heads} KV heads: the kernel takes pairs of bfloat16 heads")
 
 
@@ -86,6 +85,8 @@ def clear_unseen(values: Ref, first: jax.Array, stop: jax.Array) -> None:
 def swapped(x: jax.Array) -> jax.Array:
     """Swaps the two halves of each head."""
     half = x.shape[-1] // 2
+    # One instruction, if a head fills the register's lanes. It does not wrap around within
+    # narrower heads.
     if x.shape[-1] % 128 == 0:
         return pltpu.roll(x, half, x.ndim - 1)
     return jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)

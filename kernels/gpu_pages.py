@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from tokendance_jax.kernels import storage
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.kernels.rope import Rope, angles
 
@@ -76,10 +77,7 @@ class PageParts:
           NotImplementedError: the kernels do not support pages of this shape or dtype.
         """
         layers, _, page_size, kv_heads, head_dim = pool.shape
-        if pool.dtype not in (jnp.bfloat16, jnp.float32):
-            raise NotImplementedError(
-                f"the kernel supports bfloat16 and float32 pools, not {pool.dtype}"
-            )
+        storage.check_numbers(pool)
         slots = part_slots(page_size, kv_heads * head_dim * pool.dtype.itemsize)
         parts = cls(layers, page_size, slots, kv_heads, head_dim)
         tiled = parts.rows % parts.chunk == 0 and parts.chunk * parts.half % THREADS == 0

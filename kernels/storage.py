@@ -22,6 +22,14 @@ def value_dtype(storage: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16) if storage == jnp.uint16 else jnp.dtype(storage)
 
 
+def check_numbers(pool: jax.Array) -> None:
+    """Raises NotImplementedError for pools that hold no numbers of the Mosaic kernels' dtypes."""
+    if pool.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(
+            f"the kernel supports bfloat16 and float32 pools, not {pool.dtype}"
+        )
+
+
 def store(x: jax.Array, storage: jnp.dtype) -> jax.Array:
     """Rounds floats to the pool's precision and returns them in the pool's storage dtype."""
     rounded = x.astype(value_dtype(storage))

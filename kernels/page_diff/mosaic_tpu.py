@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tokendance_jax.kernels import flash_tpu
+from tokendance_jax.kernels import flash_tpu, storage
 from tokendance_jax.kernels.page_diff.plan import SCORES, DiffPlan
 from tokendance_jax.kernels.page_diff.tuning import LAYERS_BYTES
 from tokendance_jax.kernels.paged_kv import PagedKV
@@ -45,10 +45,9 @@ def page_diff_mosaic_tpu(
       rope: the rotary embedding.
       interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
     """
+    storage.check_numbers(kv.k)
     layers, _, page_size, kv_heads, head_dim = kv.k.shape
     dtype = kv.k.dtype
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the kernel supports bfloat16 and float32 pools, not {dtype}")
     own = jax.tree.map(jnp.asarray, kv if siblings is None else siblings)
     page_bytes = page_size * kv_heads * max(head_dim, 128) * dtype.itemsize
     most = min(layers, max(1, LAYERS_BYTES // page_bytes))
@@ -69,7 +68,7 @@ def page_diff_mosaic_tpu(
         "first": jnp.asarray(plan.first),
         "slots": jnp.asarray(plan.slots),
     }
-    if sum(column.size for column in columns.values()) * 4 > flash_tpu.TABLE_BYTES:
+    if flash_tpu.table_bytes(columns) > flash_tpu.TABLE_BYTES:
         raise NotImplementedError(f"a plan of {comparisons} comparisons is too large for SMEM")
     tables = jnp.asarray(np.tile(rope.turn_tables(head_dim)[:, None], 2))
 

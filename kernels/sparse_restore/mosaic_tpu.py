@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from tokendance_jax.kernels import flash_tpu, storage
 from tokendance_jax.kernels.paged_kv import PagedKV
 from tokendance_jax.kernels.rope import Rope, angles
 from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
@@ -23,8 +24,6 @@ from tokendance_jax.kernels.sparse_restore.plan import RestorePlan, Source
 # Bytes of a page's keys in the layers that are restored at a time. VMEM holds at most ten times as
 # much; a program has 16 MiB of it.
 CHUNK_BYTES = 1 << 19
-# The largest plan in bytes. Plans are in SMEM, which has 1 MiB.
-PLAN_BYTES = 1_000_000
 # Source pages in VMEM: one is being copied in, one is being restored, and pieces of one are still
 # being copied to the pool.
 PAGES = 3
@@ -78,10 +77,9 @@ def sparse_restore_mosaic_tpu(
       rope: the rotary embedding.
       interpret: whether to interpret the kernel on a CPU, or parameters of the simulator.
     """
+    storage.check_numbers(kv.k)
     layers, _, page_size, kv_heads, head_dim = kv.k.shape
     dtype = kv.k.dtype
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the kernel supports bfloat16 and float32 pools, not {dtype}")
     page_bytes = page_size * kv_heads * max(head_dim, 128) * dtype.itemsize
     fitting = (n for n in range(1, layers + 1) if layers % n == 0 and n * page_bytes <= CHUNK_BYTES)
     chunk_layers = max(fitting, default=1)
@@ -124,7 +122,7 @@ def sparse_restore_mosaic_tpu(
         "turn": plan.turn,
     }
     columns = jax.tree.map(jnp.asarray, columns)
-    if sum(column.size for column in columns.values()) * 4 > PLAN_BYTES:
+    if flash_tpu.table_bytes(columns) > flash_tpu.TABLE_BYTES:
         raise NotImplementedError(f"a plan of {plan.first.shape[0]} pieces is too large for SMEM")
     rotated = source is None or source.rotated
 
@@ -277,9 +275,4 @@ def _rotate(
     @pl.loop(0, sizes.layers)
     def _(layer: jax.Array) -> None:
         x = k[layer].astype(jnp.float32)
-        # One instruction swaps the halves of a head that fills the register's lanes. It does not
-        # wrap around within narrower heads.
-        whole = sizes.head_dim % 128 == 0
-        swapped = x[..., half:], x[..., :half]
-        other = pltpu.roll(x, half, 2) if whole else jnp.concatenate(swapped, axis=2)
-        stage[layer] = (x * cos + other * sin).astype(stage.dtype)
+        stage[layer] = (x * cos + flash_tpu.swapped(x) * sin).astype(stage.dtype)

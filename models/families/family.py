@@ -152,8 +152,9 @@ class Family:
     def to_hf(self, config: DecoderConfig) -> dict[str, object]:
         """Returns a `config.json` object that `from_hf` reads back."""
         fields = dataclasses.asdict(config)
-        ours = {name: fields.pop(name) for name in ("family", "rope", "attention_bias", "qk_norm")}
-        return {"model_type": ours["family"], **fields, **rope_to_hf(config.rope)}
+        for name in ("family", "rope", "attention_bias", "qk_norm"):
+            del fields[name]
+        return {"model_type": self.name, **fields, **rope_to_hf(config.rope)}
 
     def hf_name(self, path: str) -> str:
         """Returns the Hugging Face tensor name of a parameter path."""

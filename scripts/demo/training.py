@@ -142,7 +142,7 @@ def _look_back(
     where they are d tokens apart. Summed over several frequencies, it is largest only there.
     """
     attention = "layers.0.self_attn"
-    frequency = _frequency(config)
+    frequency = config.rope.frequencies(config.head_dim)
     size = np.where(frequency > _FAST, _BIAS, 0.0)
 
     def pairs(back: int) -> np.ndarray:
@@ -179,7 +179,7 @@ def _match(
     part, token = said.shape
     heads, size = config.num_attention_heads, config.head_dim
     # At slow frequencies, products do not depend on the distance.
-    slow = np.flatnonzero(np.tile(_frequency(config) < _SLOW, 2))
+    slow = np.flatnonzero(np.tile(config.rope.frequencies(size) < _SLOW, 2))
     values = generator.standard_normal((token, size), np.float32) * np.float32(size**-0.5)
     # A key holds the tokens before it, each projected by its own matrix.
     seen = generator.standard_normal((heads, len(slow), part), np.float32)
@@ -200,11 +200,6 @@ def _match(
             queries[rows, before[back]] = seen[back + 1]
         columns = slice(head * size, (head + 1) * size)
         params[f"{attention}.o_proj.weight"][:token, columns] = values * _EMBEDDING_SCALE
-
-
-def _frequency(config: DecoderConfig) -> np.ndarray:
-    half = config.head_dim // 2
-    return config.rope.theta ** (-np.arange(half) / half)
 
 
 def start(config: DecoderConfig, recipe: Recipe) -> dict:

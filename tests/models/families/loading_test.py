@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.models.decoder.tiny import QWEN3 as QWEN3_FIELDS
 from tests.models.loading import tiny
 from tokendance_jax.kernels.rope import Rope, Yarn
 from tokendance_jax.models.errors import CheckpointError
@@ -14,9 +15,7 @@ from tokendance_jax.models.loading import load_checkpoint, save_huggingface, sav
 
 CONFIG = dataclasses.replace(
     tiny.CONFIG,
-    family="qwen3",
-    attention_bias=False,
-    qk_norm=True,
+    **QWEN3_FIELDS,
     rope=Rope(1e6, Yarn(4.0, 128)),
     max_position_embeddings=512,
 )
