@@ -15,9 +15,10 @@ from rich.table import Table
 from scripts.helpers import common, terminal
 from tokendance_jax import host
 from tokendance_jax.engine.programs import DecodeState
-from tokendance_jax.engine.sampling import SamplingArrays, sampling_arrays
+from tokendance_jax.engine.sampling import LaneSampling, SamplingArrays, sampling_arrays
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.plan.shapes import Shapes
+from tokendance_jax.prompt.round import Sampling
 
 
 def run(
@@ -103,15 +104,8 @@ def table(first: str, *others: str, title: str | None = None, caption: str | Non
 
 def greedy(seats: int, agents: int) -> SamplingArrays:
     """Makes sampling arrays of `seats` seats for agents that decode greedily and never stop."""
-    return sampling_arrays(
-        seats,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        keys=[np.zeros(2, np.uint32)] * agents,
-        limits=[1 << 20] * agents,
-        stop_ids=[],
-    )
+    settings = LaneSampling(Sampling(), key=np.zeros(2, np.uint32), limit=1 << 20)
+    return sampling_arrays(seats, [settings] * agents)
 
 
 def behind_prompts(

@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 from tokendance_jax.engine.sampling import (
     MAX_STOP_IDS,
     NOT_FINITE,
+    LaneSampling,
     SamplingArrays,
     agent_key,
     is_stop,
     sample,
     sampling_arrays,
+    stop_ids_of,
 )
+from tokendance_jax.prompt.round import Sampling
 
 LANES, VOCAB, DRAWS = 4, 12, 4096
 KEY = agent_key(0, 0, "a")
@@ -23,25 +26,18 @@ SEEDS = st.integers(0, 2**32 - 1)
 # Halved integers: many ties and zeros, and probabilities that do not depend on the order.
 LOGITS = st.lists(st.integers(-12, 12).map(lambda n: n / 2), min_size=VOCAB, max_size=VOCAB)
 TOP_K = st.sampled_from([0, 1, 2, 3, 5, VOCAB - 1, VOCAB, VOCAB + 1, 2**31 - 1])
+MIN_P = st.sampled_from([0.0, 0.0, 1.0, 0.5, 1e-3, 1e-60])
 TOP_P = st.sampled_from([1.0, 0.999999, 1e-3, 1e-30, 1e-60]) | st.floats(0.05, 0.99)
 
 run = jax.jit(sample)
 draw_many = jax.jit(jax.vmap(sample, in_axes=(None, None, 0)))
 
 
-def settings_of(lanes=LANES, *, temperature=1.0, top_k=0, top_p=1.0, seed=0):
+def settings_of(lanes=LANES, *, temperature=1.0, seed=0, **fields):
     """Lanes with the same settings, each with a stream of its own."""
+    sampling = Sampling(temperature=temperature, **fields)
     keys = [agent_key(seed, 0, f"agent {lane}") for lane in range(lanes)]
-    limits = [100] * lanes
-    return sampling_arrays(
-        lanes,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        keys=keys,
-        limits=limits,
-        stop_ids=(),
-    )
+    return sampling_arrays(lanes, [LaneSampling(sampling, key, 100) for key in keys])
 
 
 def draws(logits, sampling):
@@ -55,23 +51,26 @@ def softmax(logits):
     return weights / weights.sum()
 
 
-def support(logits, top_k, top_p):
+def support(logits, top_k, top_p, min_p=0.0):
     """Finds the tokens that may be drawn, by sorting. Ties at the cutoff are kept.
 
     Returns:
-      bool [VOCAB], and the least distance of `top_p` to the mass of a set of the best tokens. At a
-      distance of zero, rounding decides.
+      bool [VOCAB], and the least distance of `top_p` to the mass of a set of the best tokens, or of
+      `min_p` to a token's share. At a distance of zero, rounding decides.
     """
     distance = 1.0
     logits = np.asarray(logits, np.float64)
-    kept = np.ones(VOCAB, np.bool_)
+    share = np.exp(logits - logits.max())
+    kept = share >= min_p
+    if 0 < min_p < 1:
+        distance = np.abs(share - min_p).min()
     if 0 < top_k < VOCAB:
-        kept = logits >= np.sort(logits)[-top_k]
+        kept &= logits >= np.sort(logits)[-top_k]
     if top_p < 1:
         probability = softmax(np.where(kept, logits, -np.inf))
         order = np.argsort(-logits, kind="stable")
         mass = np.cumsum(probability[order])
-        distance = np.abs(mass - top_p).min()
+        distance = min(distance, np.abs(mass - top_p).min())
         enough = mass >= top_p
         edge = logits[order[np.argmax(enough)]] if enough.any() else -np.inf
         kept &= logits >= edge
@@ -119,13 +118,15 @@ def test_logits_that_are_not_finite_give_no_token(number, place):
 
 
 # top_p keeps two of the top three tokens, but would keep three of all tokens.
-@example([3, 2.5, 2, 1.5, 1, 0.5, 0, 0, 0, 0, 0, 0], 3, 0.6)
-@given(LOGITS, TOP_K, TOP_P)
-@settings(max_examples=60)
-def test_draws_come_from_top_k_and_then_top_p(logits, top_k, top_p):
-    kept, distance = support(logits, top_k, top_p)
+@example([3, 2.5, 2, 1.5, 1, 0.5, 0, 0, 0, 0, 0, 0], 3, 0.6, 0.0)
+# top_p keeps one of the two tokens that min_p leaves, but would keep three of all tokens.
+@example([3, 2.5, 2, 1.5, 1, 0.5, 0, 0, 0, 0, 0, 0], 0, 0.6, 0.5)
+@given(LOGITS, TOP_K, TOP_P, MIN_P)
+@settings(max_examples=25)
+def test_draws_come_from_min_p_then_top_k_then_top_p(logits, top_k, top_p, min_p):
+    kept, distance = support(logits, top_k, top_p, min_p)
     assume(distance > 1e-6)
-    drawn = draws([logits] * LANES, settings_of(top_k=top_k, top_p=top_p))
+    drawn = draws([logits] * LANES, settings_of(top_k=top_k, top_p=top_p, min_p=min_p))
     seen = np.isin(np.arange(VOCAB), drawn)
     assert not (seen & ~kept).any()
     probability = softmax(np.where(kept, logits, -np.inf))
@@ -134,15 +135,22 @@ def test_draws_come_from_top_k_and_then_top_p(logits, top_k, top_p):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.7, 0, 1.0), (3.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.8), (2.0, 6, 0.9)],
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 0, 1.0, 0.0),
+        (3.0, 0, 1.0, 0.2),
+        (1.0, 5, 1.0, 0.0),
+        (1.0, 0, 0.8, 0.0),
+        (2.0, 6, 0.9, 0.1),
+    ],
 )
-def test_frequencies_are_the_softmax(temperature, top_k, top_p):
+def test_frequencies_are_the_softmax(temperature, top_k, top_p, min_p):
     logits = random_logits(1, lanes=1)[0] / 2
-    kept, distance = support(logits / temperature, top_k, top_p)
+    kept, distance = support(logits / temperature, top_k, top_p, min_p)
     assert distance > 1e-3
     probability = softmax(np.where(kept, logits / temperature, -np.inf))
-    sampling = settings_of(temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = settings_of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     drawn = draws([logits] * LANES, sampling)
     count = np.bincount(drawn.ravel(), minlength=VOCAB)
     assert not count[~kept].any()
@@ -173,6 +181,7 @@ def test_a_draw_depends_on_its_own_lane_alone(seed, order, data):
         temperature=column(temperature, np.float32),
         top_k=column(TOP_K, np.int32),
         top_p=column(TOP_P, np.float32),
+        min_p=column(MIN_P, np.float32),
     )
     logits, step = random_logits(seed), random.integers(0, 99, LANES).astype(np.int32)
     together = np.asarray(run(logits, sampling, step))
@@ -211,7 +220,7 @@ def test_agents_rounds_and_seeds_have_streams_of_their_own():
     assert len({key.tobytes() for key in keys}) == len(names)
     assert agent_key(0, 0, "a").tobytes() == keys[0].tobytes()
     sampling = sampling_arrays(
-        len(names), temperature=1.0, top_k=0, top_p=1.0, keys=keys, limits=[], stop_ids=()
+        len(names), [LaneSampling(Sampling(temperature=1.0), key, 0) for key in keys]
     )
     drawn = draws(np.zeros((len(names), VOCAB)), sampling)
     for a in range(len(names)):
@@ -222,18 +231,20 @@ def test_agents_rounds_and_seeds_have_streams_of_their_own():
 
 def test_sampling_arrays_fill_up_with_neutral_lanes():
     keys = [agent_key(3, 0, "a"), agent_key(3, 0, "b")]
-    arrays = sampling_arrays(
-        4, temperature=0.5, top_k=7, top_p=0.25, keys=keys, limits=[5, 6], stop_ids=(11, 3)
-    )
+    one = Sampling(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125)
+    other = Sampling(temperature=2, top_k=1)
+    settings = [LaneSampling(one, keys[0], 5, (11, 3)), LaneSampling(other, keys[1], 6, (9,))]
+    arrays = sampling_arrays(4, settings)
     assert isinstance(arrays, SamplingArrays)
     np.testing.assert_array_equal(arrays.key[:2], keys)
     assert arrays.limit.tolist() == [5, 6, 0, 0]
     assert arrays.stop_ids.shape == (4, MAX_STOP_IDS)
-    assert arrays.stop_ids[:, :2].tolist() == [[11, 3]] * 4
+    assert arrays.stop_ids[:, :2].tolist() == [[11, 3], [9, -1], [-1, -1], [-1, -1]]
     assert (arrays.stop_ids[:, 2:] == -1).all()
-    assert (arrays.temperature == 0.5).all()
-    assert (arrays.top_k == 7).all()
-    assert (arrays.top_p == 0.25).all()
+    assert arrays.temperature.tolist() == [0.5, 2, 0, 0]
+    assert arrays.top_k.tolist() == [7, 1, 0, 0]
+    assert arrays.top_p.tolist() == [0.25, 1, 1, 1]
+    assert arrays.min_p.tolist() == [0.125, 0, 0, 0]
 
 
 def test_is_stop():
@@ -246,11 +257,14 @@ def test_is_stop():
     ]
 
 
+def test_which_tokens_end_an_answer():
+    assert stop_ids_of(Sampling(stop_token_ids=(3,)), [1, 2]) == (1, 2, 3)
+    assert stop_ids_of(Sampling(stop_token_ids=(3,), ignore_eos=True), [1, 2]) == (3,)
+
+
 def test_too_many_stop_tokens_are_refused():
     def arrays(count):
-        return sampling_arrays(
-            1, temperature=0.0, top_k=0, top_p=1.0, keys=[KEY], limits=[1], stop_ids=range(count)
-        )
+        return sampling_arrays(1, [LaneSampling(Sampling(), KEY, 1, tuple(range(count)))])
 
     assert arrays(MAX_STOP_IDS).stop_ids[0].tolist() == list(range(MAX_STOP_IDS))
     with pytest.raises(ValueError, match="stop_token_ids: 17 given, at most 16"):

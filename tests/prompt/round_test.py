@@ -111,6 +111,24 @@ def test_bad_prompts_are_refused(make, message):
         ({"stop": ("",)}, "a stop string is empty"),
         ({"stop": "end"}, "stop must be a tuple of str"),
         ({"stop_token_ids": (-1,)}, "a stop token id must be"),
+        ({"min_p": -0.1}, "min_p must be from 0 to 1, got -0.1"),
+        ({"min_p": 1.5}, "min_p must be from 0 to 1"),
+        ({"min_p": math.nan}, "min_p must be a finite number"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty must be above 0 and at most 3.4e"),
+        ({"presence_penalty": 2.1}, "presence_penalty must be from -2 to 2, got 2.1"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty must be from -2 to 2"),
+        ({"frequency_penalty": "1"}, "frequency_penalty must be a finite number"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias must be a tuple of tuple"),
+        ({"logit_bias": ((3, 1.0, 2),)}, "logit_bias must hold pairs of token id and bias"),
+        ({"logit_bias": ((-1, 1.0),)}, "a token id of logit_bias must be an integer from 0"),
+        ({"logit_bias": ((3, 101.0),)}, "logit_bias of token 3 must be from -100 to 100"),
+        ({"logit_bias": ((3, math.inf),)}, "logit_bias of token 3 must be a finite number"),
+        ({"logit_bias": ((3, 1), (3, 2))}, "logit_bias names token 3 twice"),
+        ({"logit_bias": tuple((i, 0) for i in range(301))}, "301 entries; give at most 300"),
+        ({"ignore_eos": 1}, "ignore_eos must be a bool, got 1"),
+        ({"logprobs": 21}, "logprobs must be an integer from 0 to 20, got 21"),
+        ({"logprobs": True}, "logprobs must be an integer from 0"),
     ],
 )
 def test_bad_sampling_is_refused(fields, message):
@@ -120,6 +138,24 @@ def test_bad_sampling_is_refused(fields, message):
 
 def test_whole_numbers_are_good_temperatures():
     assert Sampling(temperature=1, top_p=1).temperature == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "adjusts"),
+    [
+        ({}, False),
+        ({"temperature": 1.0, "top_k": 3, "top_p": 0.5, "min_p": 0.5}, False),
+        ({"stop": ("x",), "stop_token_ids": (3,), "ignore_eos": True}, False),
+        ({"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}, False),
+        ({"repetition_penalty": 0.9}, True),
+        ({"presence_penalty": -2}, True),
+        ({"frequency_penalty": 2}, True),
+        ({"logit_bias": ((3, -100),)}, True),
+        ({"logprobs": 0}, True),
+    ],
+)
+def test_which_settings_adjust_logits_or_report_them(fields, adjusts):
+    assert Sampling(**fields).adjusts == adjusts
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_the_limit_of_the_round_is_written_where_an_agent_has_none(tmp_path):
 def test_everything_but_the_sampling_is_kept(tmp_path):
     """A new field of prompts, segments or rounds must be added here and to the format."""
     assert [field.name for field in dataclasses.fields(AgentPrompt)] == [
-        *("agent", "segments", "max_new_tokens", "recorded_output", "fidelity")
+        *("agent", "segments", "max_new_tokens", "recorded_output", "fidelity", "sampling")
     ]
     assert [field.name for field in dataclasses.fields(Segment)] == [
         *("kind", "id", "text", "token_ids", "author")

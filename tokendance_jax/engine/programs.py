@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int32
 
+from tokendance_jax.engine.adjust import Adjustments, Expanded, Logprobs, choose, expand
 from tokendance_jax.engine.compiling import Build, pool_program, program
 from tokendance_jax.engine.sampling import SamplingArrays, is_stop, sample
 from tokendance_jax.kernels import storage
@@ -39,6 +40,11 @@ class DecodeState:
     position: Int32[Array, " lanes"]
     live: Bool[Array, " lanes"]
     generated: Int32[Array, " lanes"]
+
+
+# Step, pool, state, adjustments, and the results so far: tokens and log-probabilities. The
+# adjustments and the log-probabilities are None if no lane has any.
+_Carry = tuple[jax.Array, PagedKV, DecodeState, Expanded | None, tuple[jax.Array, Logprobs | None]]
 
 
 @pool_program("hidden")
@@ -152,6 +158,25 @@ def first_token(
 
 
 @program
+def first_token_adjusted(
+    build: Build,
+    model: Decoder,
+    hidden: Float[jax.Array, "lanes width"],
+    sampling: SamplingArrays,
+    adjustments: Adjustments,
+) -> tuple[Int32[jax.Array, " lanes"], Logprobs]:
+    """As `first_token`, from adjusted logits. The log-probabilities are those of one step."""
+    lanes, vocab = hidden.shape[0], build.config.vocab_size
+    live = jnp.ones(lanes, jnp.bool_)
+    filled = jax.tree.map(_filled, (hidden, sampling, live, adjustments))
+    hidden, sampling, live, adjustments = filled
+    nothing = jnp.zeros(live.shape, jnp.int32)
+    expanded = expand(adjustments, vocab)
+    tokens, _, logprobs = choose(model.logits(hidden), sampling, nothing, live, expanded)
+    return tokens[:lanes], jax.tree.map(lambda x: x[:lanes, None], logprobs)
+
+
+@program
 def logits(
     build: Build, model: Decoder, hidden: Float[Array, "rows width"]
 ) -> Float[jax.Array, "rows vocab"]:
@@ -189,19 +214,58 @@ def decode(
       The pool and the tokens, -1 where a lane was not live. A lane whose logits are not finite
       ends with `sampling.NOT_FINITE`.
     """
+    kv, (tokens, _) = _decode(build, model, kv, start, tables, groups, slot, sampling, None)
+    return kv, tokens
+
+
+@pool_program()
+def decode_adjusted(
+    build: Build,
+    model: Decoder,
+    kv: PagedKV,
+    start: DecodeState,
+    tables: LaneTables,
+    groups: GroupTables,
+    slot: Int32[Array, "lanes steps"],
+    sampling: SamplingArrays,
+    adjustments: Adjustments,
+) -> tuple[PagedKV, tuple[Int32[jax.Array, "lanes steps"], Logprobs]]:
+    """As `decode`, from adjusted logits. Each step counts the tokens of the steps before it.
+
+    Returns:
+      The pool; the tokens and their log-probabilities.
+    """
+    return _decode(build, model, kv, start, tables, groups, slot, sampling, adjustments)
+
+
+def _decode(
+    build: Build,
+    model: Decoder,
+    kv: PagedKV,
+    start: DecodeState,
+    tables: LaneTables,
+    groups: GroupTables,
+    slot: Array,
+    sampling: SamplingArrays,
+    adjustments: Adjustments | None,
+) -> tuple[PagedKV, tuple[jax.Array, Any]]:
+    """Decodes with or without adjustments; without them, there are no log-probabilities."""
     rope = build.config.rope
     lanes, steps = slot.shape
     # Idle lanes fill the last group of rows (`_filled`). Attention does not need them.
-    start, slot, sampling = jax.tree.map(_filled, (start, slot, sampling))
+    filled = jax.tree.map(_filled, (start, slot, sampling, adjustments))
+    start, slot, sampling, adjustments = filled
+    expanded = logprobs = None
+    if adjustments is not None:
+        expanded = expand(adjustments, build.config.vocab_size)
+        logprobs = Logprobs.blank(*slot.shape)
 
-    def go_on(carry: tuple[jax.Array, PagedKV, DecodeState, jax.Array]) -> jax.Array:
-        index, _, at, _ = carry
+    def go_on(carry: _Carry) -> jax.Array:
+        index, _, at, _, _ = carry
         return (index < steps) & jnp.any(at.live)
 
-    def step(
-        carry: tuple[jax.Array, PagedKV, DecodeState, jax.Array],
-    ) -> tuple[jax.Array, PagedKV, DecodeState, jax.Array]:
-        index, kv, at, tokens = carry
+    def step(carry: _Carry) -> _Carry:
+        index, kv, at, expanded, results = carry
         position = jnp.where(at.live, at.position, -1)
         target = jnp.where(at.live, slot[:, index], build.no_slot)
         # Answers are written to the lane's own pages, which have frame 0.
@@ -221,8 +285,13 @@ def decode(
             return _filled(attended)
 
         hidden, kv = model.hidden(rows, kv, attend, rolled=build.rolled)
-        chosen = sample(model.logits(hidden), sampling, jnp.asarray(at.generated))
-        chosen = jnp.where(at.live, chosen, -1)
+        chosen, expanded, logprobs = choose(
+            model.logits(hidden),
+            sampling,
+            jnp.asarray(at.generated),
+            jnp.asarray(at.live),
+            expanded,
+        )
         live = chosen >= 0
         generated = at.generated + live.astype(jnp.int32)
         after = DecodeState(
@@ -231,12 +300,17 @@ def decode(
             live=live & ~is_stop(chosen, sampling) & (generated < sampling.limit),
             generated=generated,
         )
-        tokens = jax.lax.dynamic_update_slice(tokens, chosen[:, None], (0, index))
-        return index + 1, kv, after, tokens
 
-    carry = (jnp.int32(0), kv, start, jnp.full(slot.shape, -1, jnp.int32))
-    _, kv, _, tokens = jax.lax.while_loop(go_on, step, carry)
-    return kv, tokens[:lanes]
+        def put(x: jax.Array, fresh: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, fresh[:, None], index, axis=1)
+
+        results = jax.tree.map(put, results, (chosen, logprobs))
+        return index + 1, kv, after, expanded, results
+
+    tokens = jnp.full(slot.shape, -1, jnp.int32)
+    carry = (jnp.int32(0), kv, start, expanded, (tokens, logprobs))
+    _, kv, _, _, results = jax.lax.while_loop(go_on, step, carry)
+    return kv, jax.tree.map(lambda x: x[:lanes], results)
 
 
 def _hidden(

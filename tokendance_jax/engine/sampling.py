@@ -1,8 +1,8 @@
-"""Sampling on the device: greedy, temperature, top-k and top-p, one random stream per agent."""
+"""Sampling on the device: temperature, min-p, top-k and top-p, one random stream per lane."""
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import no_type_check
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 from tokendance_jax.kernels.lanes import Array
 from tokendance_jax.models.product import transposed
+from tokendance_jax.prompt.round import Sampling
 
 MAX_STOP_IDS = 16
 # Takes the place of a token if a lane's logits are not finite.
@@ -33,7 +34,8 @@ class SamplingArrays:
       temperature: 0 is greedy.
       top_k: 0 is off.
       top_p: 1 is off.
-      key: random key of the lane's agent.
+      min_p: 0 is off.
+      key: random key of the lane.
       stop_ids: tokens that end the lane; -1 in unused places.
       limit: maximum number of tokens to generate.
     """
@@ -41,9 +43,27 @@ class SamplingArrays:
     temperature: Float32[Array, " lanes"]
     top_k: Int32[Array, " lanes"]
     top_p: Float32[Array, " lanes"]
+    min_p: Float32[Array, " lanes"]
     key: UInt32[Array, "lanes 2"]
     stop_ids: Int32[Array, "lanes stops"]
     limit: Int32[Array, " lanes"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class LaneSampling:
+    """The settings of one lane, on the host.
+
+    Attributes:
+      sampling: temperature, top-k, top-p and min-p; the other fields do not count here.
+      key: random key of the lane.
+      limit: maximum number of tokens to generate.
+      stop_ids: all tokens that end the lane (see `stop_ids_of`).
+    """
+
+    sampling: Sampling
+    key: UInt32[np.ndarray, "2"]
+    limit: int
+    stop_ids: tuple[int, ...] = ()
 
 
 def agent_key(seed: int, round_index: int, agent: str) -> UInt32[np.ndarray, "2"]:
@@ -54,6 +74,16 @@ def agent_key(seed: int, round_index: int, agent: str) -> UInt32[np.ndarray, "2"
     """
     text = f"{seed}/{round_index}/{agent}".encode()
     return np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), np.uint32).copy()
+
+
+def stop_ids_of(sampling: Sampling, model: Sequence[int]) -> tuple[int, ...]:
+    """Returns the tokens that end an answer.
+
+    Args:
+      sampling: the answer's settings.
+      model: the model's own stop tokens.
+    """
+    return (*(() if sampling.ignore_eos else model), *sampling.stop_token_ids)
 
 
 def check_stop_ids(stop_ids: Sequence[int]) -> None:
@@ -69,36 +99,29 @@ def check_stop_ids(stop_ids: Sequence[int]) -> None:
         )
 
 
-def sampling_arrays(
-    lanes: int,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    keys: Sequence[np.ndarray],
-    limits: Sequence[int],
-    stop_ids: Sequence[int],
-) -> SamplingArrays:
-    """Stacks the settings of `len(keys)` agents into `lanes` lanes.
+def sampling_arrays(lanes: int, settings: Sequence[LaneSampling]) -> SamplingArrays:
+    """Stacks settings into `lanes` lanes. The remaining lanes are greedy and generate nothing.
 
     Raises:
       ValueError: as `check_stop_ids`.
     """
-    check_stop_ids(stop_ids)
+    unused = lanes - len(settings)
     key = np.zeros((lanes, 2), np.uint32)
-    for lane, own in enumerate(keys):
-        key[lane] = own
     stops = np.full((lanes, MAX_STOP_IDS), -1, np.int32)
-    stops[:, : len(stop_ids)] = stop_ids
-    limit = np.zeros(lanes, np.int32)
-    limit[: len(limits)] = limits
+    for lane, own in enumerate(settings):
+        check_stop_ids(own.stop_ids)
+        key[lane] = own.key
+        stops[lane, : len(own.stop_ids)] = own.stop_ids
+    neutral = [Sampling()] * unused
+    chosen = [*(own.sampling for own in settings), *neutral]
     return SamplingArrays(
-        temperature=np.full(lanes, temperature, np.float32),
-        top_k=np.full(lanes, top_k, np.int32),
-        top_p=np.full(lanes, top_p, np.float32),
+        temperature=np.array([own.temperature for own in chosen], np.float32),
+        top_k=np.array([own.top_k for own in chosen], np.int32),
+        top_p=np.array([own.top_p for own in chosen], np.float32),
+        min_p=np.array([own.min_p for own in chosen], np.float32),
         key=key,
         stop_ids=stops,
-        limit=limit,
+        limit=np.array([*(own.limit for own in settings), *[0] * unused], np.int32),
     )
 
 
@@ -106,34 +129,42 @@ def sample(
     logits: Float[jax.Array, "lanes vocab"],
     sampling: SamplingArrays,
     generated: Int32[jax.Array, " lanes"],
+    adjust: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Int32[jax.Array, " lanes"]:
     """Chooses each lane's next token.
 
-    Temperature is applied first, then top-k, then top-p among the remaining tokens, as in the
-    published generation code of the model. Steps that no lane needs are skipped at run time.
+    Temperature is applied first, then min-p, then top-k, then top-p among the remaining tokens, as
+    in vLLM. Steps that no lane needs are skipped at run time.
 
     Args:
       logits: f32 [lanes, vocab].
       sampling: the lanes' settings.
       generated: number of tokens that each lane has generated, which is its position in its
         random stream.
+      adjust: maps the model's logits, f32 [vocab, lanes], to those to choose from. It may exclude
+        tokens by -inf.
 
     Returns:
-      i32 [lanes] token ids; `NOT_FINITE` if a logit of the lane is NaN or infinite.
+      i32 [lanes] token ids; `NOT_FINITE` if one of the model's logits of the lane is NaN or
+      infinite.
     """
     # `matmul` computes products of few rows in this order. The other order would copy all logits.
     by_token = transposed(logits)
     greedy, finite = _argmax(by_token)
+    if adjust is not None:
+        by_token = adjust(by_token)
+        greedy, _ = _argmax(by_token)
     temperature = jnp.asarray(sampling.temperature)[:, None]
     top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
+    min_p = jnp.asarray(sampling.min_p)
 
     def draw(by_token: jax.Array) -> jax.Array:
         logits = by_token.T
         # Subtract the maximum first, so that a tiny temperature gives -inf and never +inf.
         scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
         scaled = scaled / jnp.where(temperature > 0, temperature, jnp.ones_like(temperature))
-        narrow = jnp.any((top_k > 0) | (top_p < 1))
-        kept = jax.lax.cond(narrow, lambda x: _narrow(x, top_k, top_p), lambda x: x, scaled)
+        narrow = jnp.any((top_k > 0) | (top_p < 1) | (min_p > 0))
+        kept = jax.lax.cond(narrow, lambda x: _narrow(x, top_k, top_p, min_p), lambda x: x, scaled)
 
         def noise(key: jax.Array, step: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
@@ -182,8 +213,12 @@ def _first_largest(x: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(x == largest, index, x.shape[0] - 1), axis=0)
 
 
-def _narrow(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Sets logits outside top-k, and then outside top-p, to -inf. Keeps ties at the edge."""
+def _narrow(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Sets logits outside min-p, then top-k, then top-p to -inf. Keeps ties at the edge.
+
+    The largest logit of each lane must be 0.
+    """
+    logits = jnp.where(logits >= jnp.log(min_p)[:, None], logits, -jnp.inf)
     ones = jnp.ones_like(logits)
     wanted = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)
     logits = jnp.where(logits >= _edge(logits, ones, wanted), logits, -jnp.inf)

@@ -11,10 +11,15 @@ from typing import Literal, get_args
 Kind = Literal["system", "history", "shared", "task"]
 Fidelity = Literal["collective", "exact"]
 
-# Token ids and numbers of tokens travel as int32, seeds as uint32, temperatures as float32.
+# Most log-probabilities per token that `Sampling.logprobs` may request.
+MAX_LOGPROBS = 20
+# Most tokens that `Sampling.logit_bias` may name.
+MAX_BIASES = 300
+
+# Token ids and numbers of tokens travel as int32, seeds as uint32, real numbers as float32.
 _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**32 - 1
-_MAX_TEMPERATURE = 3.4e38
+_MAX_REAL = 3.4e38
 
 
 class PromptError(ValueError):
@@ -81,6 +86,12 @@ def _check_real(value: object, what: str) -> None:
     real = type(value) is int or (isinstance(value, float) and math.isfinite(value))
     if not real:
         raise PromptError(f"{what} must be a finite number, got {value!r}")
+
+
+def _check_between(value: object, what: str, low: int, high: int) -> None:
+    _check_real(value, what)
+    if not low <= value <= high:  # pyright: ignore[reportOperatorIssue]
+        raise PromptError(f"{what} must be from {low} to {high}, got {value!r:.80}")
 
 
 def _check_tuple(value: object, element: type, what: str) -> None:
@@ -173,6 +184,7 @@ class AgentPrompt:
       recorded_output: the agent's answer in a recording, for replays.
       fidelity: "collective": the policy decides what the agent reads. "exact": everything that the
         agent reads was computed in its own context, for agents such as judges and callers of tools.
+      sampling: how this agent's answer is sampled; None: as the round says.
 
     Raises:
       PromptError: empty name, a prompt that does not end with its task, a limit below 1, an unknown
@@ -184,6 +196,7 @@ class AgentPrompt:
     max_new_tokens: int | None = None
     recorded_output: str | None = None
     fidelity: Fidelity = "collective"
+    sampling: "Sampling | None" = None
 
     def __post_init__(self) -> None:
         check_name(self.agent, "the name of an agent")
@@ -207,6 +220,8 @@ class AgentPrompt:
             ended = segment.kind == "task"
         if self.max_new_tokens is not None:
             check_integer(self.max_new_tokens, f"{where}: max_new_tokens", 1)
+        if not isinstance(self.sampling, Sampling | None):
+            raise PromptError(f"{where}: sampling must be a Sampling, got {self.sampling!r:.80}")
         if self.recorded_output is not None:
             check_text(self.recorded_output, f"{where}: recorded_output")
 
@@ -223,6 +238,19 @@ class Sampling:
       stop: an answer ends before the first of these strings.
       stop_token_ids: an answer ends at the first of these tokens, in addition to the model's own
         stop tokens.
+      min_p: never sample tokens with less than this share of the most probable token's
+        probability, from 0 to 1; 0 is off.
+      repetition_penalty: positive logits of tokens in the prompt or the answer are divided by it,
+        negative ones multiplied; above 0, 1 is off.
+      presence_penalty: subtracted from the logits of tokens in the answer, from -2 to 2.
+      frequency_penalty: subtracted from the logits of tokens in the answer once per occurrence,
+        from -2 to 2.
+      logit_bias: pairs of a token id and a number from -100 to 100 that is added to the token's
+        logit; at most 300 pairs, each with another token.
+      ignore_eos: whether the model's own stop tokens do not end an answer. `stop_token_ids` still
+        do.
+      logprobs: how many of the most probable tokens to report log-probabilities of, next to that
+        of the chosen token, from 0 to 20; None reports none.
 
     Raises:
       PromptError: a value out of its range.
@@ -234,13 +262,20 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
+    presence_penalty: float | int = 0.0
+    frequency_penalty: float | int = 0.0
+    logit_bias: tuple[tuple[int, float | int], ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_real(self.temperature, "sampling: temperature")
         if self.temperature < 0:
             raise PromptError(f"sampling: temperature must be >= 0, got {self.temperature!r}")
-        if self.temperature > _MAX_TEMPERATURE:
-            raise PromptError(f"sampling: temperature must be at most {_MAX_TEMPERATURE}")
+        if self.temperature > _MAX_REAL:
+            raise PromptError(f"sampling: temperature must be at most {_MAX_REAL}")
         check_integer(self.top_k, "sampling: top_k", 0, _MAX_INT)
         _check_real(self.top_p, "sampling: top_p")
         if not 0 < self.top_p <= 1:
@@ -252,6 +287,54 @@ class Sampling:
             check_name(string, "sampling: a stop string")
         for token_id in self.stop_token_ids:
             check_integer(token_id, "sampling: a stop token id", 0, _MAX_INT)
+        _check_between(self.min_p, "sampling: min_p", 0, 1)
+        _check_real(self.repetition_penalty, "sampling: repetition_penalty")
+        if not 0 < self.repetition_penalty <= _MAX_REAL:
+            raise PromptError(
+                f"sampling: repetition_penalty must be above 0 and at most {_MAX_REAL}, "
+                f"got {self.repetition_penalty!r:.80}"
+            )
+        _check_between(self.presence_penalty, "sampling: presence_penalty", -2, 2)
+        _check_between(self.frequency_penalty, "sampling: frequency_penalty", -2, 2)
+        self._check_bias()
+        if not isinstance(self.ignore_eos, bool):
+            raise PromptError(f"sampling: ignore_eos must be a bool, got {self.ignore_eos!r:.80}")
+        if self.logprobs is not None:
+            check_integer(self.logprobs, "sampling: logprobs", 0, MAX_LOGPROBS)
+
+    def _check_bias(self) -> None:
+        _check_tuple(self.logit_bias, tuple, "sampling: logit_bias")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise PromptError(
+                f"sampling: logit_bias has {len(self.logit_bias)} entries; give at most "
+                f"{MAX_BIASES}"
+            )
+        named: set[int] = set()
+        for entry in self.logit_bias:
+            if len(entry) != 2:
+                raise PromptError(
+                    f"sampling: logit_bias must hold pairs of token id and bias, got {entry!r:.80}"
+                )
+            token_id, bias = entry
+            check_integer(token_id, "sampling: a token id of logit_bias", 0, _MAX_INT)
+            _check_between(bias, f"sampling: logit_bias of token {token_id}", -100, 100)
+            if token_id in named:
+                raise PromptError(f"sampling: logit_bias names token {token_id} twice; remove one")
+            named.add(token_id)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that occurred before have other logits."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the settings need more than temperature, top-k, top-p and min-p."""
+        return self.penalises or bool(self.logit_bias) or self.logprobs is not None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -261,7 +344,7 @@ class Round:
     Attributes:
       agents: the prompts; names are unique, the order is the caller's.
       max_new_tokens: limit for the answers of agents without a limit of their own.
-      sampling: how all answers of the round are sampled.
+      sampling: how answers are sampled whose agents have no sampling of their own.
       index: number of the round, from 0.
 
     Raises:
