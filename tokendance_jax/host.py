@@ -9,6 +9,19 @@ from pathlib import Path
 import jax
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+# A container's files of control groups, version 2 and version 1: limit, usage, and statistics with
+# the name under which they list the file cache that the kernel drops first.
+_CONTAINERS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 
 def tune_allocator() -> bool:
@@ -68,7 +81,44 @@ def memory() -> int | None:
     found = []
     with contextlib.suppress(ValueError, OSError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # container limits
+    for limit, *_ in _CONTAINERS:
         with contextlib.suppress(ValueError, OSError):
-            found.append(int((Path("/sys/fs/cgroup") / limit).read_text()))
+            found.append(int((_CGROUP / limit).read_text()))
     return min(found, default=None)
+
+
+def free_memory() -> int | None:
+    """Returns the bytes of memory that are free on the default device, or None if unknown.
+
+    On a CPU this is the memory that the process can allocate without swapping. Cached files that
+    the kernel can drop count as free.
+    """
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats or "bytes_in_use" not in stats:
+            return None
+        return max(0, stats["bytes_limit"] - stats["bytes_in_use"])
+    found = []
+    with contextlib.suppress(KeyError, ValueError, OSError):
+        found.append(_statistic(_MEMINFO, "MemAvailable:") * 1024)
+    for limit, usage, statistics, cached in _CONTAINERS:
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            rest = int((_CGROUP / limit).read_text()) - int((_CGROUP / usage).read_text())
+            found.append(max(0, rest + _statistic(_CGROUP / statistics, cached)))
+    return min(found, default=None)
+
+
+def _statistic(path: Path, name: str) -> int:
+    """Returns a number from a file whose lines begin with a name and a number.
+
+    Raises:
+      KeyError: no line begins with the name.
+      ValueError: there is no number.
+      OSError: the file cannot be read.
+    """
+    for line in path.read_text().splitlines():
+        words = line.split()
+        if len(words) > 1 and words[0] == name:
+            return int(words[1])
+    raise KeyError(name)
