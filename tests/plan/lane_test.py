@@ -56,6 +56,28 @@ def test_locate_takes_any_order_and_shape(entries, data):
     assert list(found) == [where[position] for position in some]
 
 
+@given(
+    ENTRIES,
+    st.integers(0, PAGE_SIZE - 1),
+    st.lists(st.integers(60, 90), max_size=4),
+    st.none() | st.integers(0, PAGE_SIZE - 1),
+)
+def test_a_lane_grows_by_the_rest_of_its_last_page_and_by_pages(entries, last_first, pages, first):
+    entries = [*entries, (55, 0, last_first, 1)]  # the lane's own, used in part
+    lane = plan(entries)
+    longer = lane.extended(np.array(pages, np.int32), PAGE_SIZE, first=first)
+    if first is None:
+        entries[-1] = (55, 0, last_first, PAGE_SIZE - last_first)
+        assert lane.room(PAGE_SIZE) == sum(slots for *_, slots in entries)
+    for page in pages:
+        begin, first = first or 0, 0
+        entries.append((page, 0, begin, PAGE_SIZE - begin))
+    where = naive(entries)
+    slot, canonical = longer.locate(np.arange(len(where), dtype=np.int32), PAGE_SIZE)
+    assert list(zip(slot.tolist(), canonical.tolist(), strict=True)) == list(where.values())
+    np.testing.assert_array_equal(longer.cut(2).page, longer.page[:2])
+
+
 @given(ENTRIES, st.integers(1, 5))
 def test_table_holds_the_same_slots_with_one_frame_to_a_block(entries, block):
     table = plan(entries).table(block)

@@ -1,6 +1,7 @@
 """A lane: the rows that one sequence computes, and the slots that hold its context."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -58,11 +59,51 @@ class LanePlan:
         self, position: Int32[np.ndarray, "*shape"], page_size: int
     ) -> tuple[Int32[np.ndarray, "*shape"], Int32[np.ndarray, "*shape"]]:
         """Returns each position's slot (page * page_size + offset) and canonical position."""
+        entry, offset, canonical = self.entry_of(position)
+        return (self.page[entry] * page_size + offset).astype(np.int32), canonical
+
+    def entry_of(self, position: Int32[np.ndarray, "*shape"] | int) -> tuple[Any, Any, Any]:
+        """Returns each position's entry, its slot in the entry's page, and canonical position."""
         stop = np.cumsum(self.slots)
         entry = np.searchsorted(stop, position, side="right")
         start = stop[entry] - self.slots[entry]
-        slot = self.page[entry] * page_size + self.first[entry] + position - start
-        return slot.astype(np.int32), (position - self.frame[entry]).astype(np.int32)
+        offset = self.first[entry] + position - start
+        return entry, offset, (position - self.frame[entry]).astype(np.int32)
+
+    def room(self, page_size: int) -> int:
+        """Returns how many tokens the lane can hold, if all of its last page is used."""
+        return int(self.slots[:-1].sum() + page_size - self.first[-1])
+
+    def cut(self, entries: int) -> "LanePlan":
+        """Returns the same lane with the first `entries` entries of its table."""
+        names = ("page", "frame", "first", "slots", "base")
+        kept = {name: getattr(self, name)[:entries] for name in names}
+        return dataclasses.replace(self, **kept)
+
+    def extended(
+        self, pages: Int32[np.ndarray, " more"], page_size: int, *, first: int | None = None
+    ) -> "LanePlan":
+        """Returns the lane with further pages of its own at the end, in frame 0.
+
+        Args:
+          pages: the pages.
+          page_size: token slots in a page.
+          first: first slot to use in the first of them; None: slot 0, and the page of the last
+            entry, which must be the lane's own, is used to its end as well.
+        """
+        slots = self.slots.copy()
+        if first is None:
+            slots[-1] = page_size - self.first[-1]
+        zeros = np.zeros_like(pages)
+        firsts = zeros.copy()
+        firsts[:1] = first or 0
+        more = (pages, zeros, firsts, page_size - firsts, zeros)
+        columns = (self.page, self.frame, self.first, slots, self.base)
+        joined = [np.concatenate(pair) for pair in zip(columns, more, strict=True)]
+        page, frame, first_slot, slots, base = joined
+        return dataclasses.replace(
+            self, page=page, frame=frame, first=first_slot, slots=slots, base=base
+        )
 
     def entries(self) -> Int32[np.ndarray, "5 entries"]:
         """Returns rows page, frame, first, slots, start (logical position of the first slot)."""

@@ -7,20 +7,20 @@ entries (page, frame) of their block tables, so no key is rotated again and no p
 
 import contextlib
 import dataclasses
-import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from tokendance_jax.paged.page_pool import OutOfPages, PagePool
 from tokendance_jax.plan.lane import LanePlan, with_rows
-from tokendance_jax.policy.bases import paged
+from tokendance_jax.policy.bases import content_key, paged
 from tokendance_jax.policy.draft import Draft, Drafter, LaneDraft
 from tokendance_jax.policy.exact import pages_for
-from tokendance_jax.policy.parts import Run, asked_until
+from tokendance_jax.policy.open_collective import CollectiveLane, OpenCollective, rebase
+from tokendance_jax.policy.parts import asked_until
 from tokendance_jax.policy.policy import (
     NOBODY,
     Compute,
@@ -39,35 +39,6 @@ Base = Literal["joint", "joint-agent", "alone", "isolated"]
 BASES: tuple[str, ...] = get_args(Base)
 
 _NO_PAGES = np.zeros(0, np.int32)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Lane:
-    """An agent's lane that reads from bases, while its patches may still be chosen.
-
-    Attributes:
-      seat: the agent's place in the round.
-      private: number of leading tokens that are the agent's own text; their K and V are exact.
-      asked: position where the prompt's own segments end; markup may follow.
-      run: the lane's shared text.
-      at: index of each entry of `run` in the lane's table.
-      spare: pages for patches that are chosen later.
-    """
-
-    seat: int
-    private: int
-    asked: int
-    run: Run
-    at: Int32[np.ndarray, " entries"]
-    spare: Int32[np.ndarray, " spare"]
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _OpenCollective(OpenRound):
-    """An open round, with its collective lanes and pages reserved for a Master's base."""
-
-    collective: list[_Lane] = dataclasses.field(default_factory=list)
-    reserved: Int32[np.ndarray, " reserved"] = dataclasses.field(default_factory=lambda: _NO_PAGES)
 
 
 class Collective(BaseReuse):
@@ -142,72 +113,149 @@ class Collective(BaseReuse):
         self.programs = ("prefill",) if look is None else ("prefill", look)
         self.bases = 1 if base.startswith("joint") else sys.maxsize
 
-    def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
+    def open(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        rooms: Sequence[int],
+        limits: Sequence[int] | None = None,
+        *,
+        patient: bool = False,
+    ) -> OpenRound:
         """Takes the bases' pages, then every agent's; see `Policy.open`.
 
-        If the pool cannot hold the round with its bases, the round is served exactly.
+        If the pool cannot hold the round with its bases, the round is served exactly, unless it is
+        patient.
         """
-        draft = self._drafter.draft(prompts, rooms)
+        draft = self._drafter.draft(prompts, rooms if limits is None else limits)
         if draft.shares:
-            with contextlib.suppress(OutOfPages):
+            try:
                 return self._open(draft, prompts, rooms)
+            except OutOfPages:
+                if patient:
+                    raise
         return self._open(Draft([None] * len(prompts)), prompts, rooms)
 
     def _open(
         self, draft: Draft, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]
     ) -> OpenRound:
         """Takes the pages of a draft; if the pool cannot allocate them, no reference is held."""
-        opened = _OpenCollective([], [], [], draft.preamble_tokens, no_steps())
-        # Pages of quoted bases may be evictable, so they are held while new pages are allocated.
-        # This includes the pages that patches replace: a patch must not get the page that it
-        # replaces.
-        pages = [lane.run.page for lane in draft.lanes if lane is not None]
+        opened = OpenCollective([], [], [], draft.preamble_tokens, no_steps())
+        with self._quoted(draft.lanes):
+            try:
+                for layout in draft.bases:
+                    base, placed = self._store.take(layout)
+                    opened.bases.append(base)
+                    opened.placed.update((content_key(place.token_ids), place) for place in placed)
+                if self._base == "joint-agent" and draft.bases:
+                    context = pages_for(draft.preamble_tokens, self._page_size)
+                    opened.reserved = self._pool.allocate(len(opened.bases[0].page) - context)
+                for prompt, room, lane in zip(prompts, rooms, draft.lanes, strict=True):
+                    self._take(opened, prompt, room, lane)
+            except BaseException:
+                self._abandon(opened)
+                raise
+        opened.steps = self._plan(opened)
+        return opened
+
+    def join(self, opened: OpenRound, prompt: TokenizedPrompt, room: int, limit: int) -> Steps:
+        """Takes the pages of a lane that reads the round's bases; see `Policy.join`."""
+        assert isinstance(opened, OpenCollective)
+        lane = self._drafter.draft_joining(prompt, limit, opened.placed)
+        with self._quoted([lane]):
+            seat = self._take(opened, prompt, room, lane)
+        return self._steps(opened, [], [seat])
+
+    def _resume(self, opened: OpenRound, seat: int, prompt: TokenizedPrompt, room: int) -> Steps:
+        """Takes new pages for the lane's own text; its other entries stay as they are."""
+        lane, ids, size = opened.lanes[seat], prompt.token_ids, self._page_size
+        if seat not in self._reusing(opened):
+            opened.lanes[seat] = self._exact.open_lane(ids, room)
+        else:
+            own = lane.base == 0
+            # Own text begins in a new page, or continues in the page where it ended before.
+            number = np.cumsum(lane.first[own] == 0) - 1
+            count = int(number[-1]) + 1
+            leading = _leading(own & (lane.first == 0) & (lane.slots == size))
+            blocks = self._cache.split(ids[: leading * size])
+            hit = self._cache.match_blocks(blocks)
+            later = pages_for(max(0, len(ids) + room - lane.room(size)), size)
+            fresh = self._pool.extend(hit, count - len(hit) + later)
+            self._cache.insert_blocks(blocks, fresh)
+            page = lane.page.copy()
+            page[own] = fresh[number]
+            self._pool.retain(page[own][1:][np.diff(number) == 0])
+            starts = np.cumsum(lane.slots) - lane.slots
+            mine = np.repeat(own, lane.slots)[: len(ids)]
+            mine[: starts[len(hit)]] = False
+            computed = np.flatnonzero(mine).astype(np.int32)
+            lane = dataclasses.replace(lane, token_ids=ids, page=page, computed=computed)
+            opened.lanes[seat] = lane.extended(fresh[count:], size)
+        return _compute(opened, seat)
+
+    def _forked(self, opened: OpenRound, seat: int, lane: LanePlan) -> None:
+        assert isinstance(opened, OpenCollective)
+        super()._forked(opened, seat, lane)
+        opened.collective += [
+            dataclasses.replace(like, seat=len(opened.lanes) - 1, spare=_NO_PAGES)
+            for like in opened.collective
+            if like.seat == seat
+        ]
+
+    def _release_lane(
+        self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"] | None
+    ) -> None:
+        assert isinstance(opened, OpenCollective)
+        self._release_spare(opened, seat)
+        super()._release_lane(opened, seat, written)
+
+    def _suspend(self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"]) -> None:
+        assert isinstance(opened, OpenCollective)
+        self._release_spare(opened, seat)
+        super()._suspend(opened, seat, written)
+
+    def _release_spare(self, opened: OpenCollective, seat: int) -> None:
+        for lane in opened.collective:
+            if lane.seat == seat:
+                self._pool.release(lane.spare)
+                lane.spare = _NO_PAGES
+
+    def _release_bases(self, opened: OpenRound) -> None:
+        assert isinstance(opened, OpenCollective)
+        self._pool.release(opened.reserved)
+        super()._release_bases(opened)
+
+    def _reusing(self, opened: OpenRound) -> Collection[int]:
+        assert isinstance(opened, OpenCollective)
+        return {lane.seat for lane in opened.collective}
+
+    @contextlib.contextmanager
+    def _quoted(self, lanes: Sequence[LaneDraft | None]) -> Iterator[None]:
+        """Holds the pages of older bases that drafts read, while new pages are allocated.
+
+        They may be evictable. They include the pages that patches replace: a patch must not get the
+        page that it replaces.
+        """
+        pages = [lane.run.page for lane in lanes if lane is not None]
         quoted = np.concatenate([_NO_PAGES, *pages])
         quoted = quoted[quoted > 0]
         self._pool.retain(quoted)
         try:
-            for layout in draft.bases:
-                opened.bases.append(self._store.take(layout)[0])
-            if self._base == "joint-agent" and draft.bases:
-                context = pages_for(draft.preamble_tokens, self._page_size)
-                opened.reserved = self._pool.allocate(len(opened.bases[0].page) - context)
-            for seat, (prompt, room) in enumerate(zip(prompts, rooms, strict=True)):
-                lane = draft.lanes[seat]
-                if lane is not None:
-                    opened.lanes.append(self._open_lane(opened, seat, prompt, room, lane))
-                else:
-                    opened.lanes.append(
-                        self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
-                    )
-                    opened.exact_hits.append(int(opened.lanes[-1].computed[0]))
-            opened.steps = self._plan(opened)
-            return opened
-        except BaseException:
-            self.close(opened, None)
-            raise
+            yield
         finally:
             self._pool.release(quoted)
 
-    def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
-        """Releases every reference; later rounds can still find bases and exact pages."""
-        assert isinstance(opened, _OpenCollective)
-        for lane in opened.collective:
-            self._pool.release(lane.spare)
-        self._pool.release(opened.reserved)
-        super().close(opened, written)
+    def _take(
+        self, opened: OpenCollective, prompt: TokenizedPrompt, room: int, draft: LaneDraft | None
+    ) -> int:
+        """Takes an agent's pages, and returns its seat."""
+        if draft is not None:
+            return self._take_collective(opened, prompt, room, draft)
+        lane = self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
+        return opened.add(lane, int(lane.computed[0]))
 
-    def _reusing(self, opened: OpenRound) -> Collection[int]:
-        assert isinstance(opened, _OpenCollective)
-        return {lane.seat for lane in opened.collective}
-
-    def _open_lane(
-        self,
-        opened: _OpenCollective,
-        seat: int,
-        prompt: TokenizedPrompt,
-        room: int,
-        draft: LaneDraft,
-    ) -> LanePlan:
+    def _take_collective(
+        self, opened: OpenCollective, prompt: TokenizedPrompt, room: int, draft: LaneDraft
+    ) -> int:
         """Takes an agent's pages: exact hits, new pages of its own, patches, and base pages."""
         size, ids = self._page_size, prompt.token_ids
         parts, private, chosen, head = draft.parts, draft.private, draft.chosen, draft.head
@@ -242,43 +290,49 @@ class Collective(BaseReuse):
         computed = np.ones(len(ids), np.bool_)
         computed[:hit_tokens] = False
         computed[run.positions(~chosen)] = False
-        opened.collective.append(_Lane(seat, private, asked_until(prompt), run, at, spare_page))
-        opened.exact_hits.append(hit_tokens)
         page, frame, first, slots, base = table
         # Own text behind shared text continues in the page where own text ended before. This page
         # then has a second entry, and needs a second reference.
         own_entries = page[base == 0]
         self._pool.retain(own_entries[1:][own_entries[1:] == own_entries[:-1]])
         computed = np.flatnonzero(computed).astype(np.int32)
-        return LanePlan(ids, computed, page, frame, first, slots, base=base)
+        seat = opened.add(LanePlan(ids, computed, page, frame, first, slots, base=base), hit_tokens)
+        opened.collective.append(
+            CollectiveLane(seat, private, asked_until(prompt), run, at, spare_page)
+        )
+        return seat
 
-    def _plan(self, opened: _OpenCollective) -> Steps:
+    def _plan(self, opened: OpenCollective) -> Steps:
         """Yields all steps, then releases the preamble, which only the rows of bases read."""
-        yield from self._steps(opened)
+        yield from self._steps(opened, opened.bases, range(len(opened.lanes)))
         if self._base != "joint-agent":  # a Master's base continues private text instead
             opened.left = pages_for(opened.preamble_tokens, self._page_size)
             for lane in opened.bases:
                 self._pool.release(lane.page[: opened.left])
 
-    def _steps(self, opened: _OpenCollective) -> Steps:
-        lanes, collective = opened.lanes, opened.collective
+    def _steps(
+        self, opened: OpenCollective, bases: Sequence[LanePlan], seats: Sequence[int]
+    ) -> Steps:
+        """Yields the steps that compute some seats, and bases before them."""
+        lanes = opened.lanes
+        collective = [lane for lane in opened.collective if lane.seat in seats]
         # Programs are compiled for up to `self.bases` bases; any others are computed one by one.
-        for base in opened.bases[: -self.bases]:
+        for base in bases[: -self.bases]:
             yield Compute([base], [NOBODY])
-        bases = opened.bases[-self.bases :]
+        bases = bases[-self.bases :]
         nobody = [NOBODY] * len(bases)
         look = self._selection.look
-        if self._base == "joint-agent" and opened.bases:
+        if self._base == "joint-agent" and bases:
             look = "deviation"
         if look is None or not collective:
-            yield Compute([*bases, *lanes], [*nobody, *range(len(lanes))])
+            yield Compute([*bases, *(lanes[seat] for seat in seats)], [*nobody, *seats])
             return
         # Compute first what does not depend on the choice: bases, private text and exact agents.
-        first = list(lanes)
+        first = {seat: lanes[seat] for seat in seats}
         for lane in collective:
             plan = lanes[lane.seat]
             first[lane.seat] = with_rows(plan, plan.computed[plan.computed < lane.private])
-        yield Compute([*bases, *first], [*nobody, *range(len(lanes))])
+        yield Compute([*bases, *first.values()], [*nobody, *seats])
         seats = [lane.seat for lane in collective]
         if look == "deviation":  # all rows up to the end of shared text, reading base pages only
             looked = [
@@ -303,9 +357,11 @@ class Collective(BaseReuse):
                 ]
             )
         if self._base == "joint-agent":
-            before = self._rebase(opened, scores)
+            before = rebase(
+                self._pool, opened, scores, context=self._context, page_size=self._page_size
+            )
         else:
-            self._patch(opened, scores)
+            self._patch(opened, collective, scores)
             before = []
         rest = [
             with_rows(plan, plan.computed[plan.computed >= lane.private])
@@ -314,10 +370,12 @@ class Collective(BaseReuse):
         ]
         yield Compute([*before, *rest], [*[NOBODY] * len(before), *seats])
 
-    def _patch(self, opened: _OpenCollective, scores: Scores) -> None:
+    def _patch(
+        self, opened: OpenCollective, collective: Sequence[CollectiveLane], scores: Scores
+    ) -> None:
         """Chooses pages by their scores, and puts their patches into the lanes' tables."""
         assert isinstance(self._selection, Scored)
-        runs = [lane.run for lane in opened.collective]
+        runs = [lane.run for lane in collective]
         if self._selection.look == "deviation":
             of_entries = [
                 np.add.reduceat(score, np.cumsum(run.slots) - run.slots)
@@ -325,9 +383,9 @@ class Collective(BaseReuse):
                 for run, score in zip(runs, scores, strict=True)
             ]
         else:
-            of_entries = [s[lane.at] for lane, s in zip(opened.collective, scores, strict=True)]
+            of_entries = [s[lane.at] for lane, s in zip(collective, scores, strict=True)]
         chosen = self._selection.pick_scored(runs, of_entries)
-        for lane, pick in zip(opened.collective, chosen, strict=True):
+        for lane, pick in zip(collective, chosen, strict=True):
             plan, count = opened.lanes[lane.seat], int(pick.sum())
             page = plan.page.copy()
             page[lane.at[pick]] = lane.spare[:count]
@@ -337,57 +395,14 @@ class Collective(BaseReuse):
             self._pool.release(lane.run.page[pick])
             lane.spare = lane.spare[count:]
 
-    def _rebase(self, opened: _OpenCollective, scores: Scores) -> list[LanePlan]:
-        """Makes the agent with the lowest summed deviation the Master.
 
-        The Master's base continues the Master's private text. The base entries of all agents move
-        to the pages of this base, with frames for its positions. If the context cannot hold the
-        private text of any agent together with the bundle, there is no Master.
+def _compute(opened: OpenRound, seat: int) -> Steps:
+    yield Compute([opened.lanes[seat]], [seat])
 
-        Returns:
-          The lane of the Master's base; an empty list without a Master.
-        """
-        bundle = opened.bases[0].token_ids[opened.preamble_tokens :]
-        most = self._context - len(bundle)
-        fitting = [
-            (score, lane)
-            for score, lane in zip(scores, opened.collective, strict=True)
-            if lane.private <= most
-        ]
-        if not fitting:
-            return []
-        # Of equal sums, the lowest seat wins; the papers leave this open.
-        sums = [math.fsum(score.tolist()) for score, _ in fitting]
-        _, master = fitting[int(np.argmin(sums))]
-        plan, neutral = opened.lanes[master.seat], opened.bases[0]
-        context = pages_for(opened.preamble_tokens, self._page_size)
-        private = int(np.searchsorted(np.cumsum(plan.slots), master.private, side="right"))
-        page = np.concatenate([plan.page[:private], opened.reserved])
-        slots = np.concatenate([plan.slots[:private], neutral.slots[context:]])
-        token_ids = np.concatenate([plan.token_ids[: master.private], bundle])
-        computed = np.arange(master.private, len(token_ids), dtype=np.int32)
-        zeros = np.zeros_like(page)
-        base = LanePlan(token_ids, computed, page, zeros, zeros, slots, base=zeros)
-        self._pool.retain(plan.page[:private])
-        opened.reserved = opened.reserved[:0]
-        opened.bases.append(base)
 
-        moved = dict(zip(neutral.page[context:].tolist(), page[private:].tolist(), strict=True))
-        for lane in opened.collective:
-            plan = opened.lanes[lane.seat]
-            moves = np.isin(plan.base, neutral.page[context:])
-            reads = moves & (plan.page == plan.base)
-            to = np.array([moved.get(page, page) for page in plan.base.tolist()], np.int32)
-            self._pool.retain(to[reads])
-            self._pool.release(plan.page[reads])
-            shift = np.int32(opened.preamble_tokens - master.private)
-            opened.lanes[lane.seat] = dataclasses.replace(
-                plan,
-                page=np.where(reads, to, plan.page),
-                frame=np.where(moves, plan.frame + shift, plan.frame),
-                base=to,
-            )
-        return [base]
+def _leading(chosen: Bool[np.ndarray, " entries"]) -> int:
+    """Returns how many leading entries are chosen."""
+    return len(chosen) if chosen.all() else int(np.argmin(chosen))
 
 
 def _without_patches(plan: LanePlan) -> LanePlan:

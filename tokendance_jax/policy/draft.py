@@ -149,6 +149,29 @@ class Drafter:
                 break
         return best if exact - least >= self._least_saving * exact else nothing
 
+    def draft_joining(
+        self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
+    ) -> LaneDraft | None:
+        """Drafts a lane that joins a round and reads what the round's bases hold.
+
+        Args:
+          prompt: the agent's prompt. Shared segments that the bases do not hold are its own text.
+          room: how many more tokens its lane must have room for.
+          placed: where the segments of the round's bases lie, by `content_key`.
+
+        Returns:
+          What the agent reads from bases; None: reading them saves nothing.
+        """
+        if prompt.fidelity != "collective":
+            return None
+        lane = self._lane(prompt, room, placed, [])
+        if lane is None or self._least_saving is None:
+            return lane
+        chain = self._cache.keys(self._cache.split(prompt.token_ids))
+        exact = self._exact(prompt, self._cache.peek(chain))
+        hits = self._cache.peek(lane.keys)
+        return lane if lane.most_computed(hits, self._page_size) < exact else None
+
     # Decisions must not depend on the order of agents, but the number of computed tokens may: a
     # prompt that fills its last page computes this page even if an agent before it did. So exact
     # rounds are counted in their best order, and other rounds in their worst.

@@ -1,5 +1,6 @@
 """The exact policies: a page is read only in the context in which it was computed."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,12 +9,12 @@ from jaxtyping import Int32
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.paged.prefix_cache import PrefixCache
 from tokendance_jax.plan.lane import LanePlan
-from tokendance_jax.policy.policy import Compute, OpenRound, Policy, Steps
+from tokendance_jax.policy.policy import Compute, OpenRound, Policy, Steps, no_steps
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
 
 class Exact(Policy):
-    """A policy that opens and closes the lanes of a round one by one; all lanes are exact."""
+    """A policy that opens and closes lanes one by one; all lanes are exact."""
 
     def open_lane(
         self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
@@ -40,35 +41,57 @@ class Exact(Policy):
         """
         raise NotImplementedError
 
-    def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
+    def open(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        rooms: Sequence[int],
+        limits: Sequence[int] | None = None,
+        *,
+        patient: bool = False,
+    ) -> OpenRound:
         """Opens a lane for each agent; see `Policy.open`."""
-        lanes: list[LanePlan] = []
+        del limits, patient
+        opened = OpenRound([], [], [], 0, no_steps())
         try:
             for prompt, room in zip(prompts, rooms, strict=True):
-                lanes.append(self.open_lane(prompt.token_ids, room, prompt.answer_tokens))
+                lane = self.open_lane(prompt.token_ids, room, prompt.answer_tokens)
+                opened.add(lane, int(lane.computed[0]))
         except BaseException:
-            for lane in lanes:
-                self.close_lane(lane, None)
+            self._abandon(opened)
             raise
-        hits = [int(lane.computed[0]) for lane in lanes]
-        return OpenRound(lanes, [], hits, 0, _compute(lanes))
+        opened.steps = _compute(opened, range(len(prompts)))
+        return opened
 
-    def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
-        """Closes every lane; see `Policy.close`."""
-        for index, lane in enumerate(opened.lanes):
-            self.close_lane(lane, None if written is None else written[index])
+    def join(self, opened: OpenRound, prompt: TokenizedPrompt, room: int, limit: int) -> Steps:
+        """Opens one more lane; see `Policy.join`."""
+        del limit
+        lane = self.open_lane(prompt.token_ids, room, prompt.answer_tokens)
+        return _compute(opened, [opened.add(lane, int(lane.computed[0]))])
+
+    def _suspend(self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"]) -> None:
+        opened.lanes[seat] = self.suspend_lane(opened.lanes[seat], written)
+
+    def _resume(self, opened: OpenRound, seat: int, prompt: TokenizedPrompt, room: int) -> Steps:
+        opened.lanes[seat] = self.open_lane(prompt.token_ids, room)
+        return _compute(opened, [seat])
+
+    def suspend_lane(self, lane: LanePlan, written: Int32[np.ndarray, " written"]) -> LanePlan:
+        """Releases a lane's pages; returns the lane without pages."""
+        self.close_lane(lane, written)
+        return dataclasses.replace(lane, page=np.zeros_like(lane.page))
+
+    def _release_lane(
+        self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"] | None
+    ) -> None:
+        self.close_lane(opened.lanes[seat], written)
 
 
-def _compute(lanes: Sequence[LanePlan]) -> Steps:
-    yield Compute(lanes, range(len(lanes)))
+def _compute(opened: OpenRound, seats: Sequence[int]) -> Steps:
+    yield Compute([opened.lanes[seat] for seat in seats], seats)
 
 
 class Dense(Exact):
     """Every agent computes its whole prompt into pages of its own."""
-
-    def __init__(self, pool: PagePool, page_size: int):
-        self._pool = pool
-        self._page_size = page_size
 
     def open_lane(
         self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
@@ -93,9 +116,8 @@ class Prefix(Exact):
     """
 
     def __init__(self, pool: PagePool, cache: PrefixCache, page_size: int):
-        self._pool = pool
+        super().__init__(pool, page_size)
         self._cache = cache
-        self._page_size = page_size
 
     def open_lane(
         self, token_ids: Int32[np.ndarray, " tokens"], room: int, answer_tokens: int = 0
@@ -115,7 +137,8 @@ class Prefix(Exact):
     def close_lane(self, lane: LanePlan, written: Int32[np.ndarray, " written"] | None) -> None:
         """Keeps full written pages for later rounds; see `Exact.close_lane`."""
         if written is None:
-            self._cache.forget(lane.page[lane.computed[0] // self._page_size :])
+            for first in lane.computed[:1]:  # a forked lane computed nothing
+                self._cache.forget(lane.page[first // self._page_size :])
         else:
             self._cache.insert(written, lane.page)
         self._pool.release(lane.page)

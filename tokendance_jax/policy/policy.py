@@ -1,4 +1,4 @@
-"""The interface of policies: a policy opens a round as lanes and steps, and closes it."""
+"""The interface of policies: a policy opens a round as lanes and steps, and releases its lanes."""
 
 import abc
 import dataclasses
@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
@@ -96,8 +97,9 @@ class OpenRound:
     """A round whose pages are taken.
 
     Attributes:
-      lanes: the agents' lanes, in the round's order. Their tables may change until all steps are
-        done; after that they hold the prompt and room for the answer.
+      lanes: the lanes by seat: those of the round's agents in order, then those that joined later.
+        Their tables may change until all steps are done; after that they hold the prompt and room
+        for the answer. A suspended lane has page 0 where it gave up its own pages.
       bases: lanes of bases that the round holds.
       exact_hits: number of leading tokens of each prompt that are read from exact pages.
       preamble_tokens: number of tokens of the neutral preamble in front of the bases.
@@ -106,8 +108,9 @@ class OpenRound:
       left: number of leading entries of the bases' tables whose pages were released when all steps
         were done; these entries hold a preamble. Later rounds can still find the pages, but this
         round no longer reads them.
-      written: for each agent, the tokens whose K and V were written, in logical order; None until
-        the round succeeds, as its pages may hold anything until then.
+      held: seats that are not released yet. The bases are released with the last of them.
+      suspended: those of them that gave up their own pages.
+      failed: whether the bases may hold anything, so that later rounds must not find them.
     """
 
     lanes: list[LanePlan]
@@ -116,7 +119,17 @@ class OpenRound:
     preamble_tokens: int
     steps: Steps
     left: int = 0
-    written: list[Int32[np.ndarray, " _"]] | None = None
+    held: set[int] = dataclasses.field(default_factory=set)
+    suspended: set[int] = dataclasses.field(default_factory=set)
+    failed: bool = False
+
+    def add(self, lane: LanePlan, exact_hits: int) -> int:
+        """Adds a lane whose pages are taken, and returns its seat."""
+        seat = len(self.lanes)
+        self.lanes.append(lane)
+        self.exact_hits.append(exact_hits)
+        self.held.add(seat)
+        return seat
 
     @property
     def base_pages(self) -> Int32[np.ndarray, " references"]:
@@ -126,7 +139,13 @@ class OpenRound:
 
 
 class Policy(abc.ABC):
-    """Decides which pages a round takes and which rows it computes; host only.
+    """Decides which pages lanes take and which rows they compute; host only.
+
+    A round is opened as a whole. From then on each seat has a life of its own: it grows, may be
+    suspended and resumed, and is released when its answer ends. Others may join.
+
+    A round may be opened or joined only when all steps of the rounds before are done, because
+    caches offer a page as soon as it is taken.
 
     Attributes:
       programs: names of the programs that its steps may need, which are compiled in advance.
@@ -138,27 +157,183 @@ class Policy(abc.ABC):
     bases: int = 0
     frames: int = 0
 
+    def __init__(self, pool: PagePool, page_size: int):
+        self._pool = pool
+        self._page_size = page_size
+
     @abc.abstractmethod
-    def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
+    def open(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        rooms: Sequence[int],
+        limits: Sequence[int] | None = None,
+        *,
+        patient: bool = False,
+    ) -> OpenRound:
         """Takes the pages of a round.
 
         Args:
           prompts: the agents' prompts.
           rooms: for each lane, how many more tokens it must have room for.
+          limits: for each lane, how many more tokens it may grow by; None: `rooms`.
+          patient: whether pages will be released later, so that it is better to wait for them than
+            to serve the round exactly because its bases do not fit.
 
         Raises:
           OutOfPages: the pool cannot allocate them; no reference is held then.
         """
 
     @abc.abstractmethod
-    def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
-        """Releases the pages of a round.
+    def join(self, opened: OpenRound, prompt: TokenizedPrompt, room: int, limit: int) -> Steps:
+        """Takes the pages of one more lane, which reads the bases of an open round.
+
+        Args:
+          opened: the round; it holds at least one seat. The lane gets the next seat.
+          prompt: the prompt.
+          room: how many more tokens the lane must have room for.
+          limit: how many more tokens the lane may grow by.
+
+        Returns:
+          The steps that compute the lane.
+
+        Raises:
+          OutOfPages: the pool cannot allocate them; the round is unchanged then.
+        """
+
+    def suspend(self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"]) -> None:
+        """Releases the pages that only this lane needs; the round keeps its bases.
 
         Args:
           opened: an open round.
-          written: for each agent, the tokens whose K and V were written, in logical order; None if
-            the round failed and its pages may hold anything.
+          seat: a seat that it holds.
+          written: the tokens whose K and V were written, in logical order.
         """
+        self._suspend(opened, seat, written)
+        opened.suspended.add(seat)
+
+    def resume(self, opened: OpenRound, seat: int, prompt: TokenizedPrompt, room: int) -> Steps:
+        """Takes pages for a suspended lane again.
+
+        Args:
+          opened: an open round.
+          seat: the suspended seat.
+          prompt: its prompt, followed by the tokens of its answer.
+          room: how many more tokens the lane must have room for.
+
+        Returns:
+          The steps that compute what the lane gave up.
+
+        Raises:
+          OutOfPages: the pool cannot allocate them; the lane stays suspended then.
+        """
+        steps = self._resume(opened, seat, prompt, room)
+        opened.suspended.remove(seat)
+        return steps
+
+    def grow(self, opened: OpenRound, seat: int, tokens: int) -> None:
+        """Takes pages until a lane has room for `tokens` tokens, prompt and answer together.
+
+        Raises:
+          OutOfPages: the pool cannot allocate them; the lane is unchanged then.
+        """
+        lane = opened.lanes[seat]
+        missing = tokens - lane.room(self._page_size)
+        pages = self._pool.allocate(max(0, -(-missing // self._page_size)))
+        opened.lanes[seat] = lane.extended(pages, self._page_size)
+
+    def reserve(self, room: int) -> Int32[np.ndarray, " pages"]:
+        """Takes the pages that `fork` needs for a lane with room for `room` more tokens.
+
+        Raises:
+          OutOfPages: the pool cannot allocate them.
+        """
+        return self._pool.allocate(1 + -(-room // self._page_size))
+
+    def fork(self, opened: OpenRound, seat: int, pages: Int32[np.ndarray, " pages"]) -> Link:
+        """Adds a lane that shares all pages of another lane's prompt; it gets the next seat.
+
+        Only the page where the answer begins is copied, if the prompt fills a part of it.
+
+        Args:
+          opened: an open round whose steps are done.
+          seat: the lane to share; nothing of its answer is written yet.
+          pages: pages from `reserve`. The lane keeps them.
+
+        Returns:
+          The copy.
+        """
+        lane, size = opened.lanes[seat], self._page_size
+        entry, offset, _ = lane.entry_of(len(lane.token_ids) - 1)
+        last, stop = int(entry), int(offset) + 1
+        first = int(lane.first[last])
+        whole = stop == size
+        kept = lane.cut(last + whole)
+        copied = np.arange(first, first if whole else stop, dtype=np.int32)
+        self._pool.retain(kept.page)
+        fork = kept.extended(pages, size, first=None if whole else first)
+        self._forked(opened, seat, fork)
+        source, target = lane.page[last] * size + copied, fork.page[last] * size + copied
+        return Link(source, target, np.zeros_like(copied))
+
+    def _forked(self, opened: OpenRound, seat: int, lane: LanePlan) -> None:
+        """Adds a lane that shares the pages of `seat`."""
+        nothing = np.zeros(0, np.int32)
+        lane = dataclasses.replace(lane, computed=nothing)
+        opened.add(lane, opened.exact_hits[seat])
+
+    def release(
+        self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"] | None
+    ) -> None:
+        """Releases the pages of a lane, and with the last lane those of the bases.
+
+        Args:
+          opened: an open round.
+          seat: a seat that it holds.
+          written: the tokens whose K and V were written, in logical order; None if the lane failed
+            and its pages may hold anything. For a suspended lane this does not matter.
+        """
+        opened.held.remove(seat)
+        if seat in opened.suspended:
+            lane = opened.lanes[seat]
+            self._pool.release(lane.page[lane.page > 0])
+        else:
+            self._release_lane(opened, seat, written)
+        if not opened.held:
+            self._release_bases(opened)
+
+    def close(self, opened: OpenRound, written: Sequence[Int32[np.ndarray, " _"]] | None) -> None:
+        """Releases all lanes of a round, and its bases.
+
+        Args:
+          opened: an open round.
+          written: for each seat, as for `release`; None if the round failed.
+        """
+        opened.failed |= written is None
+        for seat in sorted(opened.held):
+            self.release(opened, seat, None if written is None else written[seat])
+
+    def _abandon(self, opened: OpenRound) -> None:
+        """Releases what was taken for a round that cannot be opened."""
+        self.close(opened, None)
+        if not opened.lanes:
+            self._release_bases(opened)
+
+    @abc.abstractmethod
+    def _release_lane(
+        self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"] | None
+    ) -> None: ...
+
+    @abc.abstractmethod
+    def _suspend(self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"]) -> None: ...
+
+    @abc.abstractmethod
+    def _resume(
+        self, opened: OpenRound, seat: int, prompt: TokenizedPrompt, room: int
+    ) -> Steps: ...
+
+    def _release_bases(self, opened: OpenRound) -> None:
+        """Releases the bases."""
+        assert not opened.bases
 
     def base_pages(self) -> Int32[np.ndarray, " pages"]:
         """Returns the pages of the bases that later rounds may read."""

@@ -36,14 +36,15 @@ _NO_TOKENS = np.zeros(0, np.int32)
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _OpenRequests(OpenRound):
-    """An open round, and the copies that each agent's lane needs; None: the lane is exact."""
+    """An open round.
 
-    links: list[Link | None] = dataclasses.field(default_factory=list)
+    Attributes:
+      links: the copies that the lane of a seat needs; a lane without is exact.
+      placed: where each shared segment lies, by its `content_key`.
+    """
 
-    @property
-    def linked(self) -> list[int]:
-        """Seats of the agents whose lanes need copies."""
-        return [seat for seat, link in enumerate(self.links) if link is not None]
+    links: dict[int, Link] = dataclasses.field(default_factory=dict)
+    placed: dict[bytes, Placed] = dataclasses.field(default_factory=dict)
 
 
 class PerRequest(BaseReuse):
@@ -63,43 +64,90 @@ class PerRequest(BaseReuse):
         """
         super().__init__(pool, page_size, namespace, kind="isolated", salt=salt)
 
-    def open(self, prompts: Sequence[TokenizedPrompt], rooms: Sequence[int]) -> OpenRound:
+    def open(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        rooms: Sequence[int],
+        limits: Sequence[int] | None = None,
+        *,
+        patient: bool = False,
+    ) -> OpenRound:
         """Takes the bases' pages, then a dense lane for every agent; see `Policy.open`."""
+        del limits, patient
         opened = _OpenRequests([], [], [], 0, no_steps())
         try:
-            placed: dict[bytes, Placed] = {}
-            for prompt in prompts:
-                for key, ids in _shared(prompt):
-                    if key not in placed:
-                        lane, (placed[key],) = self._store.open(_NO_TOKENS, [ids])
-                        opened.bases.append(lane)
-            # Open exact agents first, because they are computed first: a lane finds pages of lanes
-            # that were opened before it.
+            self._open_bases(opened, prompts)
+            # Take exact agents first, because they are computed first: a lane finds pages of lanes
+            # that were taken before it.
             seats = sorted(range(len(prompts)), key=lambda seat: any(_shared(prompts[seat])))
-            for prompt, room in ((prompts[seat], rooms[seat]) for seat in seats):
-                if any(_shared(prompt)):
-                    lane, hits, link = self._open_lane(prompt, room, placed)
-                else:
-                    lane = self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
-                    hits, link = int(lane.computed[0]), None
-                opened.lanes.append(lane)
-                opened.exact_hits.append(hits)
-                opened.links.append(link)
-            place = np.argsort(seats)
-            opened.lanes = [opened.lanes[at] for at in place]
-            opened.exact_hits = [opened.exact_hits[at] for at in place]
-            opened.links = [opened.links[at] for at in place]
-            opened.steps = self._steps(opened)
-            return opened
+            for seat in seats:
+                self._take(opened, prompts[seat], rooms[seat])
         except BaseException:
-            self.close(opened, None)
+            self._abandon(opened)
             raise
+        places = np.argsort(seats).tolist()
+        opened.lanes = [opened.lanes[at] for at in places]
+        opened.exact_hits = [opened.exact_hits[at] for at in places]
+        opened.links = {seats[at]: link for at, link in opened.links.items()}
+        opened.steps = self._steps(opened, opened.bases, range(len(prompts)))
+        return opened
+
+    def join(self, opened: OpenRound, prompt: TokenizedPrompt, room: int, limit: int) -> Steps:
+        """Takes the pages of one more lane, and of segments that have none; see `Policy.join`."""
+        del limit
+        assert isinstance(opened, _OpenRequests)
+        before, placed = len(opened.bases), dict(opened.placed)
+        try:
+            self._open_bases(opened, [prompt])
+            seat = self._take(opened, prompt, room)
+        except BaseException:
+            for lane in opened.bases[before:]:
+                self._store.close(lane, failed=True)
+            del opened.bases[before:]
+            opened.placed = placed
+            raise
+        return self._steps(opened, opened.bases[before:], [seat])
+
+    def _resume(self, opened: OpenRound, seat: int, prompt: TokenizedPrompt, room: int) -> Steps:
+        """Takes new pages, and copies the shared text again; see `Policy.resume`."""
+        assert isinstance(opened, _OpenRequests)
+        if seat in opened.links:
+            taken = self._link_lane(prompt, room, opened.placed)
+            lane, opened.exact_hits[seat], opened.links[seat] = taken
+        else:
+            lane = self._exact.open_lane(prompt.token_ids, room)
+        opened.lanes[seat] = lane
+        return self._steps(opened, [], [seat])
+
+    def _forked(self, opened: OpenRound, seat: int, lane: LanePlan) -> None:
+        assert isinstance(opened, _OpenRequests)
+        super()._forked(opened, seat, lane)
+        if seat in opened.links:
+            opened.links[len(opened.lanes) - 1] = opened.links[seat]
 
     def _reusing(self, opened: OpenRound) -> Collection[int]:
         assert isinstance(opened, _OpenRequests)
-        return opened.linked
+        return opened.links
 
-    def _open_lane(
+    def _open_bases(self, opened: _OpenRequests, prompts: Sequence[TokenizedPrompt]) -> None:
+        """Takes the pages of shared segments that the round does not hold."""
+        for prompt in prompts:
+            for key, ids in _shared(prompt):
+                if key not in opened.placed:
+                    lane, (opened.placed[key],) = self._store.open(_NO_TOKENS, [ids])
+                    opened.bases.append(lane)
+
+    def _take(self, opened: _OpenRequests, prompt: TokenizedPrompt, room: int) -> int:
+        """Takes an agent's pages, and returns its seat."""
+        if any(_shared(prompt)):
+            lane, hits, link = self._link_lane(prompt, room, opened.placed)
+            seat = opened.add(lane, hits)
+            opened.links[seat] = link
+            return seat
+        lane = self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
+        return opened.add(lane, int(lane.computed[0]))
+
+    def _link_lane(
         self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
     ) -> tuple[LanePlan, int, Link]:
         """Opens a dense lane that computes its own text.
@@ -132,14 +180,20 @@ class PerRequest(BaseReuse):
         link = Link(source[copied], target, shift[copied])
         return with_rows(lane, np.flatnonzero(own)), hits, link
 
-    def _exact_steps(self, opened: _OpenRequests) -> Steps:
+    def _first(
+        self, opened: _OpenRequests, bases: Sequence[LanePlan], seats: Sequence[int]
+    ) -> Steps:
         """Yields the step before the links, which computes bases and exact agents."""
-        exact = [seat for seat, link in enumerate(opened.links) if link is None]
-        seats = [*[NOBODY] * len(opened.bases), *exact]
-        yield Compute([*opened.bases, *(opened.lanes[seat] for seat in exact)], seats)
+        exact = [seat for seat in seats if seat not in opened.links]
+        if bases or exact:
+            lanes = [*bases, *(opened.lanes[seat] for seat in exact)]
+            yield Compute(lanes, [*[NOBODY] * len(bases), *exact])
 
     @abc.abstractmethod
-    def _steps(self, opened: _OpenRequests) -> Steps: ...
+    def _steps(
+        self, opened: _OpenRequests, bases: Sequence[LanePlan], seats: Sequence[int]
+    ) -> Steps:
+        """Yields the steps that compute some seats, and bases before them."""
 
 
 class Epic(PerRequest):
@@ -168,10 +222,10 @@ class Epic(PerRequest):
         super().__init__(pool, page_size, namespace, salt=salt)
         self._tokens = tokens
 
-    def _open_lane(
+    def _link_lane(
         self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
     ) -> tuple[LanePlan, int, Link]:
-        lane, hits, link = super()._open_lane(prompt, room, placed)
+        lane, hits, link = super()._link_lane(prompt, room, placed)
         heads = [
             np.arange(span.start, min(span.start + self._tokens, span.stop), dtype=np.int32)
             for span in prompt.spans
@@ -180,11 +234,13 @@ class Epic(PerRequest):
         rows = np.sort(np.concatenate([lane.computed, *heads]))
         return with_rows(lane, rows), hits, link
 
-    def _steps(self, opened: _OpenRequests) -> Steps:
-        yield from self._exact_steps(opened)
-        linked = opened.linked
+    def _steps(
+        self, opened: _OpenRequests, bases: Sequence[LanePlan], seats: Sequence[int]
+    ) -> Steps:
+        yield from self._first(opened, bases, seats)
+        linked = [seat for seat in seats if seat in opened.links]
         if linked:
-            yield join_links([link for link in opened.links if link is not None])
+            yield join_links([opened.links[seat] for seat in linked])
             yield Compute([opened.lanes[seat] for seat in linked], linked)
 
 
@@ -227,17 +283,18 @@ class Blend(PerRequest):
         self._ratio = ratio
         self._batched = batched
 
-    def _steps(self, opened: _OpenRequests) -> Steps:
-        yield from self._exact_steps(opened)
-        linked = opened.linked
-        for seats in [linked] if self._batched else [[seat] for seat in linked]:
-            if seats:
-                yield from self._blend(opened, seats)
+    def _steps(
+        self, opened: _OpenRequests, bases: Sequence[LanePlan], seats: Sequence[int]
+    ) -> Steps:
+        yield from self._first(opened, bases, seats)
+        linked = [seat for seat in seats if seat in opened.links]
+        for some in [linked] if self._batched else [[seat] for seat in linked]:
+            if some:
+                yield from self._blend(opened, some)
 
     def _blend(self, opened: _OpenRequests, seats: Sequence[int]) -> Steps:
         """Links some requests, and recomputes the shared tokens that deviate most."""
-        links = [link for seat in seats for link in [opened.links[seat]] if link is not None]
-        yield join_links(links)
+        yield join_links([opened.links[seat] for seat in seats])
         lanes = [opened.lanes[seat] for seat in seats]
         starts = [opened.exact_hits[seat] for seat in seats]
         everything = [
