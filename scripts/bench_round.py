@@ -26,8 +26,8 @@ from rich.table import Table
 from scripts.helpers import common, measure
 from tokendance_jax import host
 from tokendance_jax.engine.compiling import Programs
-from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.result import RoundLedger
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.model import Model
 from tokendance_jax.models.decoder.config import DecoderConfig
 from tokendance_jax.policy.policies import POLICIES, PolicyOptions

@@ -17,7 +17,7 @@ from absl import app, flags
 from rich.console import Console
 
 from scripts.helpers import common, measure
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.prompt import Trace, tokenize_round
 from tokendance_jax.study.quality import agreement
 from tokendance_jax.study.scoring import score

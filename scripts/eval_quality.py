@@ -30,7 +30,7 @@ from rich.table import Table
 from scripts.helpers import common, measure, pareto, probe_tables, terminal
 from tokendance_jax import host
 from tokendance_jax.engine.compiling import Programs
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.model import Model
 from tokendance_jax.policy.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.prompt import (

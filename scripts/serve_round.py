@@ -25,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scripts.helpers import common, terminal
 from scripts.helpers.served import Served, comparison_table, rounds_table, work_table
 from tokendance_jax import host
-from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.limits import check_kv_memory, check_page_size
 from tokendance_jax.engine.result import RoundResult
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.model import Model
 from tokendance_jax.policy.policies import BASES, POLICIES, SELECTIONS, PolicyOptions
 from tokendance_jax.prompt import Round, Sampling, Trace, tokenize_round

@@ -15,7 +15,8 @@ from absl import flags, logging
 
 from tokendance_jax.demo import demo_tokenizer_json, demo_trace
 from tokendance_jax.demo.model import demo_model
-from tokendance_jax.engine.limits import answer_limits, check_page_size
+from tokendance_jax.engine.limits import check_page_size
+from tokendance_jax.engine.requests import requests_of
 from tokendance_jax.model import Model, load_model
 from tokendance_jax.models.decoder.random import random_parameters
 from tokendance_jax.models.families.qwen2 import preset
@@ -221,7 +222,10 @@ def needed_kv_memory(
     check_page_size(page_size)
     context, pages = model.config.max_position_embeddings, 1
     for round_ in trace.rounds:
-        prompts = tokenize_round(round_, model.tokenizer, chat=chat)
+        requests = [] if live else requests_of(model, round_, chat=chat)
+        prompts = [own.prompt for own in requests] or tokenize_round(
+            round_, model.tokenizer, chat=chat
+        )
         blocks = {
             prompt.token_ids[span.start : span.stop].tobytes(): span.stop - span.start
             for prompt in prompts
@@ -239,8 +243,7 @@ def needed_kv_memory(
                 for agent, prompt in zip(round_.agents, prompts, strict=True)
             ]
         else:
-            limits = answer_limits(round_, prompts, model.config)
-            tokens = [len(p.token_ids) + limit for p, limit in zip(prompts, limits, strict=True)]
+            tokens = [len(own.prompt.token_ids) + own.limit for own in requests]
         preamble = 2 + 512 // page_size
         filled = [math.ceil(min(count, context) / page_size) for count in tokens]
         bases = [math.ceil(min(count, context) / page_size) + 1 for count in shared]

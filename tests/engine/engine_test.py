@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.engine.rounds import agent, three
+from tests.engine.rounds import SMALL, agent, gathering, small_engine, three, tiny
+from tokendance_jax import host
 from tokendance_jax.demo import harbour_trace
 from tokendance_jax.engine import programs as device
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.paged.kv import KVSpec
+from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import AgentPrompt, PromptError, Round, Segment
 from tokendance_jax.prompt.tokenized import tokenize_round
 from tokendance_jax.study.scoring import score
@@ -39,15 +41,15 @@ def dense(small_model, programs):
     return RoundEngine(small_model, policy="dense", **SIZES, programs=programs)
 
 
-def test_engines_of_other_pool_precisions_may_share_programs(small_model, dense):
-    round_ = harbour_trace().rounds[0]
+def test_engines_of_other_pool_precisions_may_share_programs():
+    engine = small_engine("dense", PolicyOptions())
     # As many pages of half the bytes.
-    sizes = SIZES | {"kv_memory": SIZES["kv_memory"] // 2, "kv_dtype": "bfloat16"}
-    other = RoundEngine(small_model, policy="dense", **sizes, programs=dense.programs)
-    assert other.runner.kv.k.dtype != dense.runner.kv.k.dtype
-    expected = ids(dense.serve(round_))
-    assert ids(other.serve(round_)).keys() == expected.keys()
-    assert ids(dense.serve(round_)) == expected
+    sizes = {"kv_memory": SMALL["kv_memory"] // 2, "kv_dtype": "bfloat16"}
+    other = small_engine("dense", PolicyOptions(), **sizes)
+    assert other.runner.kv.k.dtype != engine.runner.kv.k.dtype
+    expected = ids(engine.serve(gathering("a"), chat=False))
+    assert ids(other.serve(gathering("a"), chat=False)).keys() == expected.keys()
+    assert ids(engine.serve(gathering("a"), chat=False)) == expected
 
 
 def ids(result):
@@ -203,6 +205,22 @@ def test_an_answer_ends_at_a_stop_token(engine):
     assert result.finish_reason == "stop"
     assert result.ledger.decoded_tokens == first + 1
     assert free.finish_reason == "length"
+
+
+def test_ignore_eos_ignores_the_models_stop_tokens_only(engine, monkeypatch):
+    free = engine.serve(three()).agents[0]
+    stop, later = free.token_ids[4], free.token_ids[-1]
+    monkeypatch.setattr(engine.model.tokenizer, "stop_ids", (stop,))
+    first = free.token_ids.index(stop)
+    assert engine.serve(three()).agents[0].token_ids == free.token_ids[:first]
+    ignoring = engine.serve(three(ignore_eos=True)).agents[0]
+    assert (ignoring.token_ids, ignoring.finish_reason) == (free.token_ids, "length")
+    ended = engine.serve(three(ignore_eos=True, stop_token_ids=(later,))).agents[0]
+    assert ended.token_ids == free.token_ids[: free.token_ids.index(later)]
+
+
+def test_min_p_of_one_is_greedy(engine):
+    assert ids(engine.serve(three(temperature=3.0, min_p=1))) == ids(engine.serve(three()))
 
 
 def test_an_answer_ends_before_a_stop_string(engine):
@@ -390,6 +408,14 @@ def test_a_pool_that_the_device_cannot_hold_is_named(small_model, monkeypatch):
         RoundEngine(small_model, **SIZES)
 
 
+def test_an_automatic_pool_of_the_same_size_serves_the_same_tokens(small_model, dense, monkeypatch):
+    monkeypatch.setattr(host, "free_memory", lambda: 2 * SIZES["kv_memory"])
+    sizes = SIZES | {"kv_memory": "auto", "memory_fraction": 0.5}
+    engine = RoundEngine(small_model, policy="dense", **sizes, programs=dense.programs)
+    assert engine.shapes.pages == SIZES["kv_memory"] // engine.page_bytes
+    assert ids(engine.serve(three())) == ids(dense.serve(three()))
+
+
 def test_a_context_that_ends_ends_the_answer(small_model):
     config = dataclasses.replace(small_model.config, max_position_embeddings=64)
     engine = RoundEngine(dataclasses.replace(small_model, config=config), **SIZES)
@@ -400,10 +426,10 @@ def test_a_context_that_ends_ends_the_answer(small_model):
     assert np.isfinite(result.timings.decode_s)
 
 
-def test_compilation_is_in_the_timings_only_when_asked_for(small_model):
+def test_compilation_is_in_the_timings_only_when_asked_for():
     def timings(cold):
-        engine = RoundEngine(small_model, **SIZES, max_agents=3, cold=cold)
-        return engine.serve(three()).timings
+        engine = RoundEngine(tiny(), **SMALL | {"max_agents": 1, "cold": cold})
+        return engine.serve(gathering("a"), chat=False).timings
 
     warm, cold = timings(False), timings(True)
     assert warm.compile_s > 0

@@ -5,7 +5,7 @@ import pytest
 
 from tests.engine.rounds import SMALL, gathering, mixed, tiny, words
 from tests.models.decoder.tiny import QWEN3
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.kernels.rope import Rope, Yarn
 from tokendance_jax.mirror import decode_dense
 from tokendance_jax.policy.policies import PolicyOptions

@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.rounds import SMALL, gathering, mixed, small_engine, small_programs, tiny
 from tokendance_jax.engine import runner as runner_module
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.mirror import MirrorError, decode_dense
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.policy.policies import POLICIES, PolicyOptions

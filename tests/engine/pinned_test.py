@@ -16,7 +16,7 @@ from tests import shared_data
 from tests.engine.rounds import gathering, mixed, small_engine
 from tokendance_jax.demo import demo_trace
 from tokendance_jax.demo.model import demo_model
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.model import Model
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import read_trace

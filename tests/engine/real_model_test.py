@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import shared_data
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.model import Model
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import read_trace, tokenize_round

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.engine.rounds import SMALL, block, gathering, member, mixed, small_engine, tiny, words
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.policy.collective import BASES
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.policy.selection import SELECTIONS
@@ -122,8 +122,8 @@ def opened_rounds(engine):
     """Returns a list to which the engine adds every round that it opens from now on."""
     opened, open_round = [], engine._policy.open
 
-    def watch(prompts, rooms):
-        opened.append(open_round(prompts, rooms))
+    def watch(*arguments, **options):
+        opened.append(open_round(*arguments, **options))
         return opened[-1]
 
     engine._policy.open = watch

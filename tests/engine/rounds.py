@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.models.decoder.tiny import tiny_model
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.prompt import AgentPrompt, Round, Sampling, Segment
 
 # There is one bucket of rows, so rounds take several calls. The pool has 96 pages of the tiny model
@@ -29,11 +29,14 @@ def small_programs():
     return RoundEngine(tiny(), **SMALL).programs
 
 
-def small_engine(policy, options):
-    """An engine with the sizes `SMALL` that shares whatever that costs. Its pool is full of NaN."""
+def small_engine(policy, options, **settings):
+    """An engine with the sizes `SMALL` that shares whatever that costs. Its pool is full of NaN.
+
+    Further settings must not change the sizes.
+    """
     options = dataclasses.replace(options, least_saving=None)
-    programs = small_programs()
-    engine = RoundEngine(tiny(), policy=policy, options=options, programs=programs, **SMALL)
+    settings = {**SMALL, **settings, "programs": small_programs()}
+    engine = RoundEngine(tiny(), policy=policy, options=options, **settings)
     engine.runner.kv = jax.tree.map(lambda a: jnp.full(a.shape, jnp.nan, a.dtype), engine.runner.kv)
     return engine
 

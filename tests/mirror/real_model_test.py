@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests import shared_data
-from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.ledger import distinct_tokens
 from tokendance_jax.engine.prefill import Prefill
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.engine.runner import Runner
 from tokendance_jax.kernels import storage
 from tokendance_jax.mirror import (
@@ -94,8 +94,7 @@ def live(model, request):
     )
     opened = policy.open(prompts, [0] * AGENTS)
     runner = Runner(engine.programs, spec, poisoned(spec))
-    prefill = Prefill(runner, agents=AGENTS)
-    prefill.run(opened.steps)
+    Prefill(runner, opened.steps, seats=range(AGENTS)).run()
     yield Live(model, engine, spec, prompts, answers, opened.lanes, runner.kv)
     policy.close(opened, [prompt.token_ids for prompt in prompts])
 
@@ -163,8 +162,9 @@ def score(live, mirrors):
     def steps():
         yield Compute(longer, list(range(AGENTS)))
 
-    prefill = Prefill(Runner(live.engine.programs, spec, kv), agents=AGENTS)
-    prefill.run(steps(), live.lengths)
+    runner = Runner(live.engine.programs, spec, kv)
+    prefill = Prefill(runner, steps(), seats=range(AGENTS), wanted=live.lengths)
+    prefill.run()
     return [logits(live.engine, x) for x in prefill.streams()]
 
 

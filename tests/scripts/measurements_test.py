@@ -127,6 +127,16 @@ def test_programs_beside_their_products(tmp_path):
     assert "alone, ms" in done.stdout
 
 
+def test_the_part_of_the_host_in_a_step(tmp_path):
+    sizes = "--sequences=2", "--sequences=3", "--shared=40", "--own=8", "--answer=12", "--steps=4"
+    model = "--model=demo", "--dtype=float32"
+    done, written = run("reports.bench_steps", tmp_path / "result.json", *model, *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = written["steps"]
+    assert [row["sequences"] for row in rows] == [2, 3]
+    assert all(row["calls"] > 0 and 0 < row["host_s"] < row["call_s"] for row in rows)
+
+
 @pytest.mark.parametrize(
     ("script", "argument", "message"),
     [

@@ -14,7 +14,6 @@ from absl.testing import flagsaver
 
 from scripts import serve_round
 from tokendance_jax.demo import demo_trace, harbour_trace
-from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.result import (
     AgentLedger,
     AgentResult,
@@ -22,6 +21,7 @@ from tokendance_jax.engine.result import (
     RoundResult,
     Timings,
 )
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.prompt import AgentPrompt, Round, Segment, Trace, write_trace
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 
 from tokendance_jax.demo.model import demo_model
 from tokendance_jax.demo.town import GRADED, probe_round
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import tokenize_round
 from tokendance_jax.study.probes import SETTINGS, Graded, Setting, ask

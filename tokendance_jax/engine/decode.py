@@ -1,167 +1,170 @@
-"""The host side of decoding: text pieces, stop strings, callbacks, and which answers are live."""
+"""The batch of sequences that decode together."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
 
+import jax
 import numpy as np
+from jaxtyping import Float, Int32
 
-from tokendance_jax.engine.errors import NotFiniteError
-from tokendance_jax.engine.programs import DecodeState, decode
-from tokendance_jax.engine.result import FinishReason
+from tokendance_jax.engine.adjust import Adjustments, LaneAdjustment, Logprobs, adjustments
+from tokendance_jax.engine.programs import (
+    DecodeState,
+    decode,
+    decode_adjusted,
+    first_token,
+    first_token_adjusted,
+)
 from tokendance_jax.engine.runner import Runner
-from tokendance_jax.engine.sampling import NOT_FINITE, SamplingArrays
+from tokendance_jax.engine.sampling import LaneSampling, SamplingArrays, sampling_arrays
+from tokendance_jax.engine.sequence import Sequence, TokenLogprobs
+from tokendance_jax.kernels.lanes import GroupTables, LaneTables
 from tokendance_jax.plan.groups import group_tables
 from tokendance_jax.plan.lane import LanePlan
-from tokendance_jax.prompt.tokenizer import Tokenizer
+from tokendance_jax.prompt.round import Sampling
 
-# Called with agent, token id and the text that the token completes. A stop token is reported only
-# if it completes text.
-OnToken = Callable[[str, int, str], None]
+_NO_TOKENS = np.zeros(0, np.int32)
 
 
-class Answer:
-    """One agent's answer while it is generated."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chosen:
+    """The tokens that one call chose.
 
-    def __init__(
-        self,
-        agent: str,
-        tokenizer: Tokenizer,
-        *,
-        limit: int,
-        stop: Sequence[str],
-        stop_ids: frozenset[int],
-        on_token: OnToken | None,
-    ):
-        self.agent = agent
-        self.chosen: list[int] = []  # the stop token included
-        self.finish_reason: FinishReason | None = None
-        self.limit = limit
-        self._stream = tokenizer.stream()
-        self._stop = stop
-        self._stop_ids = stop_ids
-        self._on_token = on_token
-        self._text = ""
-        self._shown = 0  # characters passed to `on_token`
-        self._pieces = [(0, 0)]  # counts of tokens and characters after each piece of text
-        self._kept = 0  # tokens before the stop token or string
+    Attributes:
+      sequences: the sequences of the call.
+      tokens: i32 [sequences, steps]; -1 where a sequence had ended, `sampling.NOT_FINITE` where its
+        logits were not finite.
+      logprobs: log-probabilities; None: no sequence asked for them.
+    """
 
-    @property
-    def live(self) -> bool:
-        """Whether the answer is still being generated."""
-        return self.finish_reason is None
+    sequences: list[Sequence]
+    tokens: Int32[np.ndarray, "sequences steps"]
+    logprobs: Logprobs | None = None
 
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The answer's tokens, without the stop token and those that overlap a stop string."""
-        return tuple(self.chosen[: self._kept])
+    @classmethod
+    def nothing(cls) -> "Chosen":
+        """Returns no tokens of no sequences."""
+        return cls([], np.zeros((0, 0), np.int32))
 
-    @property
-    def text(self) -> str:
-        """The answer, cut before a stop string. While it is live, complete characters only."""
-        return self._text
+    def logprobs_of(self, row: int, step: int) -> TokenLogprobs | None:
+        """Returns the log-probabilities of a token, if its sequence asked for them."""
+        best = self.sequences[row].sampling.logprobs
+        if self.logprobs is None or best is None:
+            return None
+        ids, values = self.logprobs.ids[row, step], self.logprobs.values[row, step]
+        pairs = zip(ids[:best].tolist(), values[:best].tolist(), strict=True)
+        return TokenLogprobs(float(self.logprobs.chosen[row, step]), tuple(pairs))
 
-    def add(self, token: int) -> None:
-        """Adds the next token; does nothing if the answer has ended.
 
-        `on_token` receives text as soon as it is certain to be part of the answer: not while
-        bytes of a character are missing, and not while the text may be the beginning of a stop
-        string.
+class Batch:
+    """Decodes sequences, and keeps the tables of its seats from call to call.
+
+    Tables and settings are made anew only if a sequence joins, its lane has grown, or the sequences
+    fit a smaller bucket. A seat whose sequence has left idles until then.
+    """
+
+    def __init__(self, runner: Runner, *, steps: int):
+        """Starts empty.
+
+        Args:
+          runner: runs the calls.
+          steps: tokens per sequence and call; the host reads them only between calls.
         """
-        if not self.live:
-            return
-        self.chosen.append(token)
-        is_stop = token in self._stop_ids
-        if not is_stop:
-            self._kept += 1
-            piece = self._stream.push(token)
-            if piece:
-                self._text += piece
-                self._pieces.append((self._kept, len(self._text)))
-        if is_stop or len(self.chosen) >= self.limit:
-            self.finish_reason = "stop" if is_stop else "length"
-            self._text += self._stream.finish()
-        found = [index for index in map(self._text.find, self._stop) if index >= 0]
-        if found:
-            self.finish_reason = "stop"
-            self._text = self._text[: min(found)]
-            self._kept = max(n for n, characters in self._pieces if characters <= min(found))
-        sure = len(self._text) - (_begun(self._text, self._stop) if self.live else 0)
-        fresh, self._shown = self._text[self._shown : sure], sure
-        if self._on_token is not None and (fresh or not is_stop):
-            self._on_token(self.agent, token, fresh)
+        self._runner = runner
+        self._steps = steps
+        self.reset()
 
+    def reset(self) -> None:
+        """Forgets all seats."""
+        self._seats: list[Sequence] = []
+        self._lanes: list[LanePlan] = []
+        self._tables: tuple[GroupTables, LaneTables]
+        self._sampling: SamplingArrays
 
-def _begun(text: str, stop: Sequence[str]) -> int:
-    """Returns how many characters at the end of a text may be the beginning of a stop string."""
-    lengths = (n for string in stop for n in range(1, len(string)) if text.endswith(string[:n]))
-    return max(lengths, default=0)
+    def first_tokens(
+        self, sequences: list[Sequence], hidden: Float[jax.Array, "lanes width"]
+    ) -> Chosen:
+        """Chooses the first token of sequences.
 
+        Args:
+          sequences: sequences whose prompts are computed.
+          hidden: residual stream at their last tokens, in a bucket of lanes.
+        """
+        lanes = hidden.shape[0]
+        sampling = _sampling(sequences, lanes)
+        if adjusting := self._adjusting(sequences, lanes):
+            tokens, logprobs = self._runner.run(first_token_adjusted, hidden, sampling, adjusting)
+        else:
+            tokens, logprobs = self._runner.run(first_token, hidden, sampling), None
+        return self._chosen(sequences, tokens, logprobs)
 
-def take(answers: Sequence[Answer], tokens: np.ndarray, *, round_index: int) -> None:
-    """Adds the tokens of one call to the answers, step by step.
-
-    Args:
-      answers: the answers.
-      tokens: i32 [answers, steps]; negative where an answer has ended.
-      round_index: number of the round.
-
-    Raises:
-      NotFiniteError: the logits of a live answer's next token are not finite.
-    """
-    for step in range(tokens.shape[1]):
-        for answer, token in zip(answers, tokens[:, step].tolist(), strict=True):
-            if token == NOT_FINITE and answer.live:
-                problem = (
-                    f"the logits of token {len(answer.chosen)} of its answer are NaN or infinite"
-                )
-                raise NotFiniteError(f"round {round_index}", f"agent {answer.agent!r}", problem)
-            if token >= 0:
-                answer.add(token)
-
-
-def generate(
-    runner: Runner,
-    lanes: Sequence[LanePlan],
-    answers: Sequence[Answer],
-    sampling_of: Callable[[Sequence[int]], SamplingArrays],
-    *,
-    steps: int,
-    round_index: int,
-) -> None:
-    """Runs decode calls until every answer has ended.
-
-    Lanes whose answers have ended are dropped as soon as the live lanes fit a smaller bucket, so
-    the last agents do not pay for finished ones.
-
-    Args:
-      runner: runs the decode calls.
-      lanes: the lanes; the KV of their prompts is written.
-      answers: the answers, one per lane, each with its first token.
-      sampling_of: returns the sampling settings of the lanes with the given indices, in bucket
-        shapes.
-      steps: tokens per lane and call; the host reads the tokens only between calls.
-      round_index: number of the round.
-
-    Raises:
-      NotFiniteError: the model's logits are not finite.
-    """
-    shapes, seats = runner.shapes, list[int]()
-    while live := [lane for lane, answer in enumerate(answers) if answer.live]:
-        if not seats or shapes.lanes.fit(len(live)) < shapes.lanes.fit(len(seats)):
-            seats = live
-            groups, tables = group_tables([lanes[lane] for lane in seats], shapes)
-            sampling = sampling_of(seats)
+    def run(self, running: list[Sequence]) -> Chosen:
+        """Makes one call for the running sequences, whose lanes have room for its tokens."""
+        steps = 1 if any(sequence.mask for sequence in running) else self._steps
+        shapes = self._runner.shapes
+        self._seat(running)
+        groups, tables = self._tables
         seated = tables.page.shape[0]
         token, position = np.zeros(seated, np.int32), np.zeros(seated, np.int32)
         alive, generated = np.zeros(seated, np.bool_), np.zeros(seated, np.int32)
         slot = np.full((seated, steps), shapes.no_slot, np.int32)
-        for seat, lane in enumerate(seats):
-            plan, answer = lanes[lane], answers[lane]
-            token[seat] = answer.chosen[-1]
-            position[seat] = len(plan.token_ids) + len(answer.chosen) - 1
-            alive[seat] = answer.live
-            generated[seat] = len(answer.chosen)
-            ahead = np.arange(min(steps, answer.limit - len(answer.chosen)), dtype=np.int32)
-            slot[seat, : len(ahead)], _ = plan.locate(position[seat] + ahead, shapes.page_size)
+        live = set(map(id, running))
+        for seat, (sequence, lane) in enumerate(zip(self._seats, self._lanes, strict=True)):
+            if id(sequence) not in live:
+                continue
+            chosen = sequence.answer.chosen
+            token[seat], position[seat] = chosen[-1], sequence.length
+            alive[seat], generated[seat] = True, len(chosen)
+            ahead = np.arange(min(steps, sequence.remaining), dtype=np.int32)
+            slot[seat, : len(ahead)], _ = lane.locate(position[seat] + ahead, shapes.page_size)
         state = DecodeState(token, position, alive, generated)
-        tokens = np.asarray(runner.run(decode, state, tables, groups, slot, sampling))
-        take([answers[lane] for lane in seats], tokens[: len(seats)], round_index=round_index)
+        arguments = (state, tables, groups, slot, self._sampling)
+        if adjusting := self._adjusting(self._seats, seated):
+            tokens, logprobs = self._runner.run(decode_adjusted, *arguments, adjusting)
+        else:
+            tokens, logprobs = self._runner.run(decode, *arguments), None
+        return self._chosen(self._seats, tokens, logprobs)
+
+    def _seat(self, running: list[Sequence]) -> None:
+        """Makes tables and settings anew if the present ones do not serve the running sequences."""
+        fit = self._runner.shapes.lanes.fit
+        seated = {id(some): lane for some, lane in zip(self._seats, self._lanes, strict=True)}
+        current = all(seated.get(id(some)) is some.lane for some in running)
+        if current and fit(len(running)) == fit(len(self._seats)):
+            return
+        self._seats, self._lanes = list(running), [some.lane for some in running]
+        self._tables = group_tables(self._lanes, self._runner.shapes)
+        self._sampling = _sampling(self._seats, fit(len(running)))
+
+    def _adjusting(self, sequences: list[Sequence], lanes: int) -> Adjustments | None:
+        """Returns what adjusts the logits of sequences that go on; None if nothing does."""
+        settings = [
+            LaneAdjustment(Sampling(), _NO_TOKENS)
+            if sequence.ended or sequence.status == "stalled"
+            else LaneAdjustment(
+                sequence.sampling,
+                sequence.prompt.token_ids,
+                sequence.answer.chosen,
+                sequence.allowed,
+            )
+            for sequence in sequences
+        ]
+        if all(own.neutral for own in settings):
+            return None
+        return adjustments(lanes, self._runner.model.config.vocab_size, settings)
+
+    def _chosen(
+        self, sequences: list[Sequence], tokens: jax.Array, logprobs: Logprobs | None
+    ) -> Chosen:
+        """Waits for the results of a call."""
+        self._runner.wait((tokens, logprobs))
+        found = np.asarray(tokens)[: len(sequences)]
+        logprobs = jax.tree.map(np.asarray, logprobs)
+        return Chosen(sequences, found.reshape(len(sequences), -1), logprobs)
+
+
+def _sampling(sequences: list[Sequence], lanes: int) -> SamplingArrays:
+    settings = [
+        LaneSampling(some.sampling, some.key, some.answer.limit, tuple(some.answer.stop_ids))
+        for some in sequences
+    ]
+    return sampling_arrays(lanes, settings)

@@ -6,42 +6,39 @@ from typing import Any, get_args
 
 import numpy as np
 
-from tokendance_jax.engine.decode import Answer
 from tokendance_jax.engine.prefill import Cost
 from tokendance_jax.engine.result import AgentLedger, AgentResult, RoundLedger
+from tokendance_jax.engine.sequence import Sequence as Served
 from tokendance_jax.mirror import MirrorLayout, Quantised
 from tokendance_jax.policy.policy import OpenRound
 from tokendance_jax.prompt.tokenized import SpanKind, TokenizedPrompt
 
 
 def account(
-    prompts: Sequence[TokenizedPrompt],
-    answers: Sequence[Answer],
+    sequences: Sequence[Served],
     opened: OpenRound,
     cost: Cost,
     *,
-    lengths: Sequence[int],
     layers: int,
     page_size: int,
     page_bytes: int,
     layout: MirrorLayout | None,
     form: Quantised | None,
 ) -> tuple[tuple[AgentResult, ...], RoundLedger]:
-    """Builds the agents' results and the round's ledger, while the round holds its pages.
+    """Builds the agents' results and the round's ledger.
 
     Args:
-      prompts: the prompts.
-      answers: the ended answers.
-      opened: the open round.
+      sequences: the agents, whose answers have ended.
+      opened: the round; its pages may be released already.
       cost: the cost of its prefill.
-      lengths: for each agent, the number of tokens whose KV is written, prompt and answer
-        together.
       layers: the model's layers.
       page_size: token slots in a page.
       page_bytes: bytes of a page in all layers.
       layout: the layout of the round's mirrors; None: the bytes of mirrors are not counted.
       form: how pages are stored in mirrors; None: bit for bit.
     """
+    prompts = [sequence.prompt for sequence in sequences]
+    lengths = [sequence.length for sequence in sequences]
     filled = [
         np.unique(lane.page[np.cumsum(lane.slots) - lane.slots < length])
         for lane, length in zip(opened.lanes, lengths, strict=True)
@@ -51,7 +48,8 @@ def account(
     sizes: dict[str, Any] = {"page_size": page_size, "page_bytes": page_bytes, "form": form}
     at_rest = None if layout is None else layout.mirror_compression(**sizes)
     agents = []
-    for seat, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    for seat, sequence in enumerate(sequences):
+        prompt, answer = sequence.prompt, sequence.answer
         computed = int(cost.tokens[seat])
         ledger = AgentLedger(
             tokens=tokens_by_kind(prompt),
@@ -65,7 +63,7 @@ def account(
         )
         assert answer.finish_reason is not None
         agents.append(
-            AgentResult(answer.agent, answer.text, answer.token_ids, answer.finish_reason, ledger)
+            AgentResult(prompt.agent, answer.text, answer.token_ids, answer.finish_reason, ledger)
         )
     ledgers = [agent.ledger for agent in agents]
 

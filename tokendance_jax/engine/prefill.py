@@ -1,7 +1,8 @@
-"""Runs the steps of a round's prefill on the device."""
+"""Runs the steps of a prefill on the device, one call after the other."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,9 @@ from tokendance_jax.models.decoder.config import DecoderConfig
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.plan.round_plan import RoundPlan, pack
 from tokendance_jax.policy.policy import NOBODY, Compute, Link, Look, Rest, Scores, Steps
+
+R = TypeVar("R")
+Calls = Generator[bool, None, R]  # yields False before each call
 
 
 @dataclasses.dataclass(slots=True)
@@ -36,47 +40,75 @@ class Cost:
 
 
 class Prefill:
-    """One round's prefill: runs the policy's steps.
+    """One prefill: runs the policy's steps.
 
     Attributes:
-      hidden: residual stream at the agents' last tokens, f32 [seats, width].
+      hidden: residual stream at the last prompt tokens, f32 [seats, width], in the order of
+        `seats`.
       cost: the work so far.
+      rows: rows of all calls so far, without padding.
     """
 
-    def __init__(self, runner: Runner, *, agents: int):
-        self._runner = runner
-        self.hidden = runner.new_hidden(runner.shapes.lanes.fit(agents))
-        self.cost = Cost(np.zeros(agents, np.int64))
-        self._wanted: Sequence[int] | None = None
-        self._streams: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self._resumed: tuple[Sequence[LanePlan], np.ndarray] = ((), np.zeros((0, 0)))
-
-    def run(self, steps: Steps, wanted: Sequence[int] | None = None) -> None:
-        """Runs all steps.
+    def __init__(
+        self,
+        runner: Runner,
+        steps: Steps,
+        *,
+        seats: Sequence[int],
+        wanted: Sequence[int] | None = None,
+    ):
+        """Starts before the first call.
 
         Args:
-          steps: the steps.
-          wanted: for each agent, the first position whose residual stream is kept for `streams`;
+          runner: runs the calls.
+          steps: the steps of a policy.
+          seats: the seats that the steps compute.
+          wanted: for each of them, the first position whose residual stream is kept for `streams`;
             None: none is kept.
         """
+        self._runner = runner
+        self._place = {NOBODY: NOBODY, **{seat: place for place, seat in enumerate(seats)}}
         self._wanted = wanted
+        self._streams: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._resumed: tuple[Sequence[LanePlan], np.ndarray] = ((), np.zeros((0, 0)))
+        self.hidden = runner.new_hidden(runner.shapes.lanes.fit(len(seats)))
+        self.cost = Cost(np.zeros(len(seats), np.int64))
+        self.rows = 0
+        self._calls = self._all_calls(steps)
+        next(self._calls, None)
+
+    def call(self) -> bool:
+        """Makes the next call; returns whether it was the last.
+
+        What the host prepares for the call after it is prepared too, so that the device need not
+        wait for it.
+        """
+        return next(self._calls, True)
+
+    def run(self) -> None:
+        """Makes all calls."""
+        while not self.call():
+            pass
+        jax.block_until_ready(self.hidden)
+
+    def _all_calls(self, steps: Steps) -> Iterator[bool]:
+        """Carries out the steps; yields False before each call."""
         scores: Scores | None = None
         while True:
             try:
                 step = steps.send(scores)
             except StopIteration:
-                jax.block_until_ready(self.hidden)
                 return
             scores = None
             match step:
                 case Compute():
-                    self._compute(step)
+                    yield from self._compute(step)
                 case Link():
-                    self._link(step)
+                    yield from self._link(step)
                 case Look():
-                    scores = self._look(step)
+                    scores = yield from self._look(step)
                 case Rest():
-                    self._rest(step)
+                    yield from self._rest(step)
 
     def streams(self) -> list[Float32[np.ndarray, "_ width"]]:
         """Returns the residual stream at each agent's wanted positions, in order."""
@@ -85,41 +117,47 @@ class Prefill:
         counts = np.bincount(seat, minlength=len(self.cost.tokens))
         return np.split(x[order], np.cumsum(counts)[:-1])
 
-    def _compute(self, step: Compute) -> None:
-        for plan, seats in self._calls(step.lanes, step.seats):
+    def _compute(self, step: Compute) -> Calls[None]:
+        for plan, seats in self._plans(step.lanes, step.seats):
+            yield False
             self.hidden, x = self._runner.run(programs.prefill, self.hidden, plan)
             self._keep(plan, seats, x)
         self._count(step.lanes, step.seats, float(self._runner.layers))
 
-    def _link(self, step: Link) -> None:
+    def _link(self, step: Link) -> Calls[None]:
         shapes, start = self._runner.shapes, 0
         plan = RestorePlan.of_slots(
             step.source, step.target, step.shift, page_size=shapes.page_size
         )
         for size in shapes.rows.cover(len(plan.first)):
             stop = min(start + size, len(plan.first))
+            yield False
             self._runner.run(programs.link, plan.cut(start, stop).padded(size, size))
             start = stop
 
-    def _look(self, step: Look) -> Scores:
+    def _look(self, step: Look) -> Calls[Scores]:
         self._count(step.lanes, [], look_layers(self._runner.model.config, step.what))
-        return self._mass(step) if step.what == "attention" else self._deviation(step)
+        if step.what == "attention":
+            return (yield from self._mass(step))
+        return (yield from self._deviation(step))
 
-    def _mass(self, step: Look) -> Scores:
+    def _mass(self, step: Look) -> Calls[Scores]:
         """Returns the attention mass on each lane's table entries."""
         mass = np.zeros((), np.float32)
-        for plan, _ in self._calls(step.lanes, step.seats):
+        for plan, _ in self._plans(step.lanes, step.seats):
+            yield False
             found = self._runner.run(programs.attention, plan)
             mass = mass + np.asarray(found)
         # In the tables of calls, empty entries pad the key blocks between a lane's own entries.
         used = np.asarray(plan.tables.slots) > 0
         return [mass[index][used[index]] for index in range(len(step.lanes))]
 
-    def _deviation(self, step: Look) -> Scores:
+    def _deviation(self, step: Look) -> Calls[Scores]:
         """Returns the squared changes of K and V for each lane's rows."""
         squares, streams = [], []
         bases = np.concatenate([np.repeat(p.base, p.slots)[p.computed] for p in step.lanes])
-        for plan, _ in self._calls(step.lanes, step.seats):
+        for plan, _ in self._plans(step.lanes, step.seats):
+            yield False
             shown = np.asarray(plan.rows.slot)
             used = int(plan.used)
             slot = shown.copy()
@@ -135,7 +173,7 @@ class Prefill:
         stops = np.cumsum([len(lane.computed) for lane in step.lanes])
         return np.split(np.concatenate(squares, axis=1), stops[:-1], axis=1)
 
-    def _rest(self, step: Rest) -> None:
+    def _rest(self, step: Rest) -> Calls[None]:
         looked, streams = self._resumed
         starts = np.cumsum([0, *(len(lane.computed) for lane in looked)])[:-1]
         rows = [
@@ -143,7 +181,8 @@ class Prefill:
             for start, before, lane in zip(starts, looked, step.lanes, strict=True)
         ]
         chosen = streams[np.concatenate(rows)]
-        for plan, seats in self._calls(step.lanes, step.seats):
+        for plan, seats in self._plans(step.lanes, step.seats):
+            yield False
             used = int(plan.used)
             x = np.zeros((len(plan.lane), chosen.shape[1]), np.float32)
             x[:used], chosen = chosen[:used], chosen[used:]
@@ -151,16 +190,18 @@ class Prefill:
             self._keep(plan, seats, x)
         self._count(step.lanes, step.seats, self._runner.layers - 1.0)
 
-    def _calls(
+    def _plans(
         self, lanes: Sequence[LanePlan], seats: Sequence[int]
     ) -> Iterator[tuple[RoundPlan, np.ndarray]]:
-        """Yields plans of the lanes that have rows to compute, each with the seats of its lanes."""
+        """Yields plans of the lanes that have rows to compute, each with its lanes' places."""
         shapes = self._runner.shapes
-        busy = [pair for pair in zip(lanes, seats, strict=True) if len(pair[0].computed)]
+        pairs = zip(lanes, (self._place[seat] for seat in seats), strict=True)
+        busy = [pair for pair in pairs if len(pair[0].computed)]
         for start in range(0, len(busy), shapes.lanes.budget):
-            some, their_seats = zip(*busy[start : start + shapes.lanes.budget], strict=True)
-            for plan in pack(some, shapes, seats=their_seats, seated=len(self.hidden)):
-                yield plan, np.array(their_seats)
+            some, places = zip(*busy[start : start + shapes.lanes.budget], strict=True)
+            for plan in pack(some, shapes, seats=places, seated=len(self.hidden)):
+                self.rows += int(plan.used)
+                yield plan, np.array(places)
 
     def _keep(self, plan: RoundPlan, seats: np.ndarray, x: jax.Array) -> None:
         """Keeps the residual stream of wanted rows."""
@@ -181,7 +222,7 @@ class Prefill:
             if seat == NOBODY:
                 self.cost.base_tokens += len(lane.computed)
             else:
-                self.cost.tokens[seat] += len(lane.computed)
+                self.cost.tokens[self._place[seat]] += len(lane.computed)
 
 
 def look_layers(config: DecoderConfig, what: str) -> float:

@@ -1,5 +1,6 @@
 """The runner, which owns a model's weights, its page pool and its compiled programs."""
 
+import time
 from collections.abc import Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,6 +31,7 @@ class Runner:
       programs: the compiled programs; other runners may share them.
       spec: shape and storage of the pool.
       kv: the pool.
+      waited_s: seconds that the host waited for results, in all calls of `wait`.
     """
 
     def __init__(self, programs: Programs, spec: KVSpec, kv: PagedKV | None = None):
@@ -45,6 +47,7 @@ class Runner:
         """
         self.programs = programs
         self.spec = spec
+        self.waited_s = 0.0
         if kv is None:
             self.reset()
         else:
@@ -107,6 +110,20 @@ class Runner:
     def new_hidden(self, lanes: int) -> Float[jax.Array, "lanes width"]:
         """Returns a residual stream of zeros for `lanes` lanes (a bucket)."""
         return jax.device_put(np.zeros((lanes, self.model.config.hidden_size), np.float32))
+
+    def gather(
+        self, hidden: Float[jax.Array, "lanes width"], rows: Sequence[int]
+    ) -> Float[jax.Array, "bucket width"]:
+        """Returns rows of a residual stream, in the bucket of their number."""
+        chosen = np.zeros((self.shapes.lanes.fit(len(rows)), hidden.shape[1]), np.float32)
+        chosen[: len(rows)] = np.asarray(hidden)[list(rows)]
+        return jax.device_put(chosen)
+
+    def wait(self, results: Any) -> None:
+        """Waits until results of calls are there."""
+        start = time.perf_counter()
+        jax.block_until_ready(results)
+        self.waited_s += time.perf_counter() - start
 
     def encode(
         self, lanes: Sequence[LanePlan], lengths: Sequence[int], form: Quantised | None = None

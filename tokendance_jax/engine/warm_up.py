@@ -94,6 +94,4 @@ def blank_decode(
 
 def blank_sampling(lanes: int) -> SamplingArrays:
     """Returns greedy settings of lanes that generate nothing, to compile for."""
-    return sampling_arrays(
-        lanes, temperature=0.0, top_k=0, top_p=1.0, keys=[], limits=[], stop_ids=[]
-    )
+    return sampling_arrays(lanes, [])

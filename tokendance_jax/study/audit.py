@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.paged.kv import PagedKV, pool_format
 
 

@@ -16,7 +16,7 @@ from tokendance_jax.demo.town import (
     drifting_rounds,
     probe_round,
 )
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.model import Model
 from tokendance_jax.prompt import Round
 from tokendance_jax.study.audit import shuffle_bases

@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from tokendance_jax.engine import programs
-from tokendance_jax.engine.engine import RoundEngine
 from tokendance_jax.engine.errors import NotFiniteError
 from tokendance_jax.engine.prefill import Cost
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.prompt.round import PromptError
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
@@ -44,12 +44,11 @@ def follow(
                 f"agent {sequence.agent!r}: prompt and answer have {len(sequence.token_ids)} "
                 f"tokens, the model's context {context}; shorten them"
             )
-    with engine.open(sequences, [0] * len(sequences)) as opened:
+    with engine.open(sequences) as opened:
         prefill = engine.prefill(opened, [len(prompt.token_ids) - 1 for prompt in prompts])
         streams = prefill.streams()
         for prompt, x in zip(prompts, streams, strict=True):
             _check_finite(x, f"agent {prompt.agent!r}", "residual stream")
-        opened.written = [prompt.token_ids for prompt in sequences]
     return streams, prefill.cost
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from tests import shared_data
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.kernels.round_attention import round_attention
 from tokendance_jax.model import Model
 from tokendance_jax.paged.page_pool import PagePool

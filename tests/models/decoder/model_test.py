@@ -12,7 +12,7 @@ from tests.models.decoder import tiny
 from tokendance_jax.engine import programs as device
 from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.programs import DecodeState
-from tokendance_jax.engine.sampling import sampling_arrays
+from tokendance_jax.engine.sampling import LaneSampling, sampling_arrays
 from tokendance_jax.kernels.lanes import Rows
 from tokendance_jax.kernels.rope import Rope, Yarn
 from tokendance_jax.models.decoder.model import abstract_parameters, state_from_parameters
@@ -21,6 +21,7 @@ from tokendance_jax.models.decoder.random import random_parameters
 from tokendance_jax.plan.groups import group_tables
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.plan.round_plan import pack
+from tokendance_jax.prompt.round import Sampling
 
 PAGE_SIZE = 16
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -202,15 +203,11 @@ def decode_arguments(programs, lanes, steps, *, temperature=0.0):
         ahead = position[seat] + np.arange(steps, dtype=np.int32)
         slot[seat], _ = lane.locate(ahead, PAGE_SIZE)
     state = DecodeState(np.full(seats, 7, np.int32), position, live, live.astype(np.int32))
-    sampling = sampling_arrays(
-        seats,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        keys=[np.array([1, index], np.uint32) for index in range(len(lanes))],
-        limits=[100] * len(lanes),
-        stop_ids=(),
-    )
+    settings = [
+        LaneSampling(Sampling(temperature=temperature), np.array([1, index], np.uint32), 100)
+        for index in range(len(lanes))
+    ]
+    sampling = sampling_arrays(seats, settings)
     groups, tables = group_tables(lanes, shapes)
     return state, tables, groups, slot, sampling
 

@@ -17,7 +17,7 @@ from scripts.demo.run import Run
 from scripts.demo.training import Recipe, Stage, hits, initial_parameters, logits_of, product
 from tokendance_jax.demo import demo_chat_template, demo_tokenizer_json
 from tokendance_jax.demo.town import probe_round
-from tokendance_jax.engine.engine import RoundEngine
+from tokendance_jax.engine.rounds import RoundEngine
 from tokendance_jax.kernels.rope import Rope
 from tokendance_jax.model import load_model
 from tokendance_jax.models.families.qwen2 import QWEN2

@@ -1,16 +1,11 @@
 """Growing answers: when their text is streamed, and which text and tokens they keep."""
 
-import pickle
-
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tokendance_jax.demo import demo_tokenizer_json
-from tokendance_jax.engine.decode import Answer, take
-from tokendance_jax.engine.errors import NotFiniteError
-from tokendance_jax.engine.sampling import NOT_FINITE
+from tokendance_jax.engine.answer import Answer
 from tokendance_jax.prompt import Tokenizer
 
 TOKENIZER = Tokenizer(demo_tokenizer_json())
@@ -26,18 +21,12 @@ def spell(text):
 
 
 def answer(tokens, *, stop=(), limit=1000):
-    """Returns an answer with these tokens added, and what its callback received."""
+    """Returns an answer with these tokens added, and the text that each made certain."""
     heard = []
-    made = Answer(
-        "a",
-        TOKENIZER,
-        limit=limit,
-        stop=stop,
-        stop_ids=frozenset([END]),
-        on_token=lambda _, token, piece: heard.append((token, piece)),
-    )
+    made = Answer(TOKENIZER, limit=limit, stop=stop, stop_ids=[END])
     for token in tokens:
-        made.add(token)
+        if made.live:
+            heard.append((token, made.add(token)))
     return made, heard
 
 
@@ -54,7 +43,7 @@ def test_the_beginning_of_a_stop_string_is_shown_when_it_is_none():
     made, heard = answer(spell("ST STO STaSS"), stop=["STOP", "TaSSe"])
     assert made.live
     assert "".join(piece for _, piece in heard) == "ST STO S"
-    made.add(END)
+    heard.append((END, made.add(END)))
     assert "".join(piece for _, piece in heard) == made.text == "ST STO STaSS"
     assert heard[-1] == (END, "TaSS")
     assert made.token_ids == tuple(spell("ST STO STaSS"))
@@ -106,19 +95,3 @@ def test_what_is_shown_is_the_answer(text, stop):
     assert made.token_ids == tuple(spell(expected))
     for count in range(len(heard)):
         assert expected.startswith("".join(piece for _, piece in heard[:count]))
-
-
-def test_logits_that_are_not_finite_end_the_round_by_name():
-    one, other = answer(spell("ab"))[0], answer(spell("a"))[0]
-    tokens = np.array([[IDS["c"], IDS["d"]], [IDS["b"], NOT_FINITE]], np.int32)
-    with pytest.raises(NotFiniteError) as error:
-        take([one, other], tokens, round_index=3)
-    assert str(error.value) == (
-        "round 3: agent 'a': the logits of token 2 of its answer are NaN or infinite; check the "
-        "model's weights, or load it with dtype=float32 if they overflow"
-    )
-    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
-    # Tokens behind the end of an answer are ignored.
-    ended = answer([*spell("a"), END])[0]
-    take([ended], np.full((1, 2), NOT_FINITE, np.int32), round_index=3)
-    assert ended.text == "a"
