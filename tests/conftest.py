@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # There is no deadline because an example may take long on a busy machine.
 # `--hypothesis-profile=thorough` draws more examples in tests that do not set their number.
-hypothesis.settings.register_profile("tests", deadline=None, max_examples=30)
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=24)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("tests")
 

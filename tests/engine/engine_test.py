@@ -41,6 +41,7 @@ def dense(small_model, programs):
     return RoundEngine(small_model, policy="dense", **SIZES, programs=programs)
 
 
+@pytest.mark.sweep
 def test_engines_of_other_pool_precisions_may_share_programs():
     engine = small_engine("dense", PolicyOptions())
     # As many pages of half the bytes.
@@ -160,6 +161,7 @@ def test_full_pages_of_answers_are_reused(engine):
     assert result.ledger.reused_tokens == (len(said) + 39) // 16 * 16
 
 
+@pytest.mark.sweep
 def test_steady_state_traces_nothing(small_model):
     engine = RoundEngine(small_model, **SIZES, max_agents=4)
     assert engine.warm_up(agents=4, tokens=200) > 0

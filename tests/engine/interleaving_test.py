@@ -211,5 +211,5 @@ class Interleaving(RuleBasedStateMachine):
 )
 def test_any_interleaving(policy):
     machine = type("Machine", (Interleaving,), {"policy": policy})
-    few = settings(max_examples=5, stateful_step_count=12)
+    few = settings(max_examples=4, stateful_step_count=12)
     run_state_machine_as_test(machine, settings=few)

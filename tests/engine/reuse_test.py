@@ -314,8 +314,8 @@ def test_bases_hold_no_private_text(make, base):
         pytest.param(
             "tokendance", {"base": "alone", "selection": "query"}, marks=pytest.mark.sweep
         ),
-        ("blend", {}),
-        ("epic", {}),
+        pytest.param("blend", {}, marks=pytest.mark.sweep),
+        pytest.param("epic", {}, marks=pytest.mark.sweep),
     ],
     ids=str,
 )

@@ -112,7 +112,7 @@ def test_equals_the_reference(heads, page_size, dtype):
 
 
 @given(SEEDS, ENDED)
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_random_lanes_equal_the_reference(seed, ended):
     case = case_of(cases.random_case(seed, page_size=16).lanes, 16)
     position = case.last_positions()
@@ -121,7 +121,7 @@ def test_random_lanes_equal_the_reference(seed, ended):
 
 
 @given(SEEDS, ENDED)
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_random_groups_equal_the_reference(seed, ended):
     case = random_round(seed, page_size=16)
     position = case.last_positions()

@@ -41,7 +41,7 @@ OPENINGS = st.tuples(
 
 
 @given(st.lists(OPENINGS, max_size=10), st.sampled_from([9, 16, 40]))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_places_hold_what_was_written_there(openings, size):
     device = Device(size)
     stores = store(device.pool, "joint"), store(device.pool, "alone")

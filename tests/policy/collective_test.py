@@ -45,7 +45,7 @@ def collective(pool, pair=("joint", "head"), pages=2):
 @given(
     rounds(), st.sampled_from(PAIRS), st.integers(0, 3), st.sampled_from([24, 48, 90, 1000]), SEEDS
 )
-@settings(max_examples=40)
+@settings(max_examples=24)
 def test_rounds_of_all_kinds_keep_every_promise(recipes, pair, pages, size, seed):
     random = np.random.default_rng(seed)
     device = Device(size)
@@ -82,7 +82,7 @@ def scores_by_content(prompts):
 
 
 @given(rounds(most=1), st.sampled_from(PAIRS), st.integers(0, 3), st.randoms(use_true_random=False))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_agents_in_another_order_read_the_same(recipes, pair, pages, random):
     prompts = made(recipes[0])
     _, found = compute(prompts, *pair, pages=pages, score=scores_by_content(prompts))

@@ -118,7 +118,7 @@ def shares(opened):
     st.sampled_from([0.0, 0.2, 0.5, 1.0]),
     SEEDS,
 )
-@settings(max_examples=30)
+@settings(max_examples=18)
 def test_a_round_computes_no_more_than_an_exact_one(recipes, pair, pages, least_saving, seed):
     random = np.random.default_rng(seed)
     policy = policy_of(PagePool(2000), **options_of(pair, pages, least_saving))
@@ -142,7 +142,7 @@ def test_a_round_computes_no_more_than_an_exact_one(recipes, pair, pages, least_
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.sampled_from(PAIRS), SEEDS)
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_new_blocks_behind_private_text_never_cost_more_than_prefix(agents, count, pair, seed):
     # In a usual round, every agent's private text has grown and the blocks are new. What `prefix`
     # finds of older rounds then ends within private text, which is exact under `tokendance` too.
@@ -168,7 +168,7 @@ def test_new_blocks_behind_private_text_never_cost_more_than_prefix(agents, coun
 
 
 @given(rounds(most=1), st.sampled_from(PAIRS), st.sampled_from([0.0, 0.2]), SEEDS)
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_what_is_shared_does_not_depend_on_the_order_of_agents(recipes, pair, least_saving, seed):
     prompts = made(recipes[0])
     found = []
@@ -304,7 +304,7 @@ VARIANTS = [
 
 
 @given(crowded(), st.sampled_from(VARIANTS))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_every_round_that_fits_the_context_is_served(case, variant):
     prompts, rooms = crowd(case)
     pages = 6000

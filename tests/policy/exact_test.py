@@ -29,7 +29,7 @@ AGENTS = st.lists(st.tuples(TOKENS, st.integers(0, 4), TOKENS), min_size=1, max_
 
 
 @given(st.lists(st.tuples(AGENTS, st.booleans()), min_size=1, max_size=8))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_hits_hold_what_was_written(rounds):
     """Checks whole rounds against a dict from page to the tokens that its K and V come from."""
     pool, cache, policy = prefix()

@@ -51,7 +51,7 @@ def check_lanes(device):
     st.sampled_from([40, 90, 1000]),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=30)
+@settings(max_examples=18)
 def test_rounds_of_all_kinds_keep_every_promise(recipes, name, ratio, tokens, size, seed):
     random = np.random.default_rng(seed)
     device = Device(size)

@@ -91,7 +91,7 @@ SCORES = st.floats(0, 1e6, width=32)
 AGENTS = st.lists(st.dictionaries(st.integers(1, 9), SCORES, min_size=1), min_size=1, max_size=6)
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(AGENTS, st.integers(0, 4), st.randoms(use_true_random=False))
 def test_the_choice_does_not_depend_on_the_order_of_the_agents(agents, pages, random):
     agents = [dict(sorted(agent.items())) for agent in agents]

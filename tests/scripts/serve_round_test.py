@@ -91,6 +91,7 @@ def test_the_demo_tells_what_is_right_and_what_reuse_saves(serve, capsys):
     assert f"{dense['right']} of 24" in shown
 
 
+@pytest.mark.slow
 def test_compares_policies_and_writes_every_field(serve, capsys):
     status, written = serve("--policy=dense", "--policy=prefix", "--max_new_tokens=6")
     assert status == 0

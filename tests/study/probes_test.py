@@ -35,6 +35,7 @@ def test_right_answers_are_counted_by_kind():
     assert math.isnan(found.accuracy("repeat"))
 
 
+@pytest.mark.sweep
 def test_intervals_hold_the_accuracy_and_narrow_with_more_draws():
     few, many = graded(8, 0.7), graded(80, 0.7)
     widths = []
