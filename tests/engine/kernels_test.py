@@ -7,7 +7,7 @@ import pytest
 import tokendance_jax as td
 from tests.small_model import SMALL_CONFIG
 from tokendance_jax.demo import demo_tokenizer_json
-from tokendance_jax.engine import engine as engine_module
+from tokendance_jax.engine import config
 from tokendance_jax.kernels import storage
 from tokendance_jax.model import Model
 from tokendance_jax.models.decoder.random import random_parameters
@@ -97,7 +97,7 @@ def test_packed_rows_give_the_tokens_of_single_lanes(small_model, monkeypatch):
     monkeypatch.setattr(shared_rows.Sharing, "of_rows", spy)
     for packing in (None, PACKING["cpu"], PACKING["gpu"]):
         packed.clear()
-        monkeypatch.setattr(engine_module, "PACKING", {"cpu": packing})
+        monkeypatch.setattr(config, "PACKING", {"cpu": packing})
         served = td.RoundEngine(
             small_model,
             policy="tokendance",
