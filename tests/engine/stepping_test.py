@@ -135,6 +135,22 @@ def test_a_late_joiner_computes_its_own_tokens_alone():
     assert tokens(late)["x"] == alone(together)["x"]
 
 
+def test_a_late_joiner_without_patches_computes_nothing_shared():
+    newcomer = member("x", *(block(name) for name in "abc"), private=25)
+    options = PolicyOptions(selection="none")
+    together = small_engine("tokendance", options)
+    expected = together.add(Round((*FIRST.agents, newcomer), max_new_tokens=6), chat=False)
+    finish(together)
+    engine = small_engine("tokendance", options)
+    handle = engine.add(longer(FIRST, 30), chat=False)
+    decoding(engine)
+    late = engine.add(Round((newcomer,), max_new_tokens=6), chat=False, join=handle)
+    finish(engine)
+    (sequence,) = late.sequences
+    assert sequence.computed_tokens == len(sequence.prompt.token_ids) - 3 * 35
+    assert tokens(late)["x"] == tokens(expected)["x"]
+
+
 POLICIES = {
     "dense": {},
     "prefix": {},
