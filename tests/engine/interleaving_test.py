@@ -16,22 +16,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.engine.rounds import block, gathering, member, mixed, small_engine
+from tests.engine.rounds import POLICIES, block, gathering, member, mixed, small_engine
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import Round
 
-POLICIES = {
-    "dense": {},
-    "prefix": {},
-    "tokendance": {},
-    "tokendance deviation": {"selection": "deviation", "head_pages": 2},
-    "tokendance query": {"selection": "query", "head_pages": 2},
-    "tokendance joint-agent": {"base": "joint-agent", "selection": "own"},
-    "blend": {},
-    "blend-batched": {},
-    "epic": {},
-}
 QUICK = ("tokendance",)
 SLOW = ("prefix", "blend")
 LONGEST = 50

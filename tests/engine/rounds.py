@@ -20,6 +20,18 @@ SMALL: dict[str, Any] = {
     "max_agents": 8,
     "decode_steps": 3,
 }
+# All policies, with options that need every program.
+POLICIES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "prefix": {},
+    "tokendance": {},
+    "tokendance deviation": {"selection": "deviation", "head_pages": 2},
+    "tokendance query": {"selection": "query", "head_pages": 2},
+    "tokendance joint-agent": {"base": "joint-agent", "selection": "own"},
+    "blend": {},
+    "blend-batched": {},
+    "epic": {},
+}
 tiny = functools.cache(tiny_model)
 
 

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 
-from tests.engine.rounds import block, gathering, member, small_engine
+from tests.engine.rounds import POLICIES, block, gathering, member, small_engine
 from tokendance_jax.engine.admission import QueueFull
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.policy.policies import PolicyOptions
@@ -151,17 +151,6 @@ def test_a_late_joiner_without_patches_computes_nothing_shared():
     assert tokens(late)["x"] == tokens(expected)["x"]
 
 
-POLICIES = {
-    "dense": {},
-    "prefix": {},
-    "tokendance": {},
-    "tokendance deviation": {"selection": "deviation", "head_pages": 2},
-    "tokendance query": {"selection": "query", "head_pages": 2},
-    "tokendance joint-agent": {"base": "joint-agent", "selection": "own"},
-    "blend": {},
-    "blend-batched": {},
-    "epic": {},
-}
 QUICK = ("tokendance", "epic")
 
 

@@ -21,7 +21,7 @@ from tokendance_jax.model import Model
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.plan.shapes import Shapes
 from tokendance_jax.policy.policies import make_policy
-from tokendance_jax.policy.policy import Policy
+from tokendance_jax.policy.policy import Policy, pages_for
 from tokendance_jax.prompt.round import Round, Sampling
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
@@ -276,7 +276,7 @@ class Engine:
         own = [some for some in handle.sequences if some.copies is None]
         prompts, rooms = [some.prompt for some in own], [some.room for some in own]
         tokens = zip(prompts, rooms, strict=True)
-        if sum(-(-(len(p.token_ids) + room) // size) for p, room in tokens) >= self.pool.total:
+        if sum(pages_for(len(p.token_ids) + room, size) for p, room in tokens) >= self.pool.total:
             empty = self._new_policy(PagePool(self.pool.total))
             empty.open(prompts, rooms, [some.remaining for some in own])
 

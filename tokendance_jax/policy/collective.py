@@ -12,13 +12,12 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32
 
 from tokendance_jax.paged.page_pool import OutOfPages, PagePool
 from tokendance_jax.plan.lane import LanePlan, with_rows
 from tokendance_jax.policy.bases import content_key, paged
-from tokendance_jax.policy.draft import Draft, Drafter, LaneDraft
-from tokendance_jax.policy.exact import pages_for
+from tokendance_jax.policy.draft import Draft, Drafter, LaneDraft, leading_entries
 from tokendance_jax.policy.open_collective import CollectiveLane, OpenCollective, rebase
 from tokendance_jax.policy.parts import asked_until
 from tokendance_jax.policy.policy import (
@@ -28,7 +27,9 @@ from tokendance_jax.policy.policy import (
     OpenRound,
     Scores,
     Steps,
+    compute,
     no_steps,
+    pages_for,
 )
 from tokendance_jax.policy.reuse import BaseReuse
 from tokendance_jax.policy.selection import Scored, Selection, deviations
@@ -175,7 +176,7 @@ class Collective(BaseReuse):
             # Own text begins in a new page, or continues in the page where it ended before.
             number = np.cumsum(lane.first[own] == 0) - 1
             count = int(number[-1]) + 1
-            leading = _leading(own & (lane.first == 0) & (lane.slots == size))
+            leading = leading_entries(own & (lane.first == 0) & (lane.slots == size))
             blocks = self._cache.split(ids[: leading * size])
             hit = self._cache.match_blocks(blocks)
             later = pages_for(max(0, len(ids) + room - lane.room(size)), size)
@@ -190,7 +191,7 @@ class Collective(BaseReuse):
             computed = np.flatnonzero(mine).astype(np.int32)
             lane = dataclasses.replace(lane, token_ids=ids, page=page, computed=computed)
             opened.lanes[seat] = lane.extended(fresh[count:], size)
-        return _compute(opened, seat)
+        return compute(opened, [seat])
 
     def _forked(self, opened: OpenRound, seat: int, lane: LanePlan) -> None:
         assert isinstance(opened, OpenCollective)
@@ -250,8 +251,7 @@ class Collective(BaseReuse):
         """Takes an agent's pages, and returns its seat."""
         if draft is not None:
             return self._take_collective(opened, prompt, room, draft)
-        lane = self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
-        return opened.add(lane, int(lane.computed[0]))
+        return self._exact.take(opened, prompt, room)
 
     def _take_collective(
         self, opened: OpenCollective, prompt: TokenizedPrompt, room: int, draft: LaneDraft
@@ -394,15 +394,6 @@ class Collective(BaseReuse):
             opened.lanes[lane.seat] = dataclasses.replace(plan, page=page, computed=computed)
             self._pool.release(lane.run.page[pick])
             lane.spare = lane.spare[count:]
-
-
-def _compute(opened: OpenRound, seat: int) -> Steps:
-    yield Compute([opened.lanes[seat]], [seat])
-
-
-def _leading(chosen: Bool[np.ndarray, " entries"]) -> int:
-    """Returns how many leading entries are chosen."""
-    return len(chosen) if chosen.all() else int(np.argmin(chosen))
 
 
 def _without_patches(plan: LanePlan) -> LanePlan:

@@ -341,7 +341,7 @@ class Drafter:
         # Patches that continue the private text are exact and may be found again. Patches behind
         # further own text are not found, and neither are patches that a Master moves.
         first = np.cumsum(run.offset == 0) == 1
-        head = 0 if self._base == "joint-agent" else _leading(chosen[first])
+        head = 0 if self._base == "joint-agent" else leading_entries(chosen[first])
         blocks = self._cache.split(ids[:private])
         if head:
             rest = private % size
@@ -371,7 +371,7 @@ def _leading_system(prompt: TokenizedPrompt) -> Int32[np.ndarray, " leading"]:
     return prompt.token_ids[:stop]
 
 
-def _leading(chosen: Bool[np.ndarray, " entries"]) -> int:
+def leading_entries(chosen: Bool[np.ndarray, " entries"]) -> int:
     """Returns how many leading entries are chosen."""
     return len(chosen) if chosen.all() else int(np.argmin(chosen))
 

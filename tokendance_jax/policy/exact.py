@@ -9,7 +9,7 @@ from jaxtyping import Int32
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.paged.prefix_cache import PrefixCache
 from tokendance_jax.plan.lane import LanePlan
-from tokendance_jax.policy.policy import Compute, OpenRound, Policy, Steps, no_steps
+from tokendance_jax.policy.policy import OpenRound, Policy, Steps, compute, no_steps, pages_for
 from tokendance_jax.prompt.tokenized import TokenizedPrompt
 
 
@@ -54,26 +54,29 @@ class Exact(Policy):
         opened = OpenRound([], [], [], 0, no_steps())
         try:
             for prompt, room in zip(prompts, rooms, strict=True):
-                lane = self.open_lane(prompt.token_ids, room, prompt.answer_tokens)
-                opened.add(lane, int(lane.computed[0]))
+                self.take(opened, prompt, room)
         except BaseException:
             self._abandon(opened)
             raise
-        opened.steps = _compute(opened, range(len(prompts)))
+        opened.steps = compute(opened, range(len(prompts)))
         return opened
 
     def join(self, opened: OpenRound, prompt: TokenizedPrompt, room: int, limit: int) -> Steps:
         """Opens one more lane; see `Policy.join`."""
         del limit
+        return compute(opened, [self.take(opened, prompt, room)])
+
+    def take(self, opened: OpenRound, prompt: TokenizedPrompt, room: int) -> int:
+        """Opens a lane of a round, which may be another policy's; returns its seat."""
         lane = self.open_lane(prompt.token_ids, room, prompt.answer_tokens)
-        return _compute(opened, [opened.add(lane, int(lane.computed[0]))])
+        return opened.add(lane, int(lane.computed[0]))
 
     def _suspend(self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"]) -> None:
         opened.lanes[seat] = self.suspend_lane(opened.lanes[seat], written)
 
     def _resume(self, opened: OpenRound, seat: int, prompt: TokenizedPrompt, room: int) -> Steps:
         opened.lanes[seat] = self.open_lane(prompt.token_ids, room)
-        return _compute(opened, [seat])
+        return compute(opened, [seat])
 
     def suspend_lane(self, lane: LanePlan, written: Int32[np.ndarray, " written"]) -> LanePlan:
         """Releases a lane's pages; returns the lane without pages."""
@@ -84,10 +87,6 @@ class Exact(Policy):
         self, opened: OpenRound, seat: int, written: Int32[np.ndarray, " _"] | None
     ) -> None:
         self.close_lane(opened.lanes[seat], written)
-
-
-def _compute(opened: OpenRound, seats: Sequence[int]) -> Steps:
-    yield Compute([opened.lanes[seat] for seat in seats], seats)
 
 
 class Dense(Exact):
@@ -142,8 +141,3 @@ class Prefix(Exact):
         else:
             self._cache.insert(written, lane.page)
         self._pool.release(lane.page)
-
-
-def pages_for(tokens: int, page_size: int) -> int:
-    """Returns the number of pages that hold so many tokens."""
-    return -(-tokens // page_size)

@@ -9,9 +9,8 @@ from jaxtyping import Int32
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.plan.lane import LanePlan
 from tokendance_jax.policy.bases import Placed
-from tokendance_jax.policy.exact import pages_for
 from tokendance_jax.policy.parts import Run
-from tokendance_jax.policy.policy import OpenRound, Scores
+from tokendance_jax.policy.policy import OpenRound, Scores, pages_for
 
 _NO_PAGES = np.zeros(0, np.int32)
 

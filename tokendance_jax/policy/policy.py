@@ -87,9 +87,19 @@ Scores = list[Float32[np.ndarray, "..."]]
 Steps = Generator[Step, Scores | None, None]
 
 
+def pages_for(tokens: int, page_size: int) -> int:
+    """Returns the number of pages that hold so many tokens."""
+    return -(-tokens // page_size)
+
+
 def no_steps() -> Steps:
     """Yields no steps."""
     yield from ()
+
+
+def compute(opened: "OpenRound", seats: Sequence[int]) -> Steps:
+    """Yields one step that computes the lanes of some seats."""
+    yield Compute([opened.lanes[seat] for seat in seats], seats)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -238,7 +248,7 @@ class Policy(abc.ABC):
         """
         lane = opened.lanes[seat]
         missing = tokens - lane.room(self._page_size)
-        pages = self._pool.allocate(max(0, -(-missing // self._page_size)))
+        pages = self._pool.allocate(pages_for(max(0, missing), self._page_size))
         opened.lanes[seat] = lane.extended(pages, self._page_size)
 
     def reserve(self, room: int) -> Int32[np.ndarray, " pages"]:
@@ -247,7 +257,7 @@ class Policy(abc.ABC):
         Raises:
           OutOfPages: the pool cannot allocate them.
         """
-        return self._pool.allocate(1 + -(-room // self._page_size))
+        return self._pool.allocate(1 + pages_for(room, self._page_size))
 
     def fork(self, opened: OpenRound, seat: int, pages: Int32[np.ndarray, " pages"]) -> Link:
         """Adds a lane that shares all pages of another lane's prompt; it gets the next seat.

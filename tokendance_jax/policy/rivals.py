@@ -16,7 +16,6 @@ from jaxtyping import Int32
 from tokendance_jax.paged.page_pool import PagePool
 from tokendance_jax.plan.lane import LanePlan, with_rows
 from tokendance_jax.policy.bases import Placed, content_key
-from tokendance_jax.policy.exact import pages_for
 from tokendance_jax.policy.policy import (
     NOBODY,
     Compute,
@@ -26,6 +25,7 @@ from tokendance_jax.policy.policy import (
     Rest,
     Steps,
     no_steps,
+    pages_for,
 )
 from tokendance_jax.policy.reuse import BaseReuse
 from tokendance_jax.policy.selection import deviations
@@ -144,8 +144,7 @@ class PerRequest(BaseReuse):
             seat = opened.add(lane, hits)
             opened.links[seat] = link
             return seat
-        lane = self._exact.open_lane(prompt.token_ids, room, prompt.answer_tokens)
-        return opened.add(lane, int(lane.computed[0]))
+        return self._exact.take(opened, prompt, room)
 
     def _link_lane(
         self, prompt: TokenizedPrompt, room: int, placed: Mapping[bytes, Placed]
