@@ -1,6 +1,5 @@
 """Whatever fails in a round, no page is lost and the next round returns the right tokens."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -12,7 +11,15 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.rounds import SMALL, gathering, small_engine, small_programs, tiny
+from tests.engine.rounds import (
+    SMALL,
+    Broken,
+    breaking,
+    gathering,
+    small_engine,
+    small_programs,
+    tiny,
+)
 from tokendance_jax.engine.compiling import Programs
 from tokendance_jax.engine.errors import NotFiniteError
 from tokendance_jax.engine.rounds import RoundEngine
@@ -42,10 +49,6 @@ NAMES = "abcd"
 SWEEP = pytest.mark.sweep
 
 
-class Broken(Exception):
-    pass
-
-
 def engine_of(policy):
     return small_engine(policy.split()[0], PolicyOptions(**POLICIES[policy]))
 
@@ -69,32 +72,6 @@ def ids(result):
 @functools.cache
 def expected(policy, names):
     return ids(engine_of(policy).serve(round_(names), chat=False))
-
-
-@contextlib.contextmanager
-def breaking(engine, how, when):
-    """Makes the `when`-th call of a program, or of the callback that it yields, raise an error."""
-    calls = iter(range(10_000))
-    inner, programs = engine.programs.call, engine.programs
-
-    def call(program, *arguments):
-        mine = how in ("before", "after") and next(calls) == when
-        if mine and how == "before":
-            raise Broken
-        result = inner(program, *arguments)
-        if mine:  # donated arrays are gone, and results are lost
-            raise KeyboardInterrupt
-        return result
-
-    def heard(*_):
-        if how in ("callback", "interrupt") and next(calls) == when:
-            raise Broken if how == "callback" else KeyboardInterrupt
-
-    programs.call = call
-    try:
-        yield heard
-    finally:
-        programs.call = inner
 
 
 ACTIONS = st.tuples(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-from typing import Any, cast
 
 import pytest
 from hypothesis import settings
@@ -16,7 +15,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.engine.rounds import POLICIES, block, gathering, member, mixed, small_engine
+from tests.engine.rounds import (
+    POLICIES,
+    Broken,
+    block,
+    breaking,
+    gathering,
+    member,
+    mixed,
+    small_engine,
+)
 from tokendance_jax.paged import OutOfPages
 from tokendance_jax.policy.policies import PolicyOptions
 from tokendance_jax.prompt import Round
@@ -32,10 +40,6 @@ ROUNDS = (
     Round((member("t", block("s"), private=70, fidelity="exact"),)),
 )
 NEWCOMER = member("x", *(block(name) for name in "abc"), private=25)
-
-
-class Broken(Exception):
-    pass
 
 
 def engine_of(policy):
@@ -134,25 +138,10 @@ class Interleaving(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(["before", "after"]), at=st.integers(0, 9))
     def fail(self, how, at):
-        calls, programs = iter(range(1000)), cast(Any, self.engine.programs)
-        inner = programs.call
-
-        def call(program, *arguments):
-            mine = next(calls) == at
-            if mine and how == "before":
-                raise Broken
-            result = inner(program, *arguments)
-            if mine:  # donated arrays are gone, and results are lost
-                raise KeyboardInterrupt
-            return result
-
-        programs.call = call
-        try:
+        with breaking(self.engine, how, at):
             for _ in range(3):
                 with contextlib.suppress(KeyboardInterrupt):
                     self.engine.step()
-        finally:
-            programs.call = inner
 
     @invariant()
     def nothing_leaks(self):

@@ -1,5 +1,6 @@
 """Small rounds for the engine's tests, and engine sizes that need few programs."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -124,3 +125,33 @@ def mixed():
         ),
         max_new_tokens=6,
     )
+
+
+class Broken(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def breaking(engine, how, when):
+    """Makes the `when`-th call of a program, or of the callback that it yields, raise an error."""
+    calls = iter(range(10_000))
+    inner, programs = engine.programs.call, engine.programs
+
+    def call(program, *arguments):
+        mine = how in ("before", "after") and next(calls) == when
+        if mine and how == "before":
+            raise Broken
+        result = inner(program, *arguments)
+        if mine:  # donated arrays are gone, and results are lost
+            raise KeyboardInterrupt
+        return result
+
+    def heard(*_):
+        if how in ("callback", "interrupt") and next(calls) == when:
+            raise Broken if how == "callback" else KeyboardInterrupt
+
+    programs.call = call
+    try:
+        yield heard
+    finally:
+        programs.call = inner
